@@ -1,0 +1,243 @@
+"""The public functions: signatures and documentation. What they mean is decided elsewhere.
+
+Layout everywhere: (batch, seqlen, heads, headdim), any strides; log-sum-exps (batch, heads, seqlen), float32 (float64
+for float64 inputs), natural logarithm. Options are keywords; each is honoured by every backend that runs, or refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile import autograd, plan
+from flashtile.masks import Alignment, Mask
+from flashtile.plan import Plan
+from flashtile.problem import describe
+from flashtile.request import Arguments, Packing, build
+from flashtile.state import State
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Mask | Tensor | Callable[..., Any] | None = None,
+    block_mask: Any = None,
+    score_mod: Callable[..., Any] | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    alignment: Alignment = "bottom_right",
+    out_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | State:
+    """Exact attention: softmax(scale * q k^T, modified and masked) v, with memory linear in the sequence length.
+
+    FlashAttention (Dao et al. 2022): tiling, online softmax, recomputation in the backward pass. Gradients flow to q,
+    k, v, bias, alibi_slopes, sinks, the tensors that score_mod captures, and from out and lse alike. A query that sees
+    no key gets out 0, lse -inf and gradients 0. NaN in gives NaN out.
+
+    Args:
+        q: (batch, seqlen_q, heads, headdim), float16, bfloat16, float32 or float64.
+        k: (batch, seqlen_kv, heads_kv, headdim), dtype and device of q; heads_kv divides heads (GQA, MQA).
+        v: (batch, seqlen_kv, heads_kv, headdim_v).
+        causal: query i sees keys up to its diagonal (see `alignment`).
+        window: (left, right): query i sees `left` keys before its diagonal, the diagonal, and `right` after; None in
+            a place: no limit there. (2, 0) lets query 3 of 5 see keys 1, 2, 3 of 5.
+        mask: a `flashtile.masks` value, a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_kv) with
+            True for "may attend", or a FlexAttention mask_mod(b, h, q_idx, kv_idx). Joined by `and` with the others.
+        block_mask: a FlexAttention BlockMask, made for these lengths.
+        score_mod: a FlexAttention score_mod(score, b, h, q_idx, kv_idx); sees the score after all of the below.
+        bias: added to the scaled scores; broadcasts to (batch, heads, seqlen_q, seqlen_kv); any float dtype, strides.
+        alibi_slopes: (heads,) or (batch, heads); adds -slope * |distance from the diagonal| (Press et al. 2022).
+        softcap: scores become softcap * tanh(score / softcap), before bias and slopes. 0 or None: off.
+        sinks: (heads,), one logit a head that joins the softmax's denominator (and the lse) but has no value.
+        scale: multiplies q k^T; default headdim ** -0.5.
+        dropout_p: probability in [0, 1) of dropping an attention weight; the lse is that of the undropped weights.
+        seed: int, or int64 tensor of one number, that decides what is dropped (`dropout_mask` shows it); default:
+            drawn from PyTorch's generator.
+        alignment: where causal, window and ALiBi have their diagonal: "bottom_right" (the last query sees the last
+            key) or "top_left" (query 0 sees key 0). They differ only where seqlen_q and seqlen_kv do.
+        out_dtype: dtype of out: q's (default) or torch.float32.
+        return_lse: return State(out, lse) instead of out.
+        deterministic: gradients repeat bit for bit; default: torch.are_deterministic_algorithms_enabled().
+        backend: insist on one backend; default: the fastest that takes the call (see `explain`).
+
+    Returns:
+        out (batch, seqlen_q, heads, headdim_v), contiguous; or, with return_lse, State(out, lse) where lse is
+        (batch, heads, seqlen_q), float32, natural logarithm.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it, what it got, and what to do.
+        NotImplementedError: `backend` cannot take the call.
+    """
+    arguments = Arguments(
+        causal=causal,
+        window=window,
+        mask=mask,
+        block_mask=block_mask,
+        score_mod=score_mod,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        alignment=alignment,
+        out_dtype=out_dtype,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        backend=backend,
+    )
+    inputs, options = build(q, k, v, arguments)
+    out, lse = autograd.attention(inputs, options)
+    return State(out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Mask | Tensor | Callable[..., Any] | None = None,
+    block_mask: Any = None,
+    score_mod: Callable[..., Any] | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    alignment: Alignment = "bottom_right",
+    out_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | State:
+    """`attention` over sequences of different lengths, packed one after the other without padding.
+
+    Sequence i has the queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] and likewise keys; it may have none of either.
+    Indices that masks and modifiers see count from 0 within a sequence, and `b` is the sequence. Tables (bias, bool
+    masks, document ids) are shared: they must reach at least as far as the longest sequence.
+
+    Args:
+        q: (total_q, heads, headdim); k: (total_k, heads_kv, headdim); v: (total_k, heads_kv, headdim_v).
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1,), int32 or int64, never decreasing.
+        seqused_q, seqused_k: (sequences,), how many of a sequence's rows are in use, counted from its start; the rest
+            is padding: never read, its out is 0, its lse -inf. Default: all.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths in use; optional. An int is checked where the host can
+            see the lengths; a tensor is accepted and never read.
+        Everything else as in `attention`, with "batch" being the number of sequences; block_mask is refused.
+
+    Returns:
+        out (total_q, heads, headdim_v); with return_lse, State(out, lse) with lse (heads, total_q).
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in `attention`.
+    """
+    arguments = Arguments(
+        causal=causal,
+        window=window,
+        mask=mask,
+        block_mask=block_mask,
+        score_mod=score_mod,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        alignment=alignment,
+        out_dtype=out_dtype,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        backend=backend,
+    )
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    inputs, options = build(q, k, v, arguments, packing)
+    out, lse = autograd.attention(inputs, options)
+    return State(out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Mask | Tensor | Callable[..., Any] | None = None,
+    block_mask: Any = None,
+    score_mod: Callable[..., Any] | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    alignment: Alignment = "bottom_right",
+    out_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Plan:
+    """Says, without running anything, which backend, kernel and tiles `attention` would use, and why none faster.
+
+    Takes the arguments of `attention`; with cu_seqlens_q and cu_seqlens_k, those of `attention_varlen`.
+
+    Returns:
+        Plan: printed, and returned with fields backend, kernel, config and rejected ((name, reason), ...).
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention` would.
+    """
+    arguments = Arguments(
+        causal=causal,
+        window=window,
+        mask=mask,
+        block_mask=block_mask,
+        score_mod=score_mod,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        alignment=alignment,
+        out_dtype=out_dtype,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        backend=backend,
+    )
+    packing = None
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        packing = Packing(cu_seqlens_q, cu_seqlens_k, None, None, None, None)
+    inputs, options = build(q, k, v, arguments, packing)
+    chosen = plan.choose(describe(inputs, options), options.backend)
+    print(chosen)
+    return chosen

@@ -1,0 +1,55 @@
+"""The backends, fastest first, and the contract that each one fulfils.
+
+A backend is a module `flashtile.backends.<name>` with two names: `unavailable() -> str | None` (why it cannot run on
+this machine) and `KERNELS`, a tuple of `Kernel`s, fastest first. The planner asks each kernel in turn whether it
+takes a Problem; the first that gives no reason against it runs. No backend imports another.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from flashtile.problem import Inputs, Problem
+
+ORDER: tuple[str, ...] = ("pytorch",)
+"""Names of the backends, fastest first."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass returns: None for what `Problem.wanted` does not name."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    score: Sequence[Tensor | None] = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way of computing attention.
+
+    refuses(problem): the reason why this kernel cannot take the Problem, or None.
+    configure(problem): the tile sizes and other tuning; never changes results beyond rounding.
+    forward(inputs, problem, config) -> (out, lse), contiguous, as `State` describes.
+    backward(inputs, problem, config, out, lse, grad_out, grad_lse) -> Gradients; either gradient may be None.
+    """
+
+    name: str
+    refuses: Callable[[Problem], str | None]
+    configure: Callable[[Problem], Any]
+    forward: Callable[[Inputs, Problem, Any], tuple[Tensor, Tensor]]
+    backward: Callable[[Inputs, Problem, Any, Tensor, Tensor, Tensor | None, Tensor | None], Gradients]
+
+
+def load(name: str) -> ModuleType:
+    """The backend module of that name."""
+    from importlib import import_module
+
+    return import_module(f"flashtile.backends.{name}")

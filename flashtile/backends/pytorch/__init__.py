@@ -1,0 +1,20 @@
+"""The PyTorch backend: attention in tiled PyTorch operations, wherever PyTorch runs; the CPU's backend.
+
+Two kernels. `aten_flash` is PyTorch's own CPU flash operator, for what it computes exactly as we do; `tiled` is the
+sweep of this package and takes everything.
+"""
+
+from flashtile.backends import Kernel
+from flashtile.backends.pytorch import packed, sweep
+from flashtile.backends.pytorch import native
+
+
+def unavailable() -> str | None:
+    """PyTorch is always there."""
+    return None
+
+
+KERNELS = (
+    Kernel("aten_flash", native.refuses, sweep.configure, *packed.over_sequences(native.forward, native.backward)),
+    Kernel("tiled", sweep.refuses, sweep.configure, *packed.over_sequences(sweep.forward, sweep.backward)),
+)

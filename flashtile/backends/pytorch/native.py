@@ -1,0 +1,85 @@
+"""PyTorch's own CPU flash operator, where it computes exactly what was asked."""
+
+import torch
+from torch import Tensor
+
+from flashtile.backends.pytorch import sweep
+from flashtile.problem import Inputs, Problem
+from flashtile.scores import Grads
+from flashtile.tuning.cpu import SweepConfig
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+_CAUSAL = {f'["causal","{alignment}"]': alignment for alignment in ("bottom_right", "top_left")}
+_PLAIN = '["full"]'
+
+
+def refuses(problem: Problem) -> str | None:
+    """Takes plain and causal attention with one head dimension and the output in the input's dtype."""
+    if problem.device != "cpu":
+        return f"it runs on the CPU, the tensors are on {problem.device}"
+    if problem.mask != _PLAIN and problem.mask not in _CAUSAL:
+        return f"the mask is {problem.mask}; it takes none or causal"
+    if problem.modified:
+        return f"it has no {', '.join(problem.modified)}"
+    if problem.headdim != problem.headdim_v:
+        return f"headdim {problem.headdim} and headdim_v {problem.headdim_v} differ"
+    if problem.out_dtype != problem.dtype:
+        return f"the output is wanted in {problem.out_dtype}; it returns the input's dtype"
+    lengths = (problem.seqlen_q, problem.seqlen_kv)
+    if not problem.varlen and not _diagonal_fits(problem.mask, *lengths):
+        return f"its causal diagonal starts at the top left; seqlen_q {lengths[0]} and seqlen_kv {lengths[1]} differ"
+    return None
+
+
+def _diagonal_fits(mask: str, seqlen_q: int, seqlen_kv: int) -> bool:
+    return _CAUSAL.get(mask) != "bottom_right" or seqlen_q == seqlen_kv
+
+
+def _exact(inputs: Inputs, problem: Problem) -> bool:
+    """Whether the operator is right for these very tensors: it has no empty case and loses a NaN in q."""
+    if 0 in inputs.q.shape or 0 in inputs.k.shape:
+        return False
+    if not _diagonal_fits(problem.mask, problem.seqlen_q, problem.seqlen_kv):
+        return False
+    return bool(torch.isfinite(inputs.q.sum(dtype=torch.float32) + inputs.k.sum(dtype=torch.float32)))
+
+
+def _heads_second(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (batch, heads, seqlen, headdim), which is how PyTorch lays attention out."""
+    return inputs.q.transpose(1, 2), inputs.k.transpose(1, 2), inputs.v.transpose(1, 2)
+
+
+def forward(inputs: Inputs, problem: Problem, config: SweepConfig, first_batch: int = 0) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a dense problem."""
+    if not _exact(inputs, problem):
+        return sweep.forward(inputs, problem, config, first_batch)
+    out, lse = _FORWARD(*_heads_second(inputs), 0.0, problem.mask in _CAUSAL, scale=problem.scale)
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+def backward(
+    inputs: Inputs,
+    problem: Problem,
+    config: SweepConfig,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grads: Grads,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv); a gradient of the log-sum-exp is the sweep's business, the operator has no place for it."""
+    if grad_lse is not None or problem.group > 1 or not _exact(inputs, problem):
+        return sweep.backward(inputs, problem, config, out, lse, grad_out, grad_lse, grads, first_batch)
+    dq, dk, dv = _BACKWARD(
+        grad_out.transpose(1, 2),
+        *_heads_second(inputs),
+        out.transpose(1, 2),
+        lse,
+        0.0,
+        problem.mask in _CAUSAL,
+        scale=problem.scale,
+    )
+    return dq.transpose(1, 2).contiguous(), dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous()

@@ -1,0 +1,81 @@
+"""Problem -> Plan: which backend, which kernel, which tiles, and why nothing faster."""
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from flashtile import backends
+from flashtile.backends import Kernel
+from flashtile.problem import Problem
+
+logger = logging.getLogger("flashtile")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice for one Problem. `rejected` holds (backend/kernel, reason) of everything faster that was refused."""
+
+    problem: Problem
+    backend: str
+    kernel: str
+    config: Any
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        config = ", ".join(f"{name}={value}" for name, value in self.config._asdict().items())
+        lines = [f"{_title(self.problem)}", f"  runs on  {self.backend}/{self.kernel} ({config})"]
+        lines += [f"  refused  {name}: {reason}" for name, reason in self.rejected]
+        return "\n".join(lines)
+
+
+def _title(problem: Problem) -> str:
+    lengths = f"{problem.seqlen_q}x{problem.seqlen_kv}"
+    dims = f"{problem.headdim}" if problem.headdim == problem.headdim_v else f"{problem.headdim}/{problem.headdim_v}"
+    dtype = str(problem.dtype).removeprefix("torch.")
+    parts = [
+        f"attention{' (packed)' if problem.varlen else ''}: batch {problem.batch}, seqlen {lengths}",
+        f"heads {problem.heads}/{problem.heads_kv}, headdim {dims}, {dtype} on {problem.device}",
+        f"mask {problem.mask}",
+        *problem.modified,
+    ]
+    return ", ".join(parts)
+
+
+def available() -> list[tuple[str, str | None]]:
+    """(name, None or the reason why it cannot run here) of every backend, fastest first."""
+    return [(name, backends.load(name).unavailable()) for name in backends.ORDER]
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, backend: str | None = None) -> Plan:
+    """The fastest kernel that takes this Problem; with `backend`, the fastest of that backend only.
+
+    Raises:
+        NotImplementedError: none takes it; the message holds each one's reason.
+    """
+    rejected: list[tuple[str, str]] = []
+    for name in backends.ORDER if backend is None else (backend,):
+        module = backends.load(name)
+        missing = module.unavailable()
+        if missing is not None:
+            rejected.append((name, missing))
+            continue
+        for kernel in module.KERNELS:
+            reason = kernel.refuses(problem)
+            if reason is None:
+                chosen = Plan(problem, name, kernel.name, kernel.configure(problem), tuple(rejected))
+                if rejected:
+                    logger.info("%s", chosen)
+                return chosen
+            rejected.append((f"{name}/{kernel.name}", reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+    raise NotImplementedError(
+        f"no backend takes {_title(problem)}: {reasons}. Leave out the option named, or the argument 'backend'."
+    )
+
+
+def kernel(plan: Plan) -> Kernel:
+    """The kernel that a Plan names."""
+    kernels: tuple[Kernel, ...] = backends.load(plan.backend).KERNELS
+    return next(candidate for candidate in kernels if candidate.name == plan.kernel)

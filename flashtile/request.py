@@ -1,0 +1,168 @@
+"""From the arguments of a public function to (Inputs, Options): checks, defaults, masks joined, modifiers traced.
+
+This runs under `torch.compile` too: plain code, no caches, no tensor read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile import backends, check, masks, trace
+from flashtile.masks import Mask
+from flashtile.problem import Inputs, Options
+
+
+@dataclass
+class Arguments:
+    """The options that the public functions share, as the user gave them."""
+
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    mask: Mask | Tensor | Callable[..., Any] | None
+    block_mask: Any
+    score_mod: Callable[..., Any] | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    scale: float | None
+    dropout_p: float
+    seed: int | Tensor | None
+    alignment: str
+    out_dtype: torch.dtype | None
+    return_lse: bool
+    deterministic: bool | None
+    backend: str | None
+
+
+@dataclass
+class Packing:
+    """Where the packed sequences lie, as the user gave it."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+    max_seqlen_q: int | Tensor | None
+    max_seqlen_k: int | Tensor | None
+
+
+def build(
+    q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
+) -> tuple[Inputs, Options]:
+    """Checks everything, then says it in the engine's words."""
+    check.qkv(q, k, v, varlen=packing is not None)
+    _check(q, k, arguments, packing)
+    q, k, v = _autocast(q, k, v)
+    mask = _mask(arguments)
+    score = None if arguments.score_mod is None else trace.lift(arguments.score_mod, "score")
+    inputs = Inputs(
+        q,
+        k,
+        v,
+        cu_seqlens_q=packing.cu_seqlens_q if packing else None,
+        cu_seqlens_k=packing.cu_seqlens_k if packing else None,
+        seqused_q=packing.seqused_q if packing else None,
+        seqused_k=packing.seqused_k if packing else None,
+        bias=arguments.bias,
+        alibi_slopes=arguments.alibi_slopes,
+        sinks=arguments.sinks,
+        seed=_seed(arguments, q),
+        mask=mask.tensors,
+        score=() if score is None else score.tensors,
+    )
+    options = Options(
+        mask=mask.token,
+        score_mod="" if score is None else score.key,
+        scale=q.shape[-1] ** -0.5 if arguments.scale is None else float(arguments.scale),
+        softcap=float(arguments.softcap or 0.0),
+        dropout_p=float(arguments.dropout_p),
+        alignment=arguments.alignment,
+        out_dtype=arguments.out_dtype or q.dtype,
+        deterministic=_deterministic(arguments.deterministic),
+        backend=arguments.backend,
+        max_seqlen_q=packing.max_seqlen_q if packing and not isinstance(packing.max_seqlen_q, Tensor) else None,
+        max_seqlen_k=packing.max_seqlen_k if packing and not isinstance(packing.max_seqlen_k, Tensor) else None,
+    )
+    return inputs, options
+
+
+def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) -> None:
+    varlen = packing is not None
+    if packing is not None:
+        lengths = {
+            "cu_seqlens_q": packing.cu_seqlens_q,
+            "cu_seqlens_k": packing.cu_seqlens_k,
+            "seqused_q": packing.seqused_q,
+            "seqused_k": packing.seqused_k,
+        }
+        check.packing(q, lengths, {"max_seqlen_q": packing.max_seqlen_q, "max_seqlen_k": packing.max_seqlen_k})
+    batch = packing.cu_seqlens_q.shape[0] - 1 if packing is not None else q.shape[0]
+    check.flag("causal", arguments.causal)
+    check.flag("return_lse", arguments.return_lse)
+    check.deterministic(arguments.deterministic)
+    check.alignment(arguments.alignment)
+    check.window(arguments.window)
+    check.mask_argument(arguments.mask)
+    check.block_mask(arguments.block_mask, q, k, varlen)
+    check.score_mod(arguments.score_mod)
+    check.bias(arguments.bias, q, k, varlen)
+    check.alibi_slopes(arguments.alibi_slopes, q, batch)
+    check.softcap(arguments.softcap)
+    check.sinks(arguments.sinks, q)
+    check.scale(arguments.scale)
+    check.dropout(arguments.dropout_p, arguments.seed, q)
+    check.out_dtype(arguments.out_dtype, q)
+    check.backend(arguments.backend, backends.ORDER)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast the dot products run in its dtype, as PyTorch's own attention does; float64 stays."""
+    device = q.device.type
+    if not torch.is_autocast_enabled(device) or q.dtype is torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _mask(arguments: Arguments) -> Mask:
+    """Everything that hides keys, joined with `&`."""
+    alignment: Any = arguments.alignment
+    parts = []
+    if arguments.causal:
+        parts.append(masks.causal(alignment))
+    if arguments.window is not None:
+        parts.append(masks.window(*arguments.window, alignment))
+    if isinstance(arguments.mask, Mask):
+        parts.append(arguments.mask)
+    elif isinstance(arguments.mask, Tensor):
+        parts.append(masks.dense(arguments.mask))
+    elif arguments.mask is not None:
+        parts.append(masks.custom(arguments.mask))
+    if arguments.block_mask is not None:
+        parts.append(masks.from_block_mask(arguments.block_mask))
+    if not parts:
+        return masks.full()
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined & part
+    return joined
+
+
+def _seed(arguments: Arguments, q: Tensor) -> Tensor | None:
+    """Dropout's seed; drawn from PyTorch's generator, so that checkpointing replays it and manual_seed fixes it."""
+    if arguments.dropout_p == 0:
+        return None
+    if arguments.seed is None:
+        return torch.randint(0, 2**62, (), dtype=torch.int64, device=q.device)
+    if isinstance(arguments.seed, Tensor):
+        return arguments.seed.reshape(())
+    return torch.full((), arguments.seed, dtype=torch.int64, device=q.device)
+
+
+def _deterministic(value: bool | None) -> bool:
+    """None follows PyTorch's global switch."""
+    return torch.are_deterministic_algorithms_enabled() if value is None else value

@@ -1,0 +1,168 @@
+"""Score modifiers: what happens to a score between the dot product and the softmax, with derivatives.
+
+They apply in this order, each optional:
+
+    s = scale * q.k          (the sweep's own)
+    s = softcap * tanh(s / softcap)
+    s = s + bias[b, h, i, j]
+    s = s - slope[h] * |i + seqlen_kv - seqlen_q - j|      (ALiBi, Press et al. 2022, aligned as the call says)
+    s = score_mod(s, b, h, i, j)
+
+then the mask. A modifier is a pair of functions on one tile of scores (batch, heads, queries, keys): `apply`, and
+`backward`, the vector-Jacobian product at the same input, which adds to the gradients of the modifier's tensors.
+`sinks` and dropout act on the softmax itself and live in the sweep.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from flashtile import trace
+from flashtile.masks import At
+from flashtile.problem import Inputs, Problem
+
+
+class Tile(NamedTuple):
+    """One tile's place: global index tensors, and the same as slices (batch, heads, queries, keys)."""
+
+    at: At
+    slices: tuple[slice, slice, slice, slice]
+
+
+class Modifier(Protocol):
+    def apply(self, score: Tensor, tile: Tile) -> Tensor: ...
+
+    def backward(self, score: Tensor, grad: Tensor, tile: Tile) -> Tensor: ...
+
+
+@dataclass
+class Softcap:
+    """Gemma 2 (2024), section 2: scores stay within (-cap, cap)."""
+
+    cap: float
+
+    def apply(self, score: Tensor, tile: Tile) -> Tensor:
+        return torch.tanh(score / self.cap) * self.cap
+
+    def backward(self, score: Tensor, grad: Tensor, tile: Tile) -> Tensor:
+        return grad * (1 - torch.tanh(score / self.cap).square())
+
+
+@dataclass
+class Bias:
+    """`bias` broadcasts to (batch, heads, seqlen_q, seqlen_kv); its gradient is summed tile by tile in its own shape."""
+
+    bias: Tensor
+    grad: Tensor | None
+
+    def _slices(self, tile: Tile) -> tuple[slice, ...]:
+        sizes = self.bias.shape
+        return tuple(s if size > 1 else slice(0, 1) for s, size in zip(tile.slices, sizes, strict=True))
+
+    def apply(self, score: Tensor, tile: Tile) -> Tensor:
+        return score + self.bias[self._slices(tile)].to(score.dtype)
+
+    def backward(self, score: Tensor, grad: Tensor, tile: Tile) -> Tensor:
+        if self.grad is not None:
+            summed = [dim for dim, size in enumerate(self.bias.shape) if size == 1]
+            self.grad[self._slices(tile)] += grad.sum(summed, keepdim=True) if summed else grad
+        return grad
+
+
+@dataclass
+class Alibi:
+    """`slopes` float, (1 or batch, heads, 1, 1)."""
+
+    slopes: Tensor
+    alignment: str
+    grad: Tensor | None
+
+    def _distance(self, score: Tensor, tile: Tile) -> Tensor:
+        return (tile.at.aligned(self.alignment) - tile.at.key).abs().to(score.dtype)
+
+    def _slices(self, tile: Tile) -> tuple[slice, slice]:
+        return tile.slices[0] if len(self.slopes) > 1 else slice(0, 1), tile.slices[1]
+
+    def apply(self, score: Tensor, tile: Tile) -> Tensor:
+        return score - self.slopes[self._slices(tile)] * self._distance(score, tile)
+
+    def backward(self, score: Tensor, grad: Tensor, tile: Tile) -> Tensor:
+        if self.grad is not None:
+            summed = (grad * self._distance(score, tile)).sum((-2, -1), keepdim=True)
+            self.grad[self._slices(tile)] -= summed if len(self.slopes) > 1 else summed.sum(0, keepdim=True)
+        return grad
+
+
+@dataclass
+class Custom:
+    """A traced `score_mod` with its captured tensors."""
+
+    graph: trace.Traced
+    tensors: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+
+    def apply(self, score: Tensor, tile: Tile) -> Tensor:
+        at = tile.at
+        changed = self.graph.evaluate(score, at.batch, at.head, at.query, at.key, self.tensors)
+        return changed.to(score.dtype).expand(score.shape)
+
+    def backward(self, score: Tensor, grad: Tensor, tile: Tile) -> Tensor:
+        at, wanted = tile.at, [total is not None for total in self.grads]
+        grad, parts = self.graph.derivative(score, at.batch, at.head, at.query, at.key, self.tensors, grad, wanted)
+        for total, part in zip(self.grads, parts, strict=True):
+            if total is not None and part is not None:
+                total += part
+        return grad
+
+
+@dataclass
+class Grads:
+    """Gradients of all but q, k and v, accumulated over tiles in the accumulator's dtype; None: not wanted."""
+
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    score: list[Tensor | None] = field(default_factory=list)
+
+
+def zero_grads(inputs: Inputs, problem: Problem) -> Grads:
+    """Zeroed gradients for what `problem.wanted` names; None for the rest."""
+    wanted, dtype = problem.wanted, problem.accumulator
+
+    def zeros(tensor: Tensor | None, want: bool) -> Tensor | None:
+        return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if want and tensor is not None else None
+
+    wants = wanted.score or (False,) * len(inputs.score)
+    return Grads(
+        zeros(inputs.bias, wanted.bias),
+        zeros(inputs.alibi_slopes, wanted.alibi_slopes),
+        zeros(inputs.sinks, wanted.sinks),
+        [zeros(tensor, want) for tensor, want in zip(inputs.score, wants, strict=True)],
+    )
+
+
+def four_dimensions(tensor: Tensor) -> Tensor:
+    """A view with leading dimensions of size 1."""
+    return tensor.reshape((1,) * (4 - tensor.ndim) + tensor.shape)
+
+
+def modifiers(inputs: Inputs, problem: Problem, grads: Grads | None = None) -> list[Modifier]:
+    """The modifiers that this call asks for, in order; `grads` receives their tensors' gradients."""
+    grads = grads or Grads(score=[None] * len(inputs.score))
+    chain: list[Modifier] = []
+    if problem.softcap:
+        chain.append(Softcap(problem.softcap))
+    if inputs.bias is not None:
+        grad = None if grads.bias is None else grads.bias.view(four_dimensions(inputs.bias).shape)
+        chain.append(Bias(four_dimensions(inputs.bias), grad))
+    if inputs.alibi_slopes is not None:
+        slopes = inputs.alibi_slopes.to(problem.accumulator)
+        shape = (-1, slopes.shape[-1], 1, 1)
+        grad = None if grads.alibi_slopes is None else grads.alibi_slopes.view(shape)
+        chain.append(Alibi(slopes.reshape(shape), problem.alignment, grad))
+    if problem.score_mod:
+        chain.append(Custom(trace.graph(problem.score_mod), inputs.score, grads.score))
+    return chain
