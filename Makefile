@@ -1,0 +1,65 @@
+# make demo and make test work on a fresh machine that has Python 3.10 to 3.13, pip and make; a GPU is used where there is one.
+#   PYTHON=python3.12   the interpreter that the environment is made from (a torch it already has is reused)
+#   VENV=.venv          where the environment lies
+#   TORCH=torch==2.13.0 what to install as torch where there is none yet
+#   ARGS="-k causal"    handed on to flashtile demo or to pytest
+#   WORKERS=0           test processes; 0 runs the tests in one process, for a debugger
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+WORKERS ?= auto
+ARGS ?=
+
+export PYTHON VENV TORCH
+MAKEFLAGS += --no-print-directory
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+GPU_TESTS = $$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--ignore=tests/gpu")')
+
+.PHONY: help env demo test lint format types wheel check clean
+
+help:
+	@echo "make demo    show what flashtile does on this machine"
+	@echo "make test    run the tests (those in tests/gpu only where there is a GPU)"
+	@echo "make check   lint, types, wheel and tests: what CI runs"
+	@echo "make format  let ruff rewrite the sources"
+	@echo "make clean   remove the environment and the caches"
+
+env: $(READY)
+
+$(READY): pyproject.toml tools/setup_env.sh
+	bash tools/setup_env.sh
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/flashtile demo $(ARGS)
+
+# The test processes share the cores, so each one's torch gets one thread.
+test: $(READY)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal $(GPU_TESTS) $(ARGS)
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(READY)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+types: $(READY)
+	$(BIN)/python -m mypy
+
+wheel: $(READY)
+	$(BIN)/python tools/check_wheel.py
+
+# One after another even under make -j, and the tests last, so that their closing line ends the output.
+check:
+	$(MAKE) lint
+	$(MAKE) types
+	$(MAKE) wheel
+	$(MAKE) test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
