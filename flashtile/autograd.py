@@ -2,12 +2,17 @@
 
 Both are opaque custom operators with fake kernels; shapes may be symbolic. Masks and score modifiers travel as tokens
 (see `masks.Mask.token`, `trace.Lifted.key`) beside the tensors they refer to.
+
+Plain eager calls go through `_Eager`, an autograd function over the same two bodies: a custom operator spends about
+half a millisecond of cold Python on its generic machinery, more than a short attention itself.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flashtile import backends, check, plan
 from flashtile.problem import Inputs, Options, Wanted, describe
@@ -26,7 +31,7 @@ _OPTION_COUNT = 11  # the arguments of _TAIL from `mask` on
 def _unpack(tensors: tuple[Any, ...]) -> tuple[Inputs, Options]:
     """(q, k, v, *_TAIL) -> (Inputs, Options)."""
     *leading, mask_tensors, score_tensors = tensors[:-_OPTION_COUNT]
-    inputs = Inputs(*leading, mask=tuple(mask_tensors), score=tuple(score_tensors))
+    inputs = Inputs(*[*leading, tuple(mask_tensors), tuple(score_tensors)])
     return inputs, Options(*tensors[-_OPTION_COUNT:])
 
 
@@ -60,16 +65,36 @@ def _pack(inputs: Inputs, options: Options) -> tuple[Any, ...]:
     )
 
 
-@torch.library.custom_op(
-    "flashtile::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)"
-)
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, options = _unpack(arguments)
+def _run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     problem = describe(inputs, options)
     if not problem.varlen:
         check.mask(inputs, problem)
     chosen = plan.choose(problem, options.backend)
     return plan.kernel(chosen).forward(inputs, problem, chosen.config)
+
+
+def _run_backward(
+    inputs: Inputs,
+    options: Options,
+    saved: tuple[Tensor, Tensor],
+    grads: tuple[Tensor | None, Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of `_sources`, each in its tensor's dtype; None where not wanted."""
+    problem = describe(inputs, options, backward=True, wanted=_wanted(wanted))
+    chosen = plan.choose(problem, options.backend)
+    gradients = plan.kernel(chosen).backward(inputs, problem, chosen.config, *saved, *grads)
+    return [
+        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(_flat(gradients), _sources(inputs), strict=True)
+    ]
+
+
+@torch.library.custom_op(
+    "flashtile::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)"
+)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _run_forward(*_unpack(arguments))
 
 
 @_forward.register_fake
@@ -89,16 +114,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wanted: list[bool], *arguments: Any
 ) -> list[Tensor]:
-    inputs, options = _unpack(arguments)
-    problem = describe(inputs, options, backward=True, wanted=_wanted(wanted))
-    chosen = plan.choose(problem, options.backend)
-    kernel = plan.kernel(chosen)
-    gradients = kernel.backward(inputs, problem, chosen.config, out, lse, grad_out, grad_lse)
-    return [
-        gradient.to(tensor.dtype)
-        for gradient, tensor in zip(_flat(gradients), _sources(inputs), strict=True)
-        if gradient is not None and tensor is not None
-    ]
+    found = _run_backward(*_unpack(arguments), (out, lse), (grad_out, grad_lse), wanted)
+    return [gradient for gradient in found if gradient is not None]
 
 
 @_backward.register_fake
@@ -114,7 +131,7 @@ def _(
     ]
 
 
-def _wanted(flags: list[bool]) -> Wanted:
+def _wanted(flags: Sequence[bool]) -> Wanted:
     return Wanted(flags[0], flags[1], flags[2], tuple(flags[3:]))
 
 
@@ -128,32 +145,80 @@ def _flat(gradients: backends.Gradients) -> list[Tensor | None]:
     return [*named, *gradients.score]
 
 
+def _asked(inputs: Inputs) -> list[bool]:
+    """Which gradients beyond those of q, k and v are wanted."""
+    return [tensor is not None and tensor.requires_grad for tensor in _sources(inputs)[3:]]
+
+
+def _save(ctx: Any, inputs: Inputs, options: Options, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.counts = options, (len(inputs.mask), len(inputs.score))
+    tensors = _pack(inputs, options)[: -_OPTION_COUNT - 2]
+    ctx.save_for_backward(*output, *tensors, *inputs.mask, *inputs.score)
+
+
+def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor, Tensor]]:
+    """What `_save` kept: (inputs, (out, lse))."""
+    masks, scores = ctx.counts
+    out, lse, *tensors = ctx.saved_tensors
+    first = len(tensors) - masks - scores
+    mask, score = tensors[first : first + masks], tensors[first + masks :]
+    return Inputs(*[*tensors[:first], tuple(mask), tuple(score)]), (out, lse)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call, options = _unpack(inputs)
-    ctx.set_materialize_grads(False)
-    ctx.options = options
-    ctx.counts = (len(call.mask), len(call.score))
-    leading = _pack(call, options)[: -_OPTION_COUNT - 2]
-    ctx.save_for_backward(*output, *leading, *call.mask, *call.score)
-    ctx.wanted = [tensor is not None and tensor.requires_grad for tensor in _sources(call)[3:]]
+    ctx.wanted = _asked(call)
+    _save(ctx, call, options, output)
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    masks, scores = ctx.counts
-    out, lse, *leading = ctx.saved_tensors
-    leading, extra = leading[: len(leading) - masks - scores], leading[len(leading) - masks - scores :]
-    call = Inputs(*leading, mask=tuple(extra[:masks]), score=tuple(extra[masks:]))
-    arguments = _pack(call, ctx.options)
-    found = iter(_backward(grad_out, grad_lse, out, lse, ctx.wanted, *arguments))
+    call, output = _saved(ctx)
+    found = iter(_backward(grad_out, grad_lse, *output, ctx.wanted, *_pack(call, ctx.options)))
     grads = [next(found) if want else None for want in (True, True, True, *ctx.wanted)]
     q, k, v, bias, slopes, sinks, *score = grads
-    packing = (None,) * 4
-    return (q, k, v, *packing, bias, slopes, sinks, None, [None] * masks, score, *(None,) * _OPTION_COUNT)
+    masks = [None] * len(call.mask)
+    return (q, k, v, *(None,) * 4, bias, slopes, sinks, None, masks, score, *(None,) * _OPTION_COUNT)
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
 
 
+class _Eager(torch.autograd.Function):
+    """The same call without the operator; `sources` are the tensors of `_sources`, in order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Inputs, options: Options, wanted: list[bool], *sources: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        output = _run_forward(inputs, options)
+        ctx.wanted = wanted
+        _save(ctx, inputs, options, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        inputs, output = _saved(ctx)
+        found = _run_backward(inputs, ctx.options, output, (grad_out, grad_lse), ctx.wanted)
+        return (None, None, None, *found)
+
+
+def _plainly_eager(inputs: Inputs) -> bool:
+    """No compiler, no dispatch mode, no functorch transform and no tensor subclass is watching."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    tensors = (*_pack(inputs, Options())[: -_OPTION_COUNT - 2], *inputs.mask, *inputs.score)
+    return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
 def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call, differentiable."""
-    return _forward(*_pack(inputs, options))
+    if not _plainly_eager(inputs):
+        return _forward(*_pack(inputs, options))
+    sources = _sources(inputs)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources):
+        return _Eager.apply(inputs, options, _asked(inputs), *sources)
+    return _run_forward(inputs, options)

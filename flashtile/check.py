@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import masks
+from flashtile import mask_nodes, masks
 from flashtile.problem import Inputs, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,7 +43,9 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, varlen: bool = False) -> None:
             hint = "attention_varlen takes packed, attention batched tensors"
             raise ValueError(f"{name}: got shape {_shape(tensor)}, need {layout}; {hint}")
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: got {tensor.dtype}, need float16, bfloat16, float32 or float64; try {name}.float()")
+            raise TypeError(
+                f"{name}: got {tensor.dtype}, need float16, bfloat16, float32 or float64; try {name}.float()"
+            )
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, need {q.dtype} as q; try {name}.to(q.dtype)")
         _beside(name, tensor, q)
@@ -99,8 +101,9 @@ def mask_argument(value: Any) -> None:
                 f"mask: got a {value.dtype} tensor, need bool (True: may attend); additive masks go to the argument bias"
             )
         if value.ndim > 4:
-            raise ValueError(f"mask: got shape {_shape(value)}, need one that broadcasts to (batch, heads, seqlen_q, "
-                             "seqlen_kv)")
+            raise ValueError(
+                f"mask: got shape {_shape(value)}, need one that broadcasts to (batch, heads, seqlen_q, seqlen_kv)"
+            )
     elif hasattr(value, "kv_num_blocks"):
         raise TypeError("mask: got a FlexAttention BlockMask; hand it to the argument block_mask")
     elif not (value is None or isinstance(value, masks.Mask) or callable(value)):
@@ -127,9 +130,7 @@ def block_mask(value: Any, q: Tensor, k: Tensor, varlen: bool) -> None:
 
 def score_mod(value: Any) -> None:
     if value is not None and not callable(value):
-        raise TypeError(
-            f"score_mod: got {type(value).__name__}, need a function score_mod(score, b, h, q_idx, kv_idx)"
-        )
+        raise TypeError(f"score_mod: got {type(value).__name__}, need a function score_mod(score, b, h, q_idx, kv_idx)")
 
 
 def broadcasts(name: str, tensor: Tensor, sizes: Sequence[int], at_least: bool) -> None:
@@ -152,7 +153,9 @@ def bias(value: Any, q: Tensor, k: Tensor, varlen: bool) -> None:
     _floating("bias", value)
     _beside("bias", value, q)
     if value.ndim > 4:
-        raise ValueError(f"bias: got shape {_shape(value)}, need at most 4 dimensions (batch, heads, seqlen_q, seqlen_kv)")
+        raise ValueError(
+            f"bias: got shape {_shape(value)}, need at most 4 dimensions (batch, heads, seqlen_q, seqlen_kv)"
+        )
     if not varlen:
         broadcasts("bias", value, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), at_least=False)
 
@@ -165,8 +168,10 @@ def alibi_slopes(value: Any, q: Tensor, batch: int) -> None:
     _beside("alibi_slopes", value, q)
     heads = q.shape[-2]
     if _shape(value) not in ((heads,), (batch, heads)):
-        raise ValueError(f"alibi_slopes: got shape {_shape(value)}, need (heads,) = ({heads},) or (batch, heads) = "
-                         f"({batch}, {heads})")
+        raise ValueError(
+            f"alibi_slopes: got shape {_shape(value)}, need (heads,) = ({heads},) or (batch, heads) = "
+            f"({batch}, {heads})"
+        )
 
 
 def sinks(value: Any, q: Tensor) -> None:
@@ -285,55 +290,64 @@ def states(values: Any) -> None:
             raise TypeError(f"states[{index}]: got {type(pair).__name__}, need a pair (out, lse) of tensors")
         out, lse = pair
         if not (out.dtype.is_floating_point and lse.dtype in (torch.float32, torch.float64)):
-            raise TypeError(f"states[{index}]: got out {out.dtype} and lse {lse.dtype}, need floating-point out and "
-                            "float32 lse")
+            raise TypeError(
+                f"states[{index}]: got out {out.dtype} and lse {lse.dtype}, need floating-point out and float32 lse"
+            )
         rows = _shape(lse.transpose(-1, -2)) if lse.ndim >= 2 else None
         if rows != _shape(out)[:-1] or lse.ndim not in (2, 3):
-            raise ValueError(f"states[{index}]: got out {_shape(out)} with lse {_shape(lse)}, need (batch, seqlen, "
-                             "heads, headdim) with (batch, heads, seqlen), or (total, heads, headdim) with (heads, total)")
+            raise ValueError(
+                f"states[{index}]: got out {_shape(out)} with lse {_shape(lse)}, need (batch, seqlen, "
+                "heads, headdim) with (batch, heads, seqlen), or (total, heads, headdim) with (heads, total)"
+            )
         if _shape(out) != _shape(values[0][0]):
             raise ValueError(f"states[{index}]: got out {_shape(out)}, need {_shape(values[0][0])} as the first")
 
 
 def mask(inputs: Inputs, problem: Problem) -> None:
     """The tensors of a Mask against the sizes of the problem; runs inside the operator, where sizes are known."""
-    _mask_node(masks.parse(problem.mask), list(inputs.mask), inputs.q, problem)
+    _mask_node(mask_nodes.parse(problem.mask), list(inputs.mask), inputs.q, problem)
 
 
-def _mask_node(node: masks.Node, tensors: list[Tensor], q: Tensor, problem: Problem) -> None:
+def _mask_node(node: mask_nodes.Node, tensors: list[Tensor], q: Tensor, problem: Problem) -> None:
     for tensor in tensors:
         _beside("mask", tensor, q)
-    if isinstance(node, masks.Both):
+    if isinstance(node, mask_nodes.Both):
         split = node.left.arity
         _mask_node(node.left, tensors[:split], q, problem)
         _mask_node(node.right, tensors[split:], q, problem)
-    elif isinstance(node, masks.Prefix) and tensors:
+    elif isinstance(node, mask_nodes.Prefix) and tensors:
         if tensors[0].dtype not in INTEGERS or _shape(tensors[0]) != (problem.batch,):
-            raise ValueError(f"mask prefix: got {tensors[0].dtype} lengths of shape {_shape(tensors[0])}, need integers "
-                             f"(batch,) = ({problem.batch},)")
-    elif isinstance(node, masks.Document):
+            raise ValueError(
+                f"mask prefix: got {tensors[0].dtype} lengths of shape {_shape(tensors[0])}, need integers "
+                f"(batch,) = ({problem.batch},)"
+            )
+    elif isinstance(node, mask_nodes.Document):
         for name, ids, length in zip(("query", "key"), tensors, (problem.seqlen_q, problem.seqlen_kv), strict=True):
             _document_ids(name, ids, length, problem)
-    elif isinstance(node, masks.Dense):
+    elif isinstance(node, mask_nodes.Dense):
         sizes = (problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_kv)
         broadcasts("mask", tensors[0], sizes, at_least=problem.varlen)
-    elif isinstance(node, masks.Block):
+    elif isinstance(node, mask_nodes.Block):
         _block_state(node, tensors[0], problem)
         _mask_node(node.inner, tensors[1:], q, problem)
 
 
 def _document_ids(name: str, ids: Tensor, length: int, problem: Problem) -> None:
     if ids.dtype not in INTEGERS or ids.ndim not in (1, 2):
-        raise ValueError(f"mask document: got {ids.dtype} {name} ids of shape {_shape(ids)}, need integers "
-                         "(seqlen,) or (batch, seqlen)")
+        raise ValueError(
+            f"mask document: got {ids.dtype} {name} ids of shape {_shape(ids)}, need integers "
+            "(seqlen,) or (batch, seqlen)"
+        )
     rows = ids.shape[0] if ids.ndim == 2 else 1
     fits = ids.shape[-1] >= length if problem.varlen else ids.shape[-1] == length
     if not fits or rows not in (1, problem.batch):
-        raise ValueError(f"mask document: got {name} ids of shape {_shape(ids)}, need (seqlen,) = ({length},) or "
-                         f"(batch, seqlen) = ({problem.batch}, {length})")
+        raise ValueError(
+            f"mask document: got {name} ids of shape {_shape(ids)}, need (seqlen,) = ({length},) or "
+            f"(batch, seqlen) = ({problem.batch}, {length})"
+        )
 
 
-def _block_state(node: masks.Block, state: Tensor, problem: Problem) -> None:
+def _block_state(node: mask_nodes.Block, state: Tensor, problem: Problem) -> None:
     blocks = (-(-problem.seqlen_q // node.block_q), -(-problem.seqlen_kv // node.block_kv))
     fits = (
         state.ndim == 4
@@ -343,5 +357,7 @@ def _block_state(node: masks.Block, state: Tensor, problem: Problem) -> None:
         and tuple(state.shape[2:]) == blocks
     )
     if not fits:
-        raise ValueError(f"mask block: got {state.dtype} state of shape {_shape(state)}, need bool or int8 (batch or 1, "
-                         f"heads or 1, {blocks[0]}, {blocks[1]}) for blocks of {node.block_q} x {node.block_kv}")
+        raise ValueError(
+            f"mask block: got {state.dtype} state of shape {_shape(state)}, need bool or int8 (batch or 1, "
+            f"heads or 1, {blocks[0]}, {blocks[1]}) for blocks of {node.block_q} x {node.block_kv}"
+        )

@@ -48,9 +48,7 @@ def keep(seed: Tensor, dropout_p: float, batch: Tensor, head: Tensor, query: Ten
     return lanes[..., keys.start - 4 * first :][..., : len(keys)] >= round(dropout_p * 2**32)
 
 
-def dropout_mask(
-    seed: int | Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_kv: int
-) -> Tensor:
+def dropout_mask(seed: int | Tensor, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> Tensor:
     """The entries that `attention(..., dropout_p=dropout_p, seed=seed)` keeps.
 
     Args:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from flashtile import backends
+from flashtile import backends, masks
 from flashtile.backends import Kernel
 from flashtile.problem import Problem
 
@@ -36,7 +36,7 @@ def _title(problem: Problem) -> str:
     parts = [
         f"attention{' (packed)' if problem.varlen else ''}: batch {problem.batch}, seqlen {lengths}",
         f"heads {problem.heads}/{problem.heads_kv}, headdim {dims}, {dtype} on {problem.device}",
-        f"mask {problem.mask}",
+        f"mask {masks.readable(problem.mask)}",
         *problem.modified,
     ]
     return ", ".join(parts)
@@ -65,7 +65,7 @@ def choose(problem: Problem, backend: str | None = None) -> Plan:
             reason = kernel.refuses(problem)
             if reason is None:
                 chosen = Plan(problem, name, kernel.name, kernel.configure(problem), tuple(rejected))
-                if rejected:
+                if rejected and not problem.backward:
                     logger.info("%s", chosen)
                 return chosen
             rejected.append((f"{name}/{kernel.name}", reason))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flashtile import dropout, masks
-from flashtile.masks import At, Mask
+from flashtile import dropout, mask_nodes, masks
+from flashtile.mask_nodes import At
+from flashtile.masks import Mask
 from flashtile.state import State
 
 
@@ -101,9 +102,7 @@ def _everywhere(q: Tensor, k: Tensor) -> At:
     return At(index[0], index[1], index[2], index[3], k.shape[2] - q.shape[2])
 
 
-def _allowed(
-    at: At, causal: bool, window: Any, mask: Any, block_mask: Any, alignment: masks.Alignment
-) -> Tensor:
+def _allowed(at: At, causal: bool, window: Any, mask: Any, block_mask: Any, alignment: masks.Alignment) -> Tensor:
     allowed = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=at.key.device)
     diagonal = at.aligned(alignment)
     if causal:
@@ -113,14 +112,14 @@ def _allowed(
         allowed = allowed & (at.key >= diagonal - left) if left is not None else allowed
         allowed = allowed & (at.key <= diagonal + right) if right is not None else allowed
     if isinstance(mask, Mask):
-        allowed = allowed & masks.parse(mask.token).allows(at, mask.tensors)
+        allowed = allowed & mask_nodes.parse(mask.token).allows(at, mask.tensors)
     elif isinstance(mask, Tensor):
         allowed = allowed & mask
     elif mask is not None:
         allowed = allowed & _vmapped(mask, score=False)(*_flat(at))
     if block_mask is not None:
         blocks = masks.from_block_mask(block_mask)
-        allowed = allowed & masks.parse(blocks.token).allows(at, blocks.tensors)
+        allowed = allowed & mask_nodes.parse(blocks.token).allows(at, blocks.tensors)
     return allowed
 
 

@@ -99,7 +99,7 @@ def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) 
             "seqused_q": packing.seqused_q,
             "seqused_k": packing.seqused_k,
         }
-        check.packing(q, lengths, {"max_seqlen_q": packing.max_seqlen_q, "max_seqlen_k": packing.max_seqlen_k})
+        check.packing(q, k, lengths, {"max_seqlen_q": packing.max_seqlen_q, "max_seqlen_k": packing.max_seqlen_k})
     batch = packing.cu_seqlens_q.shape[0] - 1 if packing is not None else q.shape[0]
     check.flag("causal", arguments.causal)
     check.flag("return_lse", arguments.return_lse)

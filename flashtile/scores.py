@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flashtile import trace
-from flashtile.masks import At
+from flashtile.mask_nodes import At
 from flashtile.problem import Inputs, Problem
 
 
@@ -53,7 +53,7 @@ class Softcap:
 
 @dataclass
 class Bias:
-    """`bias` broadcasts to (batch, heads, seqlen_q, seqlen_kv); its gradient is summed tile by tile in its own shape."""
+    """`bias` broadcasts to (batch, heads, seqlen_q, seqlen_kv); its gradient is summed tile by tile, in its shape."""
 
     bias: Tensor
     grad: Tensor | None

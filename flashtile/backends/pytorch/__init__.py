@@ -5,8 +5,7 @@ sweep of this package and takes everything.
 """
 
 from flashtile.backends import Kernel
-from flashtile.backends.pytorch import packed, sweep
-from flashtile.backends.pytorch import native
+from flashtile.backends.pytorch import native, packed, sweep
 
 
 def unavailable() -> str | None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flashtile import masks
 from flashtile.backends.pytorch import sweep
 from flashtile.problem import Inputs, Problem
 from flashtile.scores import Grads
@@ -20,7 +21,7 @@ def refuses(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"it runs on the CPU, the tensors are on {problem.device}"
     if problem.mask != _PLAIN and problem.mask not in _CAUSAL:
-        return f"the mask is {problem.mask}; it takes none or causal"
+        return f"the mask is {masks.readable(problem.mask)}; it takes none or causal"
     if problem.modified:
         return f"it has no {', '.join(problem.modified)}"
     if problem.headdim != problem.headdim_v:
@@ -37,13 +38,16 @@ def _diagonal_fits(mask: str, seqlen_q: int, seqlen_kv: int) -> bool:
     return _CAUSAL.get(mask) != "bottom_right" or seqlen_q == seqlen_kv
 
 
-def _exact(inputs: Inputs, problem: Problem) -> bool:
-    """Whether the operator is right for these very tensors: it has no empty case and loses a NaN in q."""
+def _fits(inputs: Inputs, problem: Problem) -> bool:
+    """Whether the operator takes these very shapes: of packed sequences only now each one's length is known."""
     if 0 in inputs.q.shape or 0 in inputs.k.shape:
         return False
-    if not _diagonal_fits(problem.mask, problem.seqlen_q, problem.seqlen_kv):
-        return False
-    return bool(torch.isfinite(inputs.q.sum(dtype=torch.float32) + inputs.k.sum(dtype=torch.float32)))
+    return _diagonal_fits(problem.mask, problem.seqlen_q, problem.seqlen_kv)
+
+
+def _trustworthy(lse: Tensor) -> bool:
+    """Whether the operator's result shows every NaN: a row whose scores are all NaN comes back as out 0 with lse 0."""
+    return bool((torch.isfinite(lse) & (lse != 0)).all())
 
 
 def _heads_second(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,9 +57,11 @@ def _heads_second(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward(inputs: Inputs, problem: Problem, config: SweepConfig, first_batch: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) of a dense problem."""
-    if not _exact(inputs, problem):
+    if not _fits(inputs, problem):
         return sweep.forward(inputs, problem, config, first_batch)
     out, lse = _FORWARD(*_heads_second(inputs), 0.0, problem.mask in _CAUSAL, scale=problem.scale)
+    if not _trustworthy(lse):
+        return sweep.forward(inputs, problem, config, first_batch)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
@@ -71,7 +77,7 @@ def backward(
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv); a gradient of the log-sum-exp is the sweep's business, the operator has no place for it."""
-    if grad_lse is not None or problem.group > 1 or not _exact(inputs, problem):
+    if grad_lse is not None or not (_fits(inputs, problem) and _trustworthy(lse)):
         return sweep.backward(inputs, problem, config, out, lse, grad_out, grad_lse, grads, first_batch)
     dq, dk, dv = _BACKWARD(
         grad_out.transpose(1, 2),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,13 +82,12 @@ def _slices(
     offsets = [0] if cu_seqlens is None else cu_seqlens.tolist()
     used = None if seqused is None else seqused.tolist()
     check.offsets(side, offsets, used, total, longest)
-    lengths = used or [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = used or [end - begin for begin, end in pairwise(offsets)]
     return [slice(begin, begin + length) for begin, length in zip(offsets, lengths, strict=False)]
 
 
 def _only(inputs: Inputs, problem: Problem, queries: slice, keys: slice) -> tuple[Inputs, Problem]:
     """One packed sequence as a dense problem of batch 1, over views."""
-    tensors = {"q": inputs.q[None, queries], "k": inputs.k[None, keys], "v": inputs.v[None, keys]}
-    packing = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"))
-    one = replace(inputs, **tensors, **packing)
+    q, k, v = inputs.q[None, queries], inputs.k[None, keys], inputs.v[None, keys]
+    one = replace(inputs, q=q, k=k, v=v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None)
     return one, problem.one_sequence(queries.stop - queries.start, keys.stop - keys.start)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashtile import masks
-from flashtile.masks import At
+from flashtile import mask_nodes
+from flashtile.mask_nodes import At
 from flashtile.problem import Inputs, Problem
 from flashtile.scores import Tile
 from flashtile.spans import Run, Tiling
@@ -84,7 +84,7 @@ def slabs(inputs: Inputs, problem: Problem, config: SweepConfig, first_batch: in
         problem.heads,
         inputs.q.device,
     )
-    schedule = masks.parse(problem.mask).lower(tiling, inputs.mask).runs(tiling)
+    schedule = mask_nodes.parse(problem.mask).lower(tiling, inputs.mask).runs(tiling)
     by_batch, by_head = len(schedule) > 1, len(schedule[0]) > 1
     entries = 1 if by_batch or by_head else max(1, config.pairs // problem.heads)
     for begin in range(0, problem.batch, entries):
@@ -118,6 +118,6 @@ def tile_of(slab: Slab, rows: slice, keys: slice, problem: Problem, first_batch:
     return Tile(At(index[0], index[1], index[2], index[3], problem.seqlen_kv - problem.seqlen_q), ranges)
 
 
-def split(run: Run, tile_kv: int) -> Iterator[slice]:
-    """The key tiles of a run."""
-    return (slice(begin, min(begin + tile_kv, run.end)) for begin in range(run.begin, run.end, tile_kv))
+def split(run: Run, step: int) -> Iterator[slice]:
+    """A run, `step` keys at a time."""
+    return (slice(begin, min(begin + step, run.end)) for begin in range(run.begin, run.end, step))

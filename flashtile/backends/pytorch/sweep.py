@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile import dropout, masks
+from flashtile import dropout, mask_nodes
 from flashtile.backends.pytorch.rows import Slab, slabs, split, tile_of
 from flashtile.problem import Inputs, Problem
 from flashtile.scores import Grads, Modifier, Tile, modifiers
@@ -44,11 +44,11 @@ class Scorer:
     inputs: Inputs
     problem: Problem
     chain: Sequence[Modifier]
-    mask: masks.Node
+    mask: mask_nodes.Node
 
     @classmethod
     def of(cls, inputs: Inputs, problem: Problem, chain: Sequence[Modifier]) -> "Scorer":
-        return cls(inputs, problem, chain, masks.parse(problem.mask))
+        return cls(inputs, problem, chain, mask_nodes.parse(problem.mask))
 
     def scores(self, dots: Tensor, tile: Tile, masked: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """(scores, the input of each modifier, what the mask allows): scores (batch, heads, queries, keys)."""
@@ -118,7 +118,7 @@ def _forward_rows(
     out = q.new_zeros(*q.shape[:2], problem.headdim_v)
     highest, total = _start(scorer, slab, rows, q)
     for run in runs:
-        for keys in split(run, config.tile_kv):
+        for keys in split(run, config.step_kv):
             tile = tile_of(slab, rows, keys, problem, first_batch, q.device)
             dots = torch.bmm(q, k[:, keys].transpose(1, 2))
             scores = scorer.scores(_by_head(dots, tile), tile, run.masked)[0].view_as(dots)
@@ -239,7 +239,7 @@ def _backward_rows(
     """One query tile against its key tiles: adds to dk and dv, returns dq (pairs, rows, headdim) short of the scale."""
     dq = torch.zeros_like(queries.q)
     for run in runs:
-        for part in split(run, config.tile_kv):
+        for part in split(run, config.step_kv):
             tile = tile_of(slab, rows, part, scorer.problem, first_batch, dq.device)
             k, v = keys.k[:, part], keys.v[:, part]
             dots = torch.bmm(queries.q, k.transpose(1, 2))
