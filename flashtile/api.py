@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import autograd, plan
+from flashtile import autograd
 from flashtile.masks import Alignment, Mask
 from flashtile.plan import Plan
-from flashtile.problem import describe
-from flashtile.request import Arguments, Packing, build
+from flashtile.request import Arguments, Packing, build, described
 from flashtile.state import State
 
 
@@ -187,6 +186,10 @@ def explain(
     *,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     mask: Mask | Tensor | Callable[..., Any] | None = None,
@@ -234,10 +237,14 @@ def explain(
         deterministic=deterministic,
         backend=backend,
     )
-    packing = None
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        packing = Packing(cu_seqlens_q, cu_seqlens_k, None, None, None, None)
-    inputs, options = build(q, k, v, arguments, packing)
-    chosen = plan.choose(describe(inputs, options), options.backend)
+    packing = described(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    chosen = autograd.planned(*build(q, k, v, arguments, packing))
     print(chosen)
     return chosen

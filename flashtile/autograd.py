@@ -65,12 +65,17 @@ def _pack(inputs: Inputs, options: Options) -> tuple[Any, ...]:
     )
 
 
-def _run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+def planned(inputs: Inputs, options: Options) -> plan.Plan:
+    """What the forward pass will run."""
     problem = describe(inputs, options)
     if not problem.varlen:
         check.mask(inputs, problem)
-    chosen = plan.choose(problem, options.backend)
-    return plan.kernel(chosen).forward(inputs, problem, chosen.config)
+    return plan.choose(problem, options.backend)
+
+
+def _run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    chosen = planned(inputs, options)
+    return plan.kernel(chosen).forward(inputs, chosen.problem, chosen.config)
 
 
 def _run_backward(

@@ -12,6 +12,8 @@ An entry is kept when its 32-bit number is at least round(dropout_p * 2^32).
 import torch
 from torch import Tensor
 
+from flashtile import check
+
 ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -58,9 +60,14 @@ def dropout_mask(seed: int | Tensor, dropout_p: float, batch: int, heads: int, s
     Returns:
         Tensor: bool (batch, heads, seqlen_q, seqlen_kv), True where kept, on the seed's device (CPU for an int).
 
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
     For packed sequences, `batch` counts sequences, and queries and keys count from 0 within each.
     """
-    seed = torch.as_tensor(seed, dtype=torch.int64)
+    sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
+    check.dropout_mask(seed, dropout_p, sizes)
+    seed = torch.as_tensor(seed, dtype=torch.int64).reshape(())
     index = [torch.arange(size, device=seed.device) for size in (batch, heads, seqlen_q)]
     views = index[0].view(-1, 1, 1, 1), index[1].view(-1, 1, 1), index[2].view(-1, 1)
     return keep(seed, dropout_p, *views, keys=range(seqlen_kv))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flashtile import check
 from flashtile.spans import FULL, PARTIAL
 
 Alignment = Literal["bottom_right", "top_left"]
@@ -29,9 +30,13 @@ class Mask:
     tensors: tuple[Tensor, ...] = ()
 
     def __and__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
         return Mask(f'["and",{self.token},{other.token}]', self.tensors + other.tensors)
 
     def __or__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
         return Mask(f'["or",{self.token},{other.token}]', self.tensors + other.tensors)
 
 
@@ -42,6 +47,7 @@ def full() -> Mask:
 
 def causal(alignment: Alignment = "bottom_right") -> Mask:
     """Query i sees keys up to its diagonal."""
+    check.alignment(alignment)
     return Mask(f'["causal","{alignment}"]')
 
 
@@ -50,11 +56,16 @@ def window(left: int | None, right: int | None, alignment: Alignment = "bottom_r
 
     `window(2, 0)` on 5 queries and 5 keys lets query 3 see keys 1, 2, 3.
     """
+    check.window_side("left", left)
+    check.window_side("right", right)
+    check.alignment(alignment)
     return Mask(f'["window",{-1 if left is None else left},{-1 if right is None else right},"{alignment}"]')
 
 
 def chunk(size: int, alignment: Alignment = "bottom_right") -> Mask:
     """Keys and queries fall into chunks of `size` by position; a query sees the keys of its own chunk."""
+    check.chunk_size(size)
+    check.alignment(alignment)
     return Mask(f'["chunk",{size},"{alignment}"]')
 
 
@@ -63,6 +74,7 @@ def prefix(length: int | Tensor) -> Mask:
 
     Alone it is key padding (the number of real keys of each sequence); `causal() | prefix(n)` is a prefix-LM.
     """
+    check.prefix_length(length)
     if isinstance(length, Tensor):
         return Mask('["prefix",-1]', (length,))
     return Mask(f'["prefix",{length}]')
@@ -74,11 +86,13 @@ def document(query_ids: Tensor, key_ids: Tensor | None = None) -> Mask:
     `query_ids`: integers (seqlen_q,) or (batch, seqlen_q); `key_ids` likewise, by default the same tensor. Ids in
     ascending order (packed documents) lower to spans; any other order works and lowers to a visit list.
     """
+    check.document_value(query_ids, key_ids)
     return Mask('["document"]', (query_ids, query_ids if key_ids is None else key_ids))
 
 
 def dense(allowed: Tensor) -> Mask:
     """A boolean tensor that broadcasts to (batch, heads, seqlen_q, seqlen_kv); True: may attend."""
+    check.dense_value(allowed)
     return Mask('["dense"]', (allowed,))
 
 
@@ -88,6 +102,7 @@ def block(state: Tensor, block_size: tuple[int, int], inner: Mask | None = None)
     `state`: bool or int8, (batch or 1, heads or 1, ceil(seqlen_q / block_size[0]), ceil(seqlen_kv / block_size[1]));
     0 or False: masked, 1: the mask `inner` decides (all visible where it is None), 2: all visible.
     """
+    check.block_value(state, block_size, inner)
     if state.dtype is torch.bool:
         state = state.to(torch.int8)
     inner = inner or full()
@@ -104,12 +119,14 @@ def custom(mask_mod: Callable[..., Any]) -> Mask:
     """
     from flashtile import trace
 
+    check.custom_value(mask_mod)
     lifted = trace.lift(mask_mod, "mask")
     return Mask(f'["custom","{lifted.key}",{len(lifted.tensors)}]', lifted.tensors)
 
 
 def from_block_mask(block_mask: Any) -> Mask:
     """The Mask of a FlexAttention `BlockMask`: its block lists say where to go, its `mask_mod` rules partial blocks."""
+    check.block_mask_value(block_mask)
     state = _listed(block_mask.kv_num_blocks, block_mask.kv_indices) * PARTIAL
     if block_mask.full_kv_num_blocks is not None:
         state = torch.maximum(state, _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices) * FULL)

@@ -50,13 +50,20 @@ class Packing:
     max_seqlen_k: int | Tensor | None
 
 
+def described(**given: Any) -> Packing | None:
+    """What `explain` was told of packed sequences; None: the call is dense."""
+    check.packing_complete(given)
+    return Packing(**given) if given["cu_seqlens_q"] is not None else None
+
+
 def build(
     q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
 ) -> tuple[Inputs, Options]:
     """Checks everything, then says it in the engine's words."""
+    check.tensors(q, k, v)
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     check.qkv(q, k, v, varlen=packing is not None)
     _check(q, k, arguments, packing)
-    q, k, v = _autocast(q, k, v)
     mask = _mask(arguments)
     score = None if arguments.score_mod is None else trace.lift(arguments.score_mod, "score")
     inputs = Inputs(
@@ -99,7 +106,7 @@ def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) 
             "seqused_q": packing.seqused_q,
             "seqused_k": packing.seqused_k,
         }
-        check.packing(q, k, lengths, {"max_seqlen_q": packing.max_seqlen_q, "max_seqlen_k": packing.max_seqlen_k})
+        check.packing(q, lengths, {"max_seqlen_q": packing.max_seqlen_q, "max_seqlen_k": packing.max_seqlen_k})
     batch = packing.cu_seqlens_q.shape[0] - 1 if packing is not None else q.shape[0]
     check.flag("causal", arguments.causal)
     check.flag("return_lse", arguments.return_lse)
@@ -119,13 +126,12 @@ def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) 
     check.backend(arguments.backend, backends.ORDER)
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _autocast(tensor: Tensor) -> Tensor:
     """Under autocast the dot products run in its dtype, as PyTorch's own attention does; float64 stays."""
-    device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype is torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype is torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _mask(arguments: Arguments) -> Mask:

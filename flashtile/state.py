@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtile import check
+
 
 class State(NamedTuple):
     """`out` (batch, seqlen_q, heads, headdim_v) and `lse` (batch, heads, seqlen_q), float32, natural logarithm.
@@ -44,13 +46,11 @@ def merge(states: Sequence[State | tuple[Tensor, Tensor]]) -> State:
         State: out in the dtype of the first state's out (weights are float32), lse float32.
 
     Raises:
-        ValueError: `states` is empty, or the shapes do not agree.
-        TypeError: a state is not a pair of floating-point tensors.
+        ValueError: `states` is empty, or shapes or devices do not agree.
+        TypeError: `states` is no list, or a state is not a pair of floating-point tensors.
 
     A sink (see `attention`) is part of the lse it was given to: give it to one of the states only.
     """
-    from flashtile import check
-
     check.states(states)
     lses = torch.stack([lse for _, lse in states])
     outs = torch.stack([out.to(lses.dtype) for out, _ in states])
