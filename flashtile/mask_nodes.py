@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashtile import spans
-from flashtile.spans import FULL, PARTIAL, Layout, Spans, Tiling
+from flashtile.spans import FULL, MASKED, PARTIAL, Layout, Spans, Tiling
 
 
 class At(NamedTuple):
@@ -211,11 +211,16 @@ class Block:
         state, *rest = tensors
         if isinstance(self.inner, Full):
             state = torch.where(state == PARTIAL, FULL, state).to(torch.int8)
-        state = _over_tiles(state, tiling.query_rows(), -2, self.block_q)
-        state = _over_tiles(state, tiling.key_columns(), -1, self.block_kv)
+        has_full = self._per_tile((state == FULL).to(torch.int8), tiling) != MASKED
+        state = self._per_tile(state, tiling)
         inner = self.inner.lower(tiling, rest).to_layout(tiling).state
-        # A partial block is at least as masked as the inner mask says; a full one ignores it.
-        return Layout(torch.where(state == PARTIAL, torch.minimum(state, inner), state))
+        # A partial block is at least as masked as the inner mask says; a full one, alone or in a mixed tile, ignores it.
+        return Layout(torch.where((state == PARTIAL) & ~has_full, torch.minimum(state, inner), state))
+
+    def _per_tile(self, state: Tensor, tiling: Tiling) -> Tensor:
+        """One state per block -> one per tile."""
+        state = _over_tiles(state, tiling.query_rows(), -2, self.block_q)
+        return _over_tiles(state, tiling.key_columns(), -1, self.block_kv)
 
 
 def _over_tiles(state: Tensor, edges: Tensor, dim: int, size: int) -> Tensor:
