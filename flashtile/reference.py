@@ -61,7 +61,7 @@ def attention(
     if score_mod is not None:
         scores = _vmapped(score_mod, score=True)(scores, *_flat(at)).to(dtype)
     allowed = _allowed(at, causal, window, mask, block_mask, alignment).expand(scores.shape)
-    return _softmax(scores.masked_fill(~allowed, -torch.inf), v, sinks, _kept(at, dropout_p, seed))
+    return _softmax(scores.masked_fill(~allowed, -torch.inf), v, sinks, _kept(at, dropout_p, seed, dtype))
 
 
 def attention_varlen(
@@ -123,14 +123,14 @@ def _allowed(at: At, causal: bool, window: Any, mask: Any, block_mask: Any, alig
     return allowed
 
 
-def _kept(at: At, dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
+def _kept(at: At, dropout_p: float, seed: int | Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if not dropout_p:
         return None
     if seed is None:
         raise ValueError("seed: got None, need the seed that the compared call used")
     seed = torch.as_tensor(seed, dtype=torch.int64, device=at.key.device)
     kept = dropout.keep(seed, dropout_p, at.batch, at.head, at.query, range(at.key.numel()))
-    return kept / (1 - dropout_p)
+    return kept.to(dtype) / (1 - dropout_p)
 
 
 def _flat(at: At) -> tuple[Tensor, Tensor, Tensor, Tensor]:
