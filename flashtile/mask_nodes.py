@@ -214,7 +214,7 @@ class Block:
         has_full = self._per_tile((state == FULL).to(torch.int8), tiling) != MASKED
         state = self._per_tile(state, tiling)
         inner = self.inner.lower(tiling, rest).to_layout(tiling).state
-        # A partial block is at least as masked as the inner mask says; a full one, alone or in a mixed tile, ignores it.
+        # A partial block is at least as masked as the inner mask says; a full one, even in a mixed tile, ignores it.
         return Layout(torch.where((state == PARTIAL) & ~has_full, torch.minimum(state, inner), state))
 
     def _per_tile(self, state: Tensor, tiling: Tiling) -> Tensor:
