@@ -149,7 +149,14 @@ def _vmapped(function: Callable[..., Any], score: bool) -> Callable[..., Tensor]
     for position in (3, 2, 1, 0):
         index = [0 if place == position else None for place in range(4)]
         mapped = torch.vmap(mapped, in_dims=(*first, *index))
-    return mapped
+
+    def unless_empty(*arguments: Tensor) -> Tensor:
+        # torch.vmap does not run over no index at all; there is nothing to change or to allow then.
+        if all(index.numel() for index in arguments[-4:]):
+            return mapped(*arguments)
+        return arguments[0] if score else torch.ones((1, 1, 1, 1), dtype=torch.bool, device=arguments[0].device)
+
+    return unless_empty
 
 
 class _IndexByTensor(TorchFunctionMode):
