@@ -1,0 +1,217 @@
+"""The oracle: one call run through the library, through the float64 reference, and through the textbook formula.
+
+Tolerance. The textbook formula evaluated in the input's own dtype (what a plain model would compute) has some error
+against float64; the library may have twice that error, plus one unit in the last place of the result's dtype at the
+largest value, plus a few rounding errors of the accumulator (for results that cancel to almost nothing). This holds
+
+- for the largest error of each tensor: out, lse and every gradient;
+- for the root mean square error of each 64-row block of each head, so that a small wrong region cannot hide in a
+  large tensor.
+
+The log-sum-exp never leaves the accumulator, so it is compared with the textbook formula in float32. Where the inputs
+are half precision it may err by a sixteenth of their rounding: the weights exp(score - lse) are rounded more coarsely.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashtile
+from flashtile import State, reference
+from tests.problems import Call, Shape, Tensors
+
+ROWS = 64
+ROUNDINGS = 8
+"""Rounding errors of the accumulator that a result may carry whatever the textbook formula does."""
+LSE_SHARE = 1 / 16
+"""How much of a half-precision input's rounding error the log-sum-exp may carry."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Measured error over allowed error, largest over tensors or blocks; above 1 is a failure."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def value(self) -> float:
+        return self.error / self.allowed if self.allowed else float(self.error > 0)
+
+
+def ours(call: Call, backend: str | None = None, **more: Any) -> Tensors:
+    """The library's out, lse and gradients."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in call.leaves.items()}
+    arguments = {**call.arguments(leaves), **more, "return_lse": True, "backend": backend}
+    tensors = (leaves.pop("q"), leaves.pop("k"), leaves.pop("v"))
+    if call.shape.packed:
+        state = flashtile.attention_varlen(*tensors, **call.packing(), **arguments)
+    else:
+        state = flashtile.attention(*tensors, **arguments)
+    return _results(state, dict(zip("qkv", tensors, strict=True)) | leaves, call)
+
+
+def expected(call: Call, dtype: torch.dtype | None = torch.float64) -> Tensors:
+    """The reference's out, lse and gradients, computed in `dtype` (None: the input's own)."""
+    leaves = {
+        name: leaf.detach().clone().to(dtype or leaf.dtype).requires_grad_() for name, leaf in call.leaves.items()
+    }
+    compute = _packed_reference if call.shape.packed else _dense_reference
+    return _results(compute(call, leaves, dtype), leaves, call)
+
+
+def _results(state: State, leaves: Tensors, call: Call) -> Tensors:
+    outputs = [(state.out, call.grads["out"])]
+    if "lse" in call.grads:
+        outputs.append((state.lse, call.grads["lse"]))
+    # Without keys the reference's lse is a constant.
+    differentiable = [(value, grad.to(value.dtype)) for value, grad in outputs if value.requires_grad]
+    values, grads = zip(*differentiable, strict=True)
+    found = torch.autograd.grad(values, list(leaves.values()), grads, allow_unused=True)
+    results = {"out": state.out.detach(), "lse": state.lse.detach()}
+    for (name, leaf), grad in zip(leaves.items(), found, strict=True):
+        results[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return results
+
+
+def _dense_reference(call: Call, leaves: Tensors, dtype: torch.dtype | None) -> State:
+    return reference.attention(leaves["q"], leaves["k"], leaves["v"], dtype=dtype, **call.specification(leaves))
+
+
+def _packed_reference(call: Call, leaves: Tensors, dtype: torch.dtype | None) -> State:
+    """Sequence i as the last entry of a batch of i + 1, so that everything that reads the batch index sees i."""
+    assert call.shape.lengths_q is not None
+    assert call.shape.lengths_kv is not None
+    q, k, v = leaves["q"], leaves["k"], leaves["v"]
+    outs, lses, first_q, first_kv = [], [], 0, 0
+    options = call.specification(leaves)
+    for index, (length_q, length_kv) in enumerate(zip(call.shape.lengths_q, call.shape.lengths_kv, strict=True)):
+        count_q = call.shape.used_q[index] if call.shape.used_q else length_q
+        count_kv = call.shape.used_kv[index] if call.shape.used_kv else length_kv
+        rows, keys = slice(first_q, first_q + count_q), slice(first_kv, first_kv + count_kv)
+        stacked = [tensor.expand(index + 1, *tensor.shape) for tensor in (q[rows], k[keys], v[keys])]
+        state = reference.attention(*stacked, dtype=dtype, **_cut(options, index, count_q, count_kv))
+        padding = length_q - count_q
+        outs.append(torch.nn.functional.pad(state.out[index], (0, 0, 0, 0, 0, padding)))
+        lses.append(torch.nn.functional.pad(state.lse[index], (0, padding), value=-torch.inf))
+        first_q, first_kv = first_q + length_q, first_kv + length_kv
+    if not outs:
+        empty = q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
+        return State(empty, empty[..., 0].transpose(0, 1))
+    return State(torch.cat(outs), torch.cat(lses, dim=-1))
+
+
+def _cut(options: dict[str, Any], index: int, rows: int, keys: int) -> dict[str, Any]:
+    """Tables made for the longest sequence, cut to this one and to the batch of `_packed_reference`."""
+    options = dict(options)
+    if "bias" in options:
+        bias = options["bias"]
+        bias = bias[: index + 1] if bias.shape[0] > 1 else bias
+        bias = bias[:, :, :rows] if bias.shape[2] > 1 else bias
+        options["bias"] = bias[..., :keys] if bias.shape[3] > 1 else bias
+    if "alibi_slopes" in options and options["alibi_slopes"].ndim == 2:
+        options["alibi_slopes"] = options["alibi_slopes"][: index + 1]
+    return options
+
+
+def check(call: Call, backend: str | None = None, **more: Any) -> list[Ratio]:
+    """Runs the call everywhere and asserts the tolerance rule; returns what was measured."""
+    return compare(ours(call, backend, **more), call)
+
+
+def compare(found: Tensors, call: Call) -> list[Ratio]:
+    """Asserts that `found` (as `ours` returns it) obeys the tolerance rule."""
+    truth, textbook = expected(call), textbook_results(call)
+    ratios = []
+    for name, value in found.items():
+        extra = LSE_SHARE * torch.finfo(call.leaves["q"].dtype).eps if name == "lse" and call.half else 0.0
+        ratios += _compare_one(name, value, truth[name], textbook[name], call.shape, extra)
+    worst = max(ratios, key=lambda ratio: ratio.value, default=Ratio("nothing", 0.0, 1.0))
+    assert worst.value <= 1, f"{worst.name}: error {worst.error:.3e}, allowed {worst.allowed:.3e}"
+    return ratios
+
+
+def textbook_results(call: Call) -> Tensors:
+    """The textbook formula in the input's dtype, its lse in float32 at least. For float64: float32's, scaled down."""
+    results = expected(call, None)
+    single = replace(call, leaves={name: leaf.float() for name, leaf in call.leaves.items()})
+    if call.leaves["q"].dtype is torch.float64:
+        truth, rough = expected(call), expected(single, None)
+        shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return {name: truth[name] + (rough[name].double() - truth[name]).nan_to_num() * shrink for name in truth}
+    if call.leaves["q"].dtype is not torch.float32:
+        results["lse"] = expected(single, None)["lse"]
+    return results
+
+
+def _compare_one(name: str, value: Tensor, truth: Tensor, textbook: Tensor, shape: Shape, extra: float) -> list[Ratio]:
+    assert value.shape == truth.shape, f"{name}: shape {tuple(value.shape)}, need {tuple(truth.shape)}"
+    infinite = truth == -torch.inf
+    assert torch.equal(value == -torch.inf, infinite), f"{name}: -inf in the wrong places"
+    ours_error, textbook_error = (torch.where(infinite, 0.0, tensor.double() - truth) for tensor in (value, textbook))
+    assert bool(ours_error.isfinite().all()), f"{name}: {int((~ours_error.isfinite()).sum())} values are not finite"
+    if truth.numel() == 0:
+        return []
+    largest = float(torch.where(infinite, 0.0, truth).abs().max())
+    wide = torch.float64 if value.dtype is torch.float64 else torch.float32
+    floor = torch.finfo(value.dtype).eps * largest + ROUNDINGS * torch.finfo(wide).eps * max(1.0, largest) + extra
+    ratios = [Ratio(name, float(ours_error.abs().max()), 2 * float(textbook_error.abs().max()) + floor)]
+    rms, rms_textbook = (_block_rms(name, error, shape) for error in (ours_error, textbook_error))
+    allowed = 2 * rms_textbook + floor
+    worst = int((rms / allowed).argmax())
+    ratios.append(Ratio(f"{name} (block {worst})", float(rms[worst]), float(allowed[worst])))
+    return ratios
+
+
+def _block_rms(name: str, error: Tensor, shape: Shape) -> Tensor:
+    """Root mean square per (batch entry, head, 64 rows): 1-d. Tensors without rows are one block."""
+    if name in ("out", "dq", "dk", "dv"):
+        blocks = _cut_rows(error.transpose(-2, -3))
+    elif name == "lse":
+        blocks = _cut_rows(error[..., None])
+    elif name == "dbias":
+        blocks = _cut_rows(error)
+    else:
+        blocks = error.reshape(1, -1)
+    return blocks.square().mean(dim=-1).sqrt()
+
+
+def _cut_rows(error: Tensor) -> Tensor:
+    """(..., rows, columns) -> (blocks, entries), short last blocks padded with zeros that do not count."""
+    rows = error.shape[-2]
+    pieces = [part.flatten(-2) for part in error.split(ROWS, dim=-2)]
+    scaled = [part * (pieces[0].shape[-1] / part.shape[-1]) ** 0.5 for part in pieces] if rows else []
+    width = pieces[0].shape[-1]
+    padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in scaled]
+    return torch.stack(padded, dim=-2).reshape(-1, width)
+
+
+def assert_close(found: Tensor, wanted: Tensor, roundings: float = ROUNDINGS) -> None:
+    """Equal but for `roundings` roundings of the found tensor's dtype, relative to the largest value wanted."""
+    assert found.shape == wanted.shape, f"shape {tuple(found.shape)}, need {tuple(wanted.shape)}"
+    finite = wanted.isfinite()
+    assert torch.equal(found.isfinite(), finite), "not finite in the wrong places"
+    assert torch.equal(found[~finite].double(), wanted[~finite].double()), "infinities differ"
+    largest = max(1.0, float(wanted[finite].abs().max())) if finite.any() else 1.0
+    error = float((found[finite].double() - wanted[finite].double()).abs().max()) if finite.any() else 0.0
+    allowed = roundings * torch.finfo(found.dtype).eps * largest
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_equal_bits(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Bit for bit the same."""
+    for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        assert one.dtype == other.dtype, f"{index}: {one.dtype} and {other.dtype}"
+        assert torch.equal(one, other), f"{index}: largest difference {float((one - other).abs().max()):.3e}"
+
+
+def dense_mask(mask_mod: Callable[..., Any], sizes: tuple[int, int, int, int]) -> Tensor:
+    """A FlexAttention mask_mod called on every single index, with Python integers: bool (batch, heads, q, kv)."""
+    table = torch.zeros(sizes, dtype=torch.bool)
+    for where in torch.cartesian_prod(*(torch.arange(size) for size in sizes)).tolist() if table.numel() else []:
+        table[tuple(where)] = bool(mask_mod(*where))
+    return table
