@@ -210,8 +210,8 @@ class _Eager(torch.autograd.Function):
 
 
 def _plainly_eager(inputs: Inputs) -> bool:
-    """No compiler, no dispatch mode, no functorch transform and no tensor subclass is watching."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    """No compiler, dispatch mode, functorch transform or tensor subclass is watching, and there are numbers to see."""
+    if inputs.q.is_meta or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
