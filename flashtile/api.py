@@ -39,7 +39,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
-) -> Tensor | State:
+) -> Any:
     """Exact attention: softmax(scale * q k^T, modified and masked) v, with memory linear in the sequence length.
 
     FlashAttention (Dao et al. 2022): tiling, online softmax, recomputation in the backward pass. Gradients flow to q,
@@ -132,7 +132,7 @@ def attention_varlen(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
-) -> Tensor | State:
+) -> Any:
     """`attention` over sequences of different lengths, packed one after the other without padding.
 
     Sequence i has the queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] and likewise keys; it may have none of either.

@@ -249,9 +249,9 @@ class Custom:
     def lower(self, tiling: Tiling, tensors: Sequence[Tensor]) -> Layout:
         from flashtile import intervals, trace
 
-        rows, columns = tiling.query_rows(), tiling.key_columns()
         traced = trace.graph(self.key)
-        return Layout(intervals.layout(traced, tensors, rows, columns, tiling.batch, tiling.heads, tiling.device))
+        tiles = tiling.query_rows(), tiling.key_columns()
+        return Layout(intervals.layout(traced, tensors, *tiles, tiling.batch, tiling.heads))
 
 
 @dataclass(frozen=True)
