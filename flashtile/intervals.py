@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from flashtile.trace import Traced
+from flashtile.scalar_graph import Traced
 
 MOST_CELLS = 2**24
 """Tiles times batch entries times heads beyond which a mask is not analysed but evaluated everywhere."""
@@ -96,7 +96,7 @@ def _apply(node: fx.Node, arguments: Any) -> Value:
         return None
     rule = _RULES.get(name)
     values = [_interval(argument) for argument in arguments]
-    missing = any(value is None and argument is not None for value, argument in zip(values, arguments, strict=True))
+    missing = any(value is None and given is not None for value, given in zip(values, node.args, strict=True))
     if rule is None or missing:
         return _half_known(name, values)
     value = rule(*values)

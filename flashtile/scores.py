@@ -23,6 +23,7 @@ from torch import Tensor
 from flashtile import trace
 from flashtile.mask_nodes import At
 from flashtile.problem import Inputs, Problem
+from flashtile.scalar_graph import Traced
 
 
 class Tile(NamedTuple):
@@ -100,7 +101,7 @@ class Alibi:
 class Custom:
     """A traced `score_mod` with its captured tensors."""
 
-    graph: trace.Traced
+    graph: Traced
     tensors: Sequence[Tensor]
     grads: Sequence[Tensor | None]
 

@@ -1,0 +1,238 @@
+"""A traced function of scalars, run on tiles: its values and its vector-Jacobian products.
+
+Everything that happens to a scalar happens to a tile of scalars by broadcasting, if each step that depends on an index
+is pointwise or reads one element of a captured tensor. For those graphs the derivative is a graph too, in which the
+reads are inputs; what flows back to a read is added up where it was read. Other graphs (vectors inside) are mapped by
+`torch.vmap` and differentiated by autograd.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Kind = Literal["score", "mask"]
+
+
+class Traced:
+    """The graph of one function. `forward`: [score,] b, h, q_idx, kv_idx, *captures -> score or bool, all scalars."""
+
+    def __init__(
+        self, key: str, kind: Kind, forward: fx.GraphModule, examples: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> None:
+        self.key, self.kind, self.forward = key, kind, forward
+        self.inputs = len(examples)
+        self.captures = [node for node in forward.graph.nodes if node.op == "placeholder"][self.inputs :]
+        self.elementwise = self._is_elementwise()
+        self._example = list(examples)
+        reads = self._reads() if kind == "score" and self.elementwise else None
+        self._reads_of = [self.captures.index(node) for node, _ in reads or ()]
+        self._places: fx.GraphModule | None = None
+        self.backward: fx.GraphModule | None = None
+        if reads is not None:
+            self._places, self.backward = self._derive(reads, tensors)
+
+    def evaluate(
+        self, score: Tensor | None, b: Tensor, h: Tensor, q: Tensor, k: Tensor, tensors: Sequence[Tensor]
+    ) -> Tensor:
+        """The function on a tile.
+
+        Args:
+            score: (batch, heads, queries, keys), None for a mask.
+            b, h, q, k: int64 indices of shapes (B, 1, 1, 1), (1, H, 1, 1), (1, 1, Q, 1), (1, 1, 1, K).
+            tensors: the captured tensors, as in `Lifted`.
+
+        Returns:
+            Tensor: broadcastable to (batch, heads, queries, keys), in the score's dtype; a mask's is bool.
+        """
+        if self.elementwise:
+            result: Tensor = self.forward(*([] if score is None else [score]), b, h, q, k, *tensors)
+        else:
+            result = self._mapped(score, b, h, q, k, tensors)
+        return result if score is None else result.to(score.dtype)
+
+    def _mapped(
+        self, score: Tensor | None, b: Tensor, h: Tensor, q: Tensor, k: Tensor, tensors: Sequence[Tensor]
+    ) -> Tensor:
+        """The function under torch.vmap, for graphs with vectors inside."""
+        leading = [] if score is None else [0]
+        mapped: Callable[..., Tensor] = self.forward
+        for place in (3, 2, 1, 0):
+            index = [0 if place == position else None for position in range(4)]
+            mapped = torch.vmap(mapped, in_dims=(*leading, *index, *(None for _ in tensors)))
+        scores = [] if score is None else [score]
+        return mapped(*scores, *(part.flatten() for part in (b, h, q, k)), *tensors)
+
+    def derivative(
+        self,
+        score: Tensor,
+        b: Tensor,
+        h: Tensor,
+        q: Tensor,
+        k: Tensor,
+        tensors: Sequence[Tensor],
+        grad: Tensor,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The vector-Jacobian product on a tile.
+
+        Args:
+            grad: (batch, heads, queries, keys), the gradient of `evaluate`'s result. The rest as there.
+            wanted: one flag a captured tensor.
+
+        Returns:
+            The gradient of the score, and for each wanted capture its gradient summed over the tile, in its own shape
+            and the score's dtype. Sums run in a fixed order, so they repeat bit for bit.
+        """
+        if self.backward is None or self._places is None:
+            return self._mapped_derivative((score, b, h, q, k), tensors, grad, wanted)
+        places = self._places(score, b, h, q, k, *tensors)
+        reads = [tensors[c][tuple(at)] if at else tensors[c] for c, at in zip(self._reads_of, places, strict=True)]
+        grad_score, *grad_reads = self.backward(score, b, h, q, k, *tensors, *reads, grad)
+        totals = [
+            torch.zeros(tensor.shape, dtype=score.dtype, device=tensor.device) if want else None
+            for tensor, want in zip(tensors, wanted, strict=True)
+        ]
+        for capture, at, part in zip(self._reads_of, places, grad_reads, strict=True):
+            total = totals[capture]
+            if total is not None:
+                _scatter_add(total, at, part.to(score.dtype).expand(score.shape))
+        return grad_score.to(score.dtype).expand(score.shape), totals
+
+    def _mapped_derivative(
+        self, arguments: tuple[Tensor, ...], tensors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """By autograd, in a thread of its own: inside an operator this thread's autograd is switched off."""
+
+        def run() -> tuple[Tensor, list[Tensor | None]]:
+            with torch.enable_grad():
+                score = arguments[0].detach().requires_grad_()
+                leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+                b, h, q, k = arguments[1:]
+                result = self.evaluate(score, b, h, q, k, leaves).expand(score.shape)
+                sources = [score, *(leaf for leaf, want in zip(leaves, wanted, strict=True) if want)]
+                if not result.requires_grad:
+                    zeros = [torch.zeros_like(t) if want else None for t, want in zip(leaves, wanted, strict=True)]
+                    return torch.zeros_like(score), zeros
+                found = torch.autograd.grad(result, sources, grad, allow_unused=True, materialize_grads=True)
+            rest = iter(found[1:])
+            return found[0], [next(rest) if want else None for want in wanted]
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run).result()
+
+    def _is_elementwise(self) -> bool:
+        """Whether everything that depends on an index or a score is a scalar, so that broadcasting maps the graph."""
+        dependent: set[fx.Node] = set()
+        for node in self.forward.graph.nodes:
+            if node.op == "placeholder":
+                if node not in self.captures:
+                    dependent.add(node)
+            elif node.op == "call_function" and any(source in dependent for source in node.all_input_nodes):
+                dependent.add(node)
+                value = node.meta.get("val")
+                if node.target is torch.ops.aten.index.Tensor:
+                    if _unread(node):
+                        return False
+                elif not isinstance(value, Tensor) or value.ndim > 0:
+                    return False
+        return True
+
+    def _reads(self) -> list[tuple[fx.Node, fx.Node]] | None:
+        """(capture, node that reads one element of it) for the floating captures; None if one is used otherwise."""
+        reads = []
+        for capture in self.captures:
+            value = capture.meta["val"]
+            if not value.dtype.is_floating_point:
+                continue
+            if value.ndim == 0:
+                reads.append((capture, capture))
+                continue
+            for user in capture.users:
+                if user.target is not torch.ops.aten.index.Tensor or user.args[0] is not capture or _unread(user):
+                    return None
+                reads.append((capture, user))
+        return reads
+
+    def _derive(
+        self, reads: list[tuple[fx.Node, fx.Node]], tensors: Sequence[Tensor]
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """(where each read reads, the derivative): inputs as `forward`, the derivative's followed by reads and grad."""
+        places = [[] if node is capture else node.args[1] for capture, node in reads]
+        where = _with_output(self.forward, places)
+        core = self._core([node for _, node in reads])
+        examples = [*self._example, *(tensor.detach() for tensor in tensors)]
+        values = [torch.zeros((), dtype=node.meta["val"].dtype) for _, node in reads]
+
+        def derivative(*arguments: Tensor) -> list[Tensor]:
+            inputs, grad = arguments[:-1], arguments[-1]
+            first = len(inputs) - len(values)
+            with torch.enable_grad():
+                score, *read = (x.detach().requires_grad_() for x in (inputs[0], *inputs[first:]))
+                result = core(score, *inputs[1:first], *read).to(grad.dtype)
+                sources = [score, *read]
+                if not result.requires_grad:
+                    return [torch.zeros_like(source) for source in sources]
+                return list(torch.autograd.grad(result, sources, grad, allow_unused=True, materialize_grads=True))
+
+        backward = make_fx(derivative)(*examples, *values, torch.zeros(()))
+        backward.graph.eliminate_dead_code()
+        backward.recompile()
+        return where, backward
+
+    def _core(self, reads: list[fx.Node]) -> fx.GraphModule:
+        """The forward graph with each read replaced by an input."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        nodes = list(self.forward.graph.nodes)
+        for node in nodes:
+            if node.op == "placeholder":
+                copies[node] = graph.node_copy(node)
+        for position, read in enumerate(reads):
+            copies[read] = graph.placeholder(f"read_{position}")
+        for node in nodes:
+            if node not in copies and node.op != "output":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        output = next(node for node in nodes if node.op == "output")
+        graph.output(fx.node.map_arg(output.args[0], copies.__getitem__))
+        graph.eliminate_dead_code()
+        return fx.GraphModule(self.forward, graph)
+
+
+def _with_output(module: fx.GraphModule, output: Any) -> fx.GraphModule:
+    """The same graph with another output, made of its nodes."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(fx.node.map_arg(output, copies.__getitem__))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(module, graph)
+
+
+def _unread(node: fx.Node) -> bool:
+    """Whether an aten.index gives more than one element."""
+    source: Any = node.args[0]
+    parts: Any = node.args[1]
+    value = source.meta.get("val")
+    return not isinstance(value, Tensor) or value.ndim != len(parts) or any(part is None for part in parts)
+
+
+def _scatter_add(total: Tensor, at: Sequence[Tensor], part: Tensor) -> None:
+    """total[at] += part, summed over all that reads the same element; `part` covers the tile, `at` broadcasts to it."""
+    if not at:
+        total += part.sum()
+        return
+    shape = torch.broadcast_shapes(*(index.shape for index in at))
+    shape = (1,) * (part.ndim - len(shape)) + tuple(shape)
+    summed = [dim for dim, size in enumerate(shape) if size == 1 and part.shape[dim] != 1]
+    part = part.sum(summed, keepdim=True) if summed else part
+    flat = torch.zeros((), dtype=torch.int64, device=part.device)
+    for index, size, stride in zip(at, total.shape, total.stride(), strict=True):
+        flat = flat + (index % size) * stride
+    # One-dimensional index_add_ runs in order on the CPU, so the sum repeats bit for bit.
+    total.view(-1).index_add_(0, flat.expand(part.shape).reshape(-1), part.reshape(-1))
