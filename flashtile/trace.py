@@ -131,6 +131,7 @@ def _trace(
         return torch.as_tensor(result)
 
     check.signature(function, kind)
+    check.signature(function, kind)
     device = next((leaf.value.device for leaf in leaves if isinstance(leaf.value, Tensor)), torch.device("cpu"))
     examples = [torch.zeros((), dtype=torch.int64, device=device) for _ in _INDICES]
     if kind == "score":

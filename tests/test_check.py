@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flashtile
-from flashtile import attention, attention_varlen, check, dropout_mask, explain, masks, merge
+from flashtile import attention, attention_varlen, check, dropout_mask, explain, masks, merge, trace
 
 BATCH, SEQLEN_Q, SEQLEN_KV, HEADS, HEADS_KV, HEADDIM = 2, 6, 8, 4, 2, 16
 META = torch.device("meta")
@@ -295,6 +295,47 @@ MASKS = [
     ),
 ]
 
+HIDDEN = ModuleType("hidden")
+HIDDEN.table = torch.ones(100, dtype=torch.bool)
+
+
+def hidden(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    """Captures a tensor through a module, where nobody looks."""
+    return HIDDEN.table[kv_idx]
+
+
+def branching(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> bool:
+    return bool(q_idx > kv_idx)
+
+
+MODIFIERS = [
+    Refusal(TypeError, "mask_mod", "'<lambda>' .*too many positional", dense(mask=lambda q_idx, kv_idx: True)),
+    Refusal(
+        TypeError,
+        "score_mod",
+        r"missing a required.*score_mod\(score, b, ",
+        dense(score_mod=lambda s, b, h, q, k, x: s),
+    ),
+    Refusal(TypeError, "score_mod", "returned NoneType, need a tensor", dense(score_mod=lambda *at: None)),
+    Refusal(
+        ValueError, "score_mod", r"returned shape \(3,\), need one", dense(score_mod=lambda s, *at: s + tensors(3))
+    ),
+    Refusal(TypeError, "mask_mod", "returned torch.int64, need a boolean", dense(mask=lambda b, h, q, k: q - k)),
+    Refusal(TypeError, "mask_mod", "returned int, need a boolean", lambda: masks.custom(lambda b, h, q, k: 1)),
+    Refusal(TypeError, "score_mod", "returned a boolean, need a score", dense(score_mod=lambda s, *at: s > 0)),
+    Refusal(
+        ValueError, "mask_mod", "'branching' .*test_check.py:.*cannot be traced.*torch.where", dense(mask=branching)
+    ),
+    Refusal(
+        ValueError,
+        "score_mod",
+        "draws random numbers.*try dropout_p",
+        dense(score_mod=lambda s, *at: s + torch.rand(())),
+    ),
+    Refusal(ValueError, "mask_mod", "'hidden' .*closure, global", lambda: trace._constant_route(hidden, "mask")),
+    Refusal(ValueError, "score_mod or mask", "the key 'nothing'.*trace.lift", lambda: trace.graph("nothing")),
+]
+
 DROPOUT_MASK = [
     Refusal(TypeError, "seed", "NoneType, need the int or int64 tensor", lambda: dropout_mask(None, 0.1, 1, 1, 2, 2)),
     Refusal(
@@ -345,7 +386,7 @@ CONSTRUCTED = [
     masks.custom,
     masks.from_block_mask,
 ]
-TABLE = [*TENSORS, *OPTIONS, *PACKING, *EXPLAIN, *CONSTRUCTORS, *MASKS, *DROPOUT_MASK, *MERGE]
+TABLE = [*TENSORS, *OPTIONS, *PACKING, *EXPLAIN, *CONSTRUCTORS, *MASKS, *MODIFIERS, *DROPOUT_MASK, *MERGE]
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{n}-{row.argument}") for n, row in enumerate(TABLE)])
