@@ -20,6 +20,7 @@ from flashtile.check import modifiers as check
 from flashtile.scalar_graph import Kind, Traced
 
 _INDICES = ("b", "h", "q_idx", "kv_idx")
+_ROUTES_KEPT = 1024
 _BAKED = 64  # largest captured constant, in elements, that becomes part of the graph
 
 
@@ -75,24 +76,24 @@ _constant_route._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _route(function: Callable[..., Any], kind: Kind) -> tuple[_Route, list[captures.Leaf]]:
     leaves = captures.leaves(function)
-    content = (kind, tuple((leaf.path, _content(leaf.value)) for leaf in leaves))
-    route = _routes.get(content)
+    content = captures.content(leaves)
+    route = None if content is None else _routes.get((kind, content))
     if route is None:
-        traced, tensors, names = _trace(function, kind, leaves)
+        traced, tensors, found = _trace(function, kind, leaves)
         _graphs.setdefault(traced.key, traced)
         places = {id(leaf.value): leaf.path for leaf in leaves}
-        paths = tuple(places[id(tensor)] for tensor in tensors) if names else None
-        route = _Route(traced.key, paths, () if names else tensors)
-        if names:
-            _routes[content] = route
+        paths = tuple(places[id(tensor)] for tensor in tensors) if found else None
+        route = _Route(traced.key, paths, () if found else tensors)
+        if found and content is not None:
+            _remember((kind, content), route)
     return route, leaves
 
 
-def _content(value: Any) -> Any:
-    """What of a captured value decides the graph: of tensors the kind, of constants the value."""
-    if isinstance(value, Tensor):
-        return (value.dtype, tuple(value.shape), value.device)
-    return (type(value), value)
+def _remember(content: Any, route: _Route) -> None:
+    """Keeps the newest routes; an evicted function is traced again and finds its graph by key."""
+    if len(_routes) >= _ROUTES_KEPT:
+        del _routes[next(iter(_routes))]
+    _routes[content] = route
 
 
 def graph(key: str) -> Traced:
@@ -130,7 +131,6 @@ def _trace(
         check.result(function, kind, result)
         return torch.as_tensor(result)
 
-    check.signature(function, kind)
     check.signature(function, kind)
     device = next((leaf.value.device for leaf in leaves if isinstance(leaf.value, Tensor)), torch.device("cpu"))
     examples = [torch.zeros((), dtype=torch.int64, device=device) for _ in _INDICES]
