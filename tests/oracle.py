@@ -12,6 +12,7 @@ The log-sum-exp never leaves the accumulator, so it is compared with the textboo
 are half precision it may err by a sixteenth of their rounding: the weights exp(score - lse) are rounded more coarsely.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -193,6 +194,7 @@ def _cut_rows(error: Tensor) -> Tensor:
 def assert_close(found: Tensor, wanted: Tensor, roundings: float = ROUNDINGS) -> None:
     """Equal but for `roundings` roundings of the found tensor's dtype, relative to the largest value wanted."""
     assert found.shape == wanted.shape, f"shape {tuple(found.shape)}, need {tuple(wanted.shape)}"
+    found, wanted = found.detach(), wanted.detach()
     finite = wanted.isfinite()
     assert torch.equal(found.isfinite(), finite), "not finite in the wrong places"
     assert torch.equal(found[~finite].double(), wanted[~finite].double()), "infinities differ"
@@ -209,9 +211,11 @@ def assert_equal_bits(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None
         assert torch.equal(one, other), f"{index}: largest difference {float((one - other).abs().max()):.3e}"
 
 
-def dense_mask(mask_mod: Callable[..., Any], sizes: tuple[int, int, int, int]) -> Tensor:
-    """A FlexAttention mask_mod called on every single index, with Python integers: bool (batch, heads, q, kv)."""
+def dense_mask(
+    mask_mod: Callable[..., Any], sizes: tuple[int, int, int, int], index: Callable[[int], Any] = int
+) -> Tensor:
+    """A mask function called on every single index: bool (batch, heads, q, kv). `index` makes an index from an int."""
     table = torch.zeros(sizes, dtype=torch.bool)
-    for where in torch.cartesian_prod(*(torch.arange(size) for size in sizes)).tolist() if table.numel() else []:
-        table[tuple(where)] = bool(mask_mod(*where))
-    return table
+    places = [[index(i) for i in range(size)] for size in sizes]
+    flat = [bool(mask_mod(*where)) for where in itertools.product(*places)]
+    return table if not flat else torch.tensor(flat).view(sizes)

@@ -1,0 +1,38 @@
+"""What all tests share: few threads, fixed seeds, hypothesis without timing or chance, and small tiles on request."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from flashtile import plan
+from flashtile.tuning import cpu
+
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=int(os.environ.get("FLASHTILE_EXAMPLES", "60")),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repeatable")
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The PyTorch backend with tiles of 16 x 8, walked 24 keys and 3 heads at a time, so that small calls have many."""
+    monkeypatch.setattr(cpu, "TILES", ((2**62, 16, 8, 24),))
+    monkeypatch.setattr(cpu, "SCORES_HELD", 3 * 16 * 24)
+    plan.choose.cache_clear()
+    yield
+    monkeypatch.undo()
+    plan.choose.cache_clear()
