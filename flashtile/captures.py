@@ -4,6 +4,7 @@ A path is a tuple of (step, argument) pairs from the function to a value. `fetch
 access, which the compiler can trace, so that captured tensors stay live inputs with gradients.
 """
 
+import enum
 import functools
 import types
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 Path = tuple[tuple[str, Any], ...]
-_SCALARS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
+_SCALARS = (int, float, complex, bool, str, bytes, type(None), range, frozenset, enum.Enum, torch.dtype, torch.device)
 _DEPTH = 8
 
 
@@ -46,6 +47,24 @@ def leaves(function: Any) -> list[Leaf]:
     return list(_walk(function, (), frozenset(), set(), _DEPTH))
 
 
+def content(found: list[Leaf]) -> tuple[Any, ...] | None:
+    """What of the leaves decides how a function computes, hashable: of tensors the kind and which are one and the
+    same, of constants the value. None where a value has no such digest (a NumPy array, a set)."""
+    first: dict[int, int] = {}
+    parts: list[Any] = []
+    for position, (path, value) in enumerate(found):
+        if isinstance(value, Tensor):
+            same_as = first.setdefault(id(value), position)
+            parts.append((path, same_as, value.dtype, tuple(value.shape), value.device))
+        elif isinstance(value, (*_SCALARS, types.CodeType)):
+            parts.append((path, type(value), value))
+        elif isinstance(value, set) or hasattr(value, "__array__"):
+            return None
+        else:
+            parts.append((path, type(value)))
+    return tuple(parts)
+
+
 def _walk(value: Any, path: Path, names: frozenset[str], seen: set[int], depth: int) -> Iterator[Leaf]:
     """`names`: what the code on the way here mentions; on objects, only attributes of such names are looked up."""
     if isinstance(value, (*_SCALARS, Tensor)):
@@ -54,6 +73,8 @@ def _walk(value: Any, path: Path, names: frozenset[str], seen: set[int], depth: 
     if depth == 0 or id(value) in seen or isinstance(value, (types.ModuleType, type, types.BuiltinFunctionType)):
         return
     seen.add(id(value))
+    if not isinstance(value, (types.FunctionType, list, tuple, dict)):
+        yield Leaf(path, value)
     if isinstance(value, types.FunctionType):
         names = names | _names(value.__code__)
         yield Leaf((*path, ("attr", "__code__")), value.__code__)
