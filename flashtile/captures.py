@@ -44,7 +44,7 @@ def fetch(function: Any, path: Path) -> Any:
 
 def leaves(function: Any) -> list[Leaf]:
     """Everything that `function` reaches, in a fixed order."""
-    return list(_walk(function, (), frozenset(), set(), _DEPTH))
+    return list(_walk(function, (), frozenset(), {}, _DEPTH))
 
 
 def content(found: list[Leaf]) -> tuple[Any, ...] | None:
@@ -65,18 +65,20 @@ def content(found: list[Leaf]) -> tuple[Any, ...] | None:
     return tuple(parts)
 
 
-def _walk(value: Any, path: Path, names: frozenset[str], seen: set[int], depth: int) -> Iterator[Leaf]:
+def _walk(value: Any, path: Path, names: frozenset[str], seen: dict[int, Any], depth: int) -> Iterator[Leaf]:
     """`names`: what the code on the way here mentions; on objects, only attributes of such names are looked up."""
     if isinstance(value, (*_SCALARS, Tensor)):
         yield Leaf(path, value)
         return
     if depth == 0 or id(value) in seen or isinstance(value, (types.ModuleType, type, types.BuiltinFunctionType)):
         return
-    seen.add(id(value))
+    seen[id(value)] = value  # kept alive: the id of a bound method that is gone would be given to the next
     if not isinstance(value, (types.FunctionType, list, tuple, dict)):
         yield Leaf(path, value)
+    code = getattr(value, "__code__", getattr(getattr(value, "forward", None), "__code__", None))
+    if isinstance(code, types.CodeType):
+        names = names | _names(code)
     if isinstance(value, types.FunctionType):
-        names = names | _names(value.__code__)
         yield Leaf((*path, ("attr", "__code__")), value.__code__)
     for step, child in _children(value, names):
         yield from _walk(child, (*path, step), names, seen, depth - 1)
