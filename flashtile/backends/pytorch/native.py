@@ -51,8 +51,13 @@ def _trustworthy(lse: Tensor) -> bool:
 
 
 def _heads_second(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (batch, heads, seqlen, headdim), which is how PyTorch lays attention out."""
-    return inputs.q.transpose(1, 2), inputs.k.transpose(1, 2), inputs.v.transpose(1, 2)
+    """(batch, heads, seqlen, headdim), which is how PyTorch lays attention out."""
+    return _laid_out(inputs.q), _laid_out(inputs.k), _laid_out(inputs.v)
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """A view where the last dimension is contiguous, as the operator takes for granted; else a copy."""
+    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2)
 
 
 def forward(inputs: Inputs, problem: Problem, config: SweepConfig, first_batch: int = 0) -> tuple[Tensor, Tensor]:
@@ -80,7 +85,7 @@ def backward(
     if grad_lse is not None or not (_fits(inputs, problem) and _trustworthy(lse)):
         return sweep.backward(inputs, problem, config, out, lse, grad_out, grad_lse, grads, first_batch)
     dq, dk, dv = _BACKWARD(
-        grad_out.transpose(1, 2),
+        _laid_out(grad_out),
         *_heads_second(inputs),
         out.transpose(1, 2),
         lse,
