@@ -87,7 +87,8 @@ class Traced:
             The gradient of the score, and for each wanted capture its gradient summed over the tile, in its own shape
             and the score's dtype. Sums run in a fixed order, so they repeat bit for bit.
         """
-        if self.backward is None or self._places is None:
+        # The derivative's graph was traced with a float32 score: its casts would round what a float64 call computes.
+        if self.backward is None or self._places is None or score.dtype is torch.float64:
             return self._mapped_derivative((score, b, h, q, k), tensors, grad, wanted)
         places = self._places(score, b, h, q, k, *tensors)
         reads = [tensors[c][tuple(at)] if at else tensors[c] for c, at in zip(self._reads_of, places, strict=True)]
