@@ -129,9 +129,8 @@ def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) 
 def _autocast(tensor: Tensor) -> Tensor:
     """Under autocast the dot products run in its dtype, as PyTorch's own attention does; float64 stays."""
     device = tensor.device.type
-    if tensor.dtype is torch.float64 or not torch.amp.is_autocast_available(device):
-        return tensor
-    if not torch.is_autocast_enabled(device):
+    # Meta tensors have no autocast; asking torch.amp whether a device has is beyond older compilers.
+    if tensor.dtype is torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 

@@ -166,7 +166,8 @@ class Traced:
         where = _with_output(self.forward, places)
         core = self._core([node for _, node in reads])
         examples = [*self._example, *(tensor.detach() for tensor in tensors)]
-        values = [torch.zeros((), dtype=node.meta["val"].dtype) for _, node in reads]
+        device = self._example[0].device
+        values = [torch.zeros((), dtype=node.meta["val"].dtype, device=device) for _, node in reads]
 
         def derivative(*arguments: Tensor) -> list[Tensor]:
             inputs, grad = arguments[:-1], arguments[-1]
@@ -179,7 +180,7 @@ class Traced:
                     return [torch.zeros_like(source) for source in sources]
                 return list(torch.autograd.grad(result, sources, grad, allow_unused=True, materialize_grads=True))
 
-        backward = make_fx(derivative)(*examples, *values, torch.zeros(()))
+        backward = make_fx(derivative)(*examples, *values, torch.zeros((), device=device))
         backward.graph.eliminate_dead_code()
         backward.recompile()
         return where, backward
