@@ -159,7 +159,7 @@ def _check_laws(mask: Mask, tiling: Tiling) -> None:
     assert not bool((full & ~allowed).any()), "a masked entry lies in the full part"
 
 
-@settings(max_examples=5 * settings.default.max_examples)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(MASKS, TILINGS, st.integers(0, 2**31))
 def test_laws(build: Build, tiling: Tiling, seed: int) -> None:
     _check_laws(build(*_sizes(tiling), torch.Generator().manual_seed(seed)), tiling)
@@ -232,12 +232,10 @@ def test_a_long_causal_document_mask_is_cheap(tile: int) -> None:
     """131072 tokens, causal documents: lowered to tiles in milliseconds, and never as a matrix."""
     ids = (torch.arange(131072) // 1000).int()
     mask = masks.causal() & masks.document(ids)
-    times, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine the wait for a second thread would be what is measured
+    times = []
     for _ in range(40):
         start = time.perf_counter()
         lowered = parse(mask.token).lower(Tiling(131072, 131072, tile, tile), mask.tensors)
         times.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
     assert isinstance(lowered, spans.Spans)
     assert min(times) < 5e-3
