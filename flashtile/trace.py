@@ -8,6 +8,7 @@ done with it). Graphs live in a process-wide registry under a key made of their 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class _Route:
 
 _graphs: dict[str, Traced] = {}
 _routes: dict[Any, _Route] = {}
+# torch.fx patches the whole process while it traces: one thread at a time.
+_tracing = RLock()
 
 
 def lift(function: Callable[..., Any], kind: Kind) -> Lifted:
@@ -79,7 +82,8 @@ def _route(function: Callable[..., Any], kind: Kind) -> tuple[_Route, list[captu
     content = captures.content(leaves)
     route = None if content is None else _routes.get((kind, content))
     if route is None:
-        traced, tensors, found = _trace(function, kind, leaves)
+        with _tracing:
+            traced, tensors, found = _trace(function, kind, leaves)
         _graphs.setdefault(traced.key, traced)
         places = {id(leaf.value): leaf.path for leaf in leaves}
         paths = tuple(places[id(tensor)] for tensor in tensors) if found else None
