@@ -128,13 +128,13 @@ class Document:
     arity: ClassVar[int] = 2
 
     def allows(self, at: At, tensors: Sequence[Tensor]) -> Tensor:
-        query_ids, key_ids = (ids.reshape(-1, ids.shape[-1]) for ids in tensors)
+        query_ids, key_ids = (torch.atleast_2d(ids) for ids in tensors)
         return _row(query_ids, at.batch, at.query) == _row(key_ids, at.batch, at.key)
 
     def lower(self, tiling: Tiling, tensors: Sequence[Tensor]) -> Spans | Layout:
         # Packed calls share one table for sequences of several lengths: only the part in use counts.
         lengths = (tiling.seqlen_q, tiling.seqlen_kv)
-        query_ids, key_ids = (ids.reshape(-1, ids.shape[-1])[:, :n] for ids, n in zip(tensors, lengths, strict=True))
+        query_ids, key_ids = (torch.atleast_2d(ids)[:, :n] for ids, n in zip(tensors, lengths, strict=True))
         low, high = _extremes(query_ids, tiling.tile_q)
         if bool((key_ids[:, 1:] >= key_ids[:, :-1]).all()):
             rows = max(len(low), len(key_ids))
