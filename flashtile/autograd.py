@@ -8,11 +8,11 @@ half a millisecond of cold Python on its generic machinery, more than a short at
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashtile import backends, check, plan
 from flashtile.problem import Inputs, Options, Wanted, describe
@@ -73,9 +73,17 @@ def planned(inputs: Inputs, options: Options) -> plan.Plan:
     return plan.choose(problem, options.backend)
 
 
+def _own_dtypes(device: str) -> AbstractContextManager[Any]:
+    """Autocast has had its say on q, k and v; it must not reach the sums of the kernels."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def _run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     chosen = planned(inputs, options)
-    return plan.kernel(chosen).forward(inputs, chosen.problem, chosen.config)
+    with _own_dtypes(chosen.problem.device):
+        return plan.kernel(chosen).forward(inputs, chosen.problem, chosen.config)
 
 
 def _run_backward(
@@ -88,7 +96,8 @@ def _run_backward(
     """Gradients of `_sources`, each in its tensor's dtype; None where not wanted."""
     problem = describe(inputs, options, backward=True, wanted=_wanted(wanted))
     chosen = plan.choose(problem, options.backend)
-    gradients = plan.kernel(chosen).backward(inputs, problem, chosen.config, *saved, *grads)
+    with _own_dtypes(problem.device):
+        gradients = plan.kernel(chosen).backward(inputs, problem, chosen.config, *saved, *grads)
     return [
         None if gradient is None or tensor is None else gradient.to(tensor.dtype)
         for gradient, tensor in zip(_flat(gradients), _sources(inputs), strict=True)
@@ -202,11 +211,20 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         inputs, output = _saved(ctx)
-        found = _run_backward(inputs, ctx.options, output, (grad_out, grad_lse), ctx.wanted)
-        return (None, None, None, *found)
+        with torch.no_grad():
+            found = _run_backward(inputs, ctx.options, output, (grad_out, grad_lse), ctx.wanted)
+        return (None, None, None, *_last(found))
+
+
+def _last(gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
+    """Gradients that have none of their own: to ask for one is an error, where a constant would drop it silently."""
+    if not torch.is_grad_enabled():
+        return gradients
+    leaves = [None if gradient is None else gradient.detach().requires_grad_() for gradient in gradients]
+    refuse: Any = torch._C._functions.DelayedError(b"flashtile: attention has no second derivative", len(leaves))
+    return tuple(refuse(*leaves))
 
 
 def _plainly_eager(inputs: Inputs) -> bool:
