@@ -136,7 +136,7 @@ def check(call: Call, backend: str | None = None, **more: Any) -> list[Ratio]:
 
 def compare(found: Tensors, call: Call) -> list[Ratio]:
     """Asserts that `found` (as `ours` returns it) obeys the tolerance rule."""
-    truth, textbook = _truth_and_textbook(call)
+    truth, textbook = truth_and_textbook(call)
     ratios = []
     for name, value in found.items():
         extra = LSE_SHARE * torch.finfo(call.leaves["q"].dtype).eps if name == "lse" and call.half else 0.0
@@ -146,7 +146,7 @@ def compare(found: Tensors, call: Call) -> list[Ratio]:
     return ratios
 
 
-def _truth_and_textbook(call: Call) -> tuple[Tensors, dict[str, list[Tensor]]]:
+def truth_and_textbook(call: Call) -> tuple[Tensors, dict[str, list[Tensor]]]:
     """(float64 results, the textbook formula's errors in each run)."""
     truths = _reference(call, torch.float64, FLIPS)
     dtype = call.leaves["q"].dtype
@@ -180,8 +180,7 @@ def _compare_one(
         return []
     largest = float(torch.where(truth == -torch.inf, 0.0, truth).abs().max())
     wide = torch.float64 if value.dtype is torch.float64 else torch.float32
-    # Score gradients are differences of dot products of headdim_v terms each, which may cancel to almost nothing.
-    scale = max(1.0, largest, shape.headdim_v**0.5 if name.startswith("d") else 0.0)
+    scale = max(1.0, largest, _cancelled(truth, shape) if name.startswith("d") else 0.0)
     floor = torch.finfo(value.dtype).eps * largest + ROUNDINGS * torch.finfo(wide).eps * scale + extra
     ratios = [Ratio(name, float(error.abs().max()), 2 * max(float(run.abs().max()) for run in textbook) + floor)]
     rms = _block_rms(name, error, shape)
@@ -189,6 +188,16 @@ def _compare_one(
     worst = int((rms / allowed).argmax())
     ratios.append(Ratio(f"{name} (block {worst})", float(rms[worst]), float(allowed[worst])))
     return ratios
+
+
+def _cancelled(gradient: Tensor, shape: Shape) -> float:
+    """The size of what may cancel to almost nothing in a gradient, for inputs that are standard normal.
+
+    Score gradients are differences of dot products of headdim_v terms; a gradient smaller than the scores has summed
+    those of many rows, whose rounding errors add up like steps of a random walk.
+    """
+    rows = shape.batch * shape.heads * shape.seqlen_q / max(1, gradient.numel())
+    return float((shape.headdim_v * max(1.0, rows)) ** 0.5)
 
 
 def _block_rms(name: str, error: Tensor, shape: Shape) -> Tensor:
