@@ -316,7 +316,7 @@ class Memory:
 
 def memory(call: Callable[[], Any]) -> Memory:
     """Read off the profiler's record of every allocation."""
-    held = call()
+    call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         held = call()
     assert recorded.profiler is not None
