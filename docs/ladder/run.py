@@ -1,7 +1,7 @@
 """Runs all rungs and writes what they measured: `python docs/ladder/run.py [--quick] [--results FOLDER]`.
 
-The record goes to <FOLDER>/<device>.json (default benchmarks/ladder); `python tools/fill_docs.py` puts its tables into
-docs/ladder/README.md. With --quick nothing is written.
+The record goes to <FOLDER>/<device>/ladder/rungs.json (FOLDER: benchmarks/results), and `python tools/fill_docs.py` puts
+its tables into docs/ladder/README.md. With --quick nothing is written.
 """
 
 import argparse
@@ -23,7 +23,7 @@ RUNGS = (
     "rung6_states",
     "rung7_shipped",
 )
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "ladder"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def run(name: str, quick: bool) -> list[dict[str, Any]]:
@@ -45,10 +45,10 @@ def main() -> None:
     if arguments.quick:
         return
     record = {"schema": 1, "machine": machine.describe("cpu"), "rungs": rungs}
-    path = arguments.results / f"{record['machine']['slug']}.json"
+    path = arguments.results / record["machine"]["slug"] / "ladder" / "rungs.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path.name}")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

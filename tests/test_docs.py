@@ -1,0 +1,105 @@
+"""The documentation holds: its code runs, its links lead somewhere, its ladder climbs, its tools name what exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RUNGS = sorted((ROOT / "docs" / "ladder").glob("rung*.py"))
+
+FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+# Pages that other commands write, at the end of a measurement.
+GENERATED = {ROOT / "docs" / "benchmarks.md"}
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _blocks(page: Path) -> list[tuple[int, str]]:
+    """(line number, code) of every python block."""
+    text = page.read_text()
+    found = [(text[: match.start()].count("\n") + 1, match) for match in FENCE.finditer(text)]
+    return [(line, match.group(2)) for line, match in found if match.group(1) == "python"]
+
+
+WITH_CODE = [page for page in PAGES if _blocks(page)]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=_name)
+def test_code_blocks_run(page: Path) -> None:
+    """Every python block, in order, in one namespace a page."""
+    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    for line, code in _blocks(page):
+        # Line numbers of a traceback are those of the page.
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def test_code_is_marked_as_python() -> None:
+    """A block that no test runs would rot: what imports or calls flashtile says that it is python."""
+    for page in PAGES:
+        for match in FENCE.finditer(page.read_text()):
+            if match.group(1) != "python":
+                assert not re.search(r"^(import|from) |attention\(", match.group(2), re.MULTILINE), (
+                    page,
+                    match.group(2),
+                )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", page.read_text())
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists() or file in GENERATED, f"{_name(page)} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in _anchors(file), f"{_name(page)} links to {target}: no such heading"
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_every_image_is_shown_and_small() -> None:
+    shown = {
+        (page.parent / target).resolve()
+        for page in PAGES
+        for target in LINK.findall(page.read_text())
+        if target.endswith(".png")
+    }
+    images = set((ROOT / "docs" / "images").glob("*.png"))
+    assert images <= shown, f"shown nowhere: {sorted(path.name for path in images - shown)}"
+    assert sum(path.stat().st_size for path in images) < 1.5e6
+
+
+@pytest.mark.parametrize("rung", RUNGS, ids=_name)
+def test_rung(rung: Path) -> None:
+    """Each rung checks itself against float64 and prints its table, in a process of its own as a reader runs it."""
+    done = subprocess.run([sys.executable, str(rung), "--quick"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "largest error against float64" in done.stdout
+    assert re.search(r"^\| what \|.*time, ms \| extra memory \|$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_ladder_runs_every_rung() -> None:
+    text = (ROOT / "docs" / "ladder" / "run.py").read_text()
+    assert re.findall(r'"(rung\w+)"', text) == [rung.stem for rung in RUNGS]
+
+
+@pytest.mark.parametrize("tool", ["lines_to_read.py", "fill_docs.py"])
+def test_tools_run(tool: str) -> None:
+    arguments = ["--check"] if tool == "fill_docs.py" else []
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / tool), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    assert done.stdout
