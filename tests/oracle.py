@@ -129,20 +129,24 @@ def _cut(options: dict[str, Any], index: int, rows: int, keys: int) -> dict[str,
     return options
 
 
-def check(call: Call, backend: str | None = None, **more: Any) -> list[Ratio]:
+def check(call: Call, backend: str | None = None, slack: float = 1.0, **more: Any) -> list[Ratio]:
     """Runs the call everywhere and asserts the tolerance rule; returns what was measured."""
-    return compare(ours(call, backend, **more), call)
+    return compare(ours(call, backend, **more), call, slack)
 
 
-def compare(found: Tensors, call: Call) -> list[Ratio]:
-    """Asserts that `found` (as `ours` returns it) obeys the tolerance rule."""
+def compare(found: Tensors, call: Call, slack: float = 1.0) -> list[Ratio]:
+    """Asserts that `found` (as `ours` returns it) obeys the tolerance rule.
+
+    slack: how many times the allowed error still passes. Only for random searches, which look for wrong results among
+    thousands of tiny problems and meet the tails of the errors' distribution on the way.
+    """
     truth, textbook = truth_and_textbook(call)
     ratios = []
     for name, value in found.items():
         extra = LSE_SHARE * torch.finfo(call.leaves["q"].dtype).eps if name == "lse" and call.half else 0.0
         ratios += _compare_one(name, value, truth[name], textbook[name], call.shape, extra)
     worst = max(ratios, key=lambda ratio: ratio.value, default=Ratio("nothing", 0.0, 1.0))
-    assert worst.value <= 1, f"{worst.name}: error {worst.error:.3e}, allowed {worst.allowed:.3e}"
+    assert worst.value <= slack, f"{worst.name}: error {worst.error:.3e}, allowed {worst.allowed:.3e}"
     return ratios
 
 
