@@ -45,9 +45,10 @@ def sections(record: Mapping[str, Any] | None, names: list[str]) -> dict[str, st
     versions, source = machine["versions"], machine["source"]
     commit = f", commit {source['commit'][:7]}" if source["commit"] else ""
     described = (
-        f"Measured on one thread of {machine['name']} (vectors: {machine['cpu_capability']}), PyTorch {versions['torch']}, "
-        f"{machine['date'][:10]}{commit}: batch 1, 2 heads, headdim 64, float32. Times are medians. Extra memory is the "
-        "peak of PyTorch's allocations beyond inputs and results."
+        f"Measured on one thread of {machine['name']} (vectors: {machine['cpu_capability']}), PyTorch "
+        f"{versions['torch']}, {machine['date'][:10]}{commit}: batch 1, 2 heads, headdim 64, float32, except where the "
+        "row says otherwise. Times are medians of CPU time. Extra memory is the peak of PyTorch's allocations beyond "
+        "inputs and results."
     )
     return {"machine": described, **{name: table(rows) for name, rows in record["rungs"].items()}}
 

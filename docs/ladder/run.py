@@ -1,7 +1,7 @@
 """Runs all rungs and writes what they measured: `python docs/ladder/run.py [--quick] [--results FOLDER]`.
 
-The record goes to <FOLDER>/<device>/ladder/rungs.json (FOLDER: benchmarks/results), and `python tools/fill_docs.py` puts
-its tables into docs/ladder/README.md. With --quick nothing is written.
+The record goes to <FOLDER>/<device>/ladder/rungs.json (FOLDER: benchmarks/results), and `python tools/fill_docs.py`
+puts its tables into docs/ladder/README.md. With --quick nothing is written.
 """
 
 import argparse
