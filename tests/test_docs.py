@@ -94,7 +94,7 @@ def test_rung(rung: Path) -> None:
 
 def test_ladder_runs_every_rung() -> None:
     text = (ROOT / "docs" / "ladder" / "run.py").read_text()
-    asser'"(rung\d\w+)"', text) == [rung.stem for rung in RUNGS]
+    assert re.findall(r'"(rung\d\w+)"', text) == [rung.stem for rung in RUNGS]
 
 
 @pytest.mark.parametrize("tool", ["lines_to_read.py", "fill_docs.py"])

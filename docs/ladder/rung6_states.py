@@ -67,7 +67,7 @@ def measure(seqlens: Sequence[int]) -> Iterator[Row]:
     _, k, v = inputs(seqlen, heads=1)
     q = inputs(1, heads=1)[0]
     for splits in (1, 2, 8):
-        yield row(f"one query, {splits} splits", seqlen, lambda splits=splits: split_kv(q, k, v, splits))
+        yield row(f"one query, one head, {splits} splits", seqlen, lambda splits=splits: split_kv(q, k, v, splits))
     seqlen = seqlens[-1]
     _, k, v = inputs(seqlen)
     q, own_k, own_v = inputs(64, batch=8)
