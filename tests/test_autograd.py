@@ -183,13 +183,13 @@ class _Slopes(torch.nn.Module):
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return score - slopes[h] * (q_idx - kv_idx).abs()
 
-        self.chosen = self.method if method else score_mod
+        self.score_mod = None if method else score_mod
 
     def method(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score - self.slopes[h] * (q_idx - kv_idx).abs()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _plain(q, k, v, score_mod=self.chosen)
+        return _plain(q, k, v, score_mod=self.score_mod or self.method)
 
 
 COMPILED: dict[str, Function] = {
