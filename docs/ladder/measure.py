@@ -5,6 +5,7 @@ row a case and length. `main` runs both and prints the table.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from flashtile.bench.memory import allocated_peak, gib
 
+# PyTorch's profiler, which counts the memory, else writes lines between the rows.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # One thread: the figures of a rung are about its arithmetic, and repeat better.
 torch.set_num_threads(1)
 
