@@ -1,0 +1,156 @@
+"""Who is measured. To add a peer, write one function and register it:
+
+    @peer("mine", title="My attention", layout="bhsd", devices=("cuda",))
+    def _mine(case: Case) -> Attend:
+        if case.feature != "causal":
+            raise Refused("it has causal attention only")
+        return functools.partial(mine.attention, is_causal=True)
+
+The function is called once per case, outside every timing: build masks and plans in it. What it returns is called with
+q, k, v in the layout that it asked for, contiguous, so that each peer is given its own best layout.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import flashtile
+from flashtile.bench import cases, textbook
+from flashtile.bench.cases import Case, Tensors
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+LAYOUTS = ("bshd", "bhsd")
+"""(batch, seqlen, heads, headdim) and (batch, heads, seqlen, headdim)."""
+
+
+class Refused(Exception):
+    """The peer cannot take the case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`prepare(case)` gives the function to measure. `quadratic`: how many score matrices it holds at once."""
+
+    name: str
+    title: str
+    prepare: Callable[[Case], Attend]
+    layout: str
+    devices: tuple[str, ...]
+    quadratic: float
+
+    def bind(self, case: Case, tensors: Tensors) -> "Bound":
+        """The peer with the case's inputs in its own layout.
+
+        Raises:
+            Refused: it cannot take the case.
+        """
+        if torch.device(case.device).type not in self.devices:
+            raise Refused(f"it does not run on {case.device}")
+        attend = self.prepare(case)
+        own = [self._convert(tensor).detach().requires_grad_() for tensor in tensors[:3]]
+        return Bound(self, attend, own[0], own[1], own[2], self._convert(tensors.grad))
+
+    def _convert(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).contiguous() if self.layout == "bhsd" else tensor.contiguous()
+
+    def matrix_memory(self, case: Case) -> int:
+        """Bytes that its score matrices take."""
+        return int(self.quadratic * case.matrix_bytes)
+
+
+@dataclass
+class Bound:
+    """One peer, ready to run one case."""
+
+    peer: Peer
+    attend: Attend
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor = field(repr=False)
+
+    def forward(self) -> Tensor:
+        """The output; its graph is recorded where gradients are enabled."""
+        return self.attend(self.q, self.k, self.v)
+
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of q, k and v."""
+        return torch.autograd.grad(out, (self.q, self.k, self.v), self.grad)
+
+    def common(self, tensor: Tensor) -> Tensor:
+        """A result of this peer as (batch, seqlen, heads, headdim)."""
+        return tensor.detach().transpose(1, 2) if self.peer.layout == "bhsd" else tensor.detach()
+
+
+PEERS: dict[str, Peer] = {}
+
+
+def peer(
+    name: str,
+    *,
+    title: str,
+    layout: str = "bshd",
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    quadratic: float = 0.0,
+) -> Callable[[Callable[[Case], Attend]], Callable[[Case], Attend]]:
+    """Registers a peer; see the module's description."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, need one of {', '.join(LAYOUTS)}")
+
+    def register(prepare: Callable[[Case], Attend]) -> Callable[[Case], Attend]:
+        PEERS[name] = Peer(name, title, prepare, layout, devices, quadratic)
+        return prepare
+
+    return register
+
+
+def _dense(case: Case) -> tuple[Tensor | None, Tensor | None]:
+    """(bool mask, what joins the scores) of the case."""
+    if not cases.FEATURES[case.feature].dense:
+        raise Refused(f"it has no {case.feature}")
+    return cases.allowed(case), cases.added(case)
+
+
+@peer("flashtile", title="flashtile")
+def _flashtile(case: Case) -> Attend:
+    options: dict[str, Any] = cases.options(case)
+    return lambda q, k, v: flashtile.attention(q, k, v, **options)
+
+
+# In a training step it keeps the weights, and makes their gradient and that of the scores: three matrices at a time.
+@peer("textbook", title="textbook", layout="bhsd", quadratic=3.2)
+def _textbook(case: Case) -> Attend:
+    allowed, added = _dense(case)
+    return lambda q, k, v: textbook.attention(q, k, v, allowed=allowed, added=added)
+
+
+@peer("sdpa", title="SDPA", layout="bhsd")
+def _sdpa(case: Case) -> Attend:
+    return _scaled_dot_product(case)
+
+
+@peer("sdpa_math", title="SDPA math", layout="bhsd", quadratic=4.0)
+def _sdpa_math(case: Case) -> Attend:
+    attend = _scaled_dot_product(case)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return attend(q, k, v)
+
+    return call
+
+
+def _scaled_dot_product(case: Case) -> Attend:
+    """PyTorch's attention, told of causality by its flag and of all else by a mask tensor."""
+    shared: dict[str, Any] = {"enable_gqa": case.group > 1}
+    if case.feature == "causal":
+        return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, **shared)
+    allowed, added = _dense(case)
+    mask = allowed if added is None else added
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask, **shared)

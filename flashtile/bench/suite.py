@@ -1,0 +1,198 @@
+"""The suites: which cases are put to which peers, and what is recorded. One function a suite, registered by name."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from flashtile.bench import accuracy, cases, machine, memory, records, subject, timing
+from flashtile.bench.cases import Case
+from flashtile.bench.peers import PEERS, Bound, Peer, Refused
+from flashtile.bench.records import Record, Row
+from flashtile.bench.timing import Effort
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may choose; `peers` None: those that the suite names."""
+
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = ("float32",)
+    batch: int = 1
+    heads: int = 8
+    heads_kv: int = 8
+    headdim: int = 64
+    seqlens: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    peers: tuple[str, ...] | None = None
+    error_seqlen: int = 768
+    effort: Effort = field(default_factory=Effort)
+
+    @property
+    def longest(self) -> int:
+        return max(self.seqlens)
+
+    def case(self, feature: str, seqlen: int, dtype: str) -> Case:
+        return Case(feature, self.batch, seqlen, self.heads, self.heads_kv, self.headdim, dtype, self.device)
+
+    def quick(self) -> "Settings":
+        """The same in seconds: too short for figures that mean anything, long enough to see that all works."""
+        effort = Effort(seconds=0.2, least=2, most=3)
+        return replace(self, seqlens=(256, 512), error_seqlen=160, heads=2, heads_kv=2, headdim=32, effort=effort)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`run` yields the rows; `title` says what they are."""
+
+    name: str
+    title: str
+    kind: str
+    run: Callable[[Settings, Note], Iterator[Row]]
+
+
+SUITES: dict[str, Suite] = {}
+
+Runner = Callable[[Settings, Note], Iterator[Row]]
+
+
+def suite(name: str, title: str, kind: str) -> Callable[[Runner], Runner]:
+    """Registers a suite; its rows are of the kind "time", "memory" or "error"."""
+
+    def register(run: Runner) -> Runner:
+        SUITES[name] = Suite(name, title, kind, run)
+        return run
+
+    return register
+
+
+def run(name: str, settings: Settings, folder: Path, note: Note = lambda text: None) -> tuple[Record, Path]:
+    """Runs one suite and writes its record; returns both."""
+    start = time.monotonic()
+    rows = list(SUITES[name].run(settings, lambda text: note(f"{name}: {text}")))
+    record = {
+        "schema": records.SCHEMA,
+        "suite": name,
+        "title": SUITES[name].title,
+        "kind": SUITES[name].kind,
+        "machine": machine.describe(settings.device),
+        "settings": {**asdict(settings), "slack": accuracy.SLACK, "roundings": accuracy.ROUNDINGS},
+        "seconds": round(time.monotonic() - start, 1),
+        "rows": rows,
+    }
+    return record, records.write(record, folder)
+
+
+@suite("dense", "Plain and causal attention", "time")
+def _dense(settings: Settings, note: Note) -> Iterator[Row]:
+    for dtype in settings.dtypes:
+        for feature in ("plain", "causal"):
+            for seqlen in settings.seqlens:
+                case = settings.case(feature, seqlen, dtype)
+                yield from _timed(case, settings, ("sdpa", "textbook", "flashtile"), note)
+
+
+@suite("masks", "Window and document masks", "time")
+def _masks(settings: Settings, note: Note) -> Iterator[Row]:
+    for dtype in settings.dtypes:
+        for feature in ("window", "document", "causal document"):
+            yield from _timed(settings.case(feature, settings.longest, dtype), settings, ("sdpa", "flashtile"), note)
+
+
+@suite("memory", "Extra memory of a call", "memory")
+def _memory(settings: Settings, note: Note) -> Iterator[Row]:
+    case = settings.case("causal", settings.longest, settings.dtypes[0])
+    for which in subject.PASSES:
+        for peer in _chosen(settings, ("textbook", "sdpa", "flashtile")):
+            note(f"{case} {which}: {peer.name}")
+            yield _memory_row(case, peer, which)
+
+
+@suite("error", "Error against float64", "error")
+def _error(settings: Settings, note: Note) -> Iterator[Row]:
+    few = replace(settings, heads=min(settings.heads, 4), heads_kv=min(settings.heads_kv, 4))
+    for dtype in ("float32", "bfloat16", "float16"):
+        for feature in cases.FEATURES:
+            case = few.case(feature, settings.error_seqlen, dtype)
+            yield from _errors(case, settings, ("flashtile", "sdpa", "sdpa_math"), note)
+
+
+def _chosen(settings: Settings, names: tuple[str, ...]) -> list[Peer]:
+    return [PEERS[name] for name in settings.peers or names]
+
+
+def _too_big(case: Case, peer: Peer) -> str | None:
+    """Why the peer's score matrices do not fit, or None; a fifth of what is free is left alone."""
+    needed, free = peer.matrix_memory(case), machine.free_memory(case.device)
+    if needed <= 0.8 * free:
+        return None
+    return f"would need {memory.gib(needed)}, {memory.gib(free)} are free"
+
+
+def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -> Iterator[Row]:
+    """Gate, then interleaved rounds of all that pass it."""
+    note(f"{case}: float64 reference")
+    inputs = cases.tensors(case)
+    truth = accuracy.truth(case, inputs)
+    bounds: dict[str, Bound] = {}
+    gates: dict[str, Any] = {}
+    for peer in _chosen(settings, names):
+        note(f"{case}: gate of {peer.name}")
+        status, reason = "ok", ""
+        try:
+            big = _too_big(case, peer)
+            if big is not None:
+                status, reason = "too big", big
+            else:
+                bound = peer.bind(case, inputs)
+                status, reason, gates[peer.name] = _gate(truth, bound)
+        except Refused as refusal:
+            status, reason = "refused", str(refusal)
+        if status == "ok":
+            bounds[peer.name] = bound
+            continue
+        for which in timing.PASSES:
+            yield records.row(case, peer.name, status, reason, **{"pass": which}, gate=gates.get(peer.name))
+    del truth
+    samples = timing.interleave(bounds, case.device, settings.effort, lambda text: note(f"{case}: {text}"))
+    for name in bounds:
+        for which in timing.PASSES:
+            ms = timing.summary(samples[name].of(which))
+            gflops = cases.flops(case, which == "backward") / ms["median"] / 1e6
+            yield records.row(case, name, **{"pass": which}, ms=ms, gflops=gflops, gate=gates[name])
+
+
+def _gate(truth: accuracy.Truth, bound: Bound) -> tuple[str, str, dict[str, Any]]:
+    """(status, reason, what was compared)."""
+    errors = truth.errors(bound)
+    failures = truth.failures(errors)
+    compared = {name: {"error": errors[name].max, "allowed": truth.allowed(name).max} for name in accuracy.NAMES}
+    gate = {"passed": not failures, "heads_kv_compared": sorted(truth.results), **compared}
+    return ("wrong" if failures else "ok"), "; ".join(failures), gate
+
+
+def _memory_row(case: Case, peer: Peer, which: str) -> Row:
+    big = _too_big(case, peer)
+    if big is not None:
+        return records.row(case, peer.name, "too big", big, **{"pass": which})
+    found = subject.in_fresh_process(case, peer.name, which)
+    status, reason = found.pop("status"), found.pop("reason")
+    return records.row(case, peer.name, status, reason, **{"pass": which}, **found)
+
+
+def _errors(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -> Iterator[Row]:
+    note(f"{case}")
+    inputs = cases.tensors(case)
+    truth = accuracy.truth(case, inputs)
+    formula = {name: error._asdict() for name, error in truth.formula.items()}
+    yield records.row(case, "formula", errors=formula)
+    for peer in _chosen(settings, names):
+        try:
+            errors = truth.errors(peer.bind(case, inputs))
+        except Refused as refusal:
+            yield records.row(case, peer.name, "refused", str(refusal))
+        else:
+            passed = not truth.failures(errors)
+            yield records.row(case, peer.name, errors={n: e._asdict() for n, e in errors.items()}, passed=passed)

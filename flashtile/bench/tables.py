@@ -1,0 +1,151 @@
+"""Records as tables of text: one shape for the terminal and for markdown."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from flashtile.bench import records
+from flashtile.bench.accuracy import NAMES
+from flashtile.bench.memory import gib
+from flashtile.bench.peers import PEERS
+from flashtile.bench.records import Record, Row
+
+SUBJECT = "flashtile"
+
+
+@dataclass
+class Table:
+    """`notes` stand below it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """A markdown table; all but the first column flush right."""
+        rule = ["---", *(["---:"] * (len(self.columns) - 1))]
+        lines = [f"| {' | '.join(line)} |" for line in (self.columns, rule, *self.rows)]
+        return "\n".join([*lines, "", *(f"{note}  " for note in self.notes)]).rstrip() + "\n"
+
+
+def of(record: Record, spread: bool = True) -> list[Table]:
+    """The tables of a record; `spread` False leaves out what makes them wide."""
+    return {"time": _time, "memory": _memory, "error": _error}[record["kind"]](record, spread)
+
+
+def title_of(peer: str) -> str:
+    if peer == "formula":
+        return "textbook"
+    return PEERS[peer].title if peer in PEERS else peer
+
+
+def _peers(rows: Iterable[Row]) -> list[str]:
+    """Peers in the order of their first appearance, flashtile last."""
+    found = list(dict.fromkeys(entry["peer"] for entry in rows))
+    return sorted(found, key=lambda name: name == SUBJECT)
+
+
+def _label(entry: Row) -> str:
+    """`causal`, and what differs from the common heads: `causal, heads 8/2`."""
+    case = records.case_of(entry)
+    heads = f", heads {case.heads}/{case.heads_kv}" if case.group > 1 else ""
+    return f"{case.feature}{heads}"
+
+
+def _excuse(entry: Row) -> str:
+    """What stands where a figure would."""
+    excuses: dict[str, str] = {"too big": entry["reason"], "refused": "–"}
+    return excuses.get(entry["status"], str(entry["status"]))
+
+
+def ms(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _time(record: Record, spread: bool) -> list[Table]:
+    tables = []
+    for dtype in dict.fromkeys(entry["case"]["dtype"] for entry in record["rows"]):
+        rows = [entry for entry in record["rows"] if entry["case"]["dtype"] == dtype]
+        peers = _peers(rows)
+        columns = ["attention", "seqlen", "pass", *map(title_of, peers), "best / flashtile"]
+        figures = "median (20th–80th percentile)" if spread else "median"
+        table = Table(f"{record['title']}, {dtype}: milliseconds, {figures}", columns)
+        ratios: dict[str, list[float]] = {}
+        for cell in records.cells(rows):
+            table.rows.append(_time_row(cell, peers, ratios, spread))
+        for which, values in ratios.items():
+            mean = records.geometric_mean(values)
+            table.notes.append(
+                f"{which}: {mean:.2f} × the speed of the best peer, geometric mean of {len(values)} cells"
+            )
+        tables.append(table)
+    return tables
+
+
+def _time_row(cell: list[Row], peers: list[str], ratios: dict[str, list[float]], spread: bool) -> list[str]:
+    """One line of a table of times; what flashtile reaches of the best peer's speed is added to `ratios`."""
+    found = {entry["peer"]: entry for entry in cell}
+    first, which = cell[0], cell[0]["pass"]
+    line = [_label(first), str(first["case"]["seqlen"]), which]
+    line += [_time_cell(found[name], spread) if name in found else "" for name in peers]
+    best = records.best_ratio(cell, SUBJECT)
+    if best is None:
+        return [*line, ""]
+    ratios.setdefault(which, []).append(best[0])
+    return [*line, f"{best[0]:.2f} ({title_of(best[1])})"]
+
+
+def _time_cell(entry: Row, spread: bool) -> str:
+    if entry["status"] != "ok":
+        return _excuse(entry)
+    figures = entry["ms"]
+    around = f" ({ms(figures['p20'])}–{ms(figures['p80'])})" if spread else ""
+    return ms(figures["median"]) + around
+
+
+def _memory(record: Record, spread: bool) -> list[Table]:
+    peers = _peers(record["rows"])
+    columns = ["attention", "seqlen", "pass", *map(title_of, peers), "flashtile / textbook"]
+    counts = "PyTorch's allocations [resident]" if spread else "PyTorch's allocations"
+    table = Table(f"{record['title']} beyond its inputs and outputs: {counts}", columns)
+    for cell in records.cells(record["rows"]):
+        found = {entry["peer"]: entry for entry in cell}
+        line = [_label(cell[0]), str(cell[0]["case"]["seqlen"]), cell[0]["pass"]]
+        line += [_memory_cell(found[name], spread) if name in found else "" for name in peers]
+        own, textbook = (found.get(name, {}).get("extra_bytes") for name in (SUBJECT, "textbook"))
+        table.rows.append([*line, f"1/{textbook / own:.0f}" if own and textbook else ""])
+    if spread:
+        table.notes.append("Resident: the operating system's count of the same, in a fresh process per figure.")
+    return [table]
+
+
+def _memory_cell(entry: Row, spread: bool) -> str:
+    if entry["status"] != "ok":
+        return _excuse(entry)
+    resident = entry["resident_bytes"] if spread else None
+    return gib(entry["extra_bytes"]) + ("" if resident is None else f" [{gib(resident)}]")
+
+
+def _error(record: Record, spread: bool) -> list[Table]:
+    tables = []
+    for dtype in dict.fromkeys(entry["case"]["dtype"] for entry in record["rows"]):
+        rows = [entry for entry in record["rows"] if entry["case"]["dtype"] == dtype]
+        peers = _peers(rows)
+        columns = ["attention", "of", *map(title_of, peers)]
+        table = Table(f"{record['title']}, {dtype}: largest (root mean square)", columns)
+        for cell in records.cells(rows):
+            found = {entry["peer"]: entry for entry in cell}
+            for what, names in (("output", NAMES[:1]), ("gradients", NAMES[1:])):
+                line = [_error_cell(found[peer], names) if peer in found else "" for peer in peers]
+                table.rows.append([_label(cell[0]) if what == "output" else "", what, *line])
+        table.notes.append("The textbook formula is computed in the inputs' dtype.")
+        tables.append(table)
+    return tables
+
+
+def _error_cell(entry: Row, names: tuple[str, ...]) -> str:
+    """Of several tensors the largest error, and the largest root mean square."""
+    if entry["status"] != "ok":
+        return _excuse(entry)
+    largest, rms = (max(float(entry["errors"][name][kind]) for name in names) for kind in ("max", "rms"))
+    return f"{largest:.1e} ({rms:.0e})"

@@ -1,0 +1,95 @@
+"""Time of several peers, taken in turns: A B C, A B C, so that a slow spell of the machine falls on all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from flashtile.bench.peers import Bound
+
+PASSES = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: each peer gets `seconds` a case, but at least `least` rounds and at most `most`."""
+
+    seconds: float = 20.0
+    least: int = 3
+    most: int = 30
+
+    def rounds(self, one: float) -> int:
+        """Rounds of a peer that takes `one` second each."""
+        return int(min(self.most, max(self.least, self.seconds / max(one, 1e-9))))
+
+
+@dataclass
+class Samples:
+    """Seconds of every round of one peer."""
+
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+
+    def of(self, which: str) -> list[float]:
+        return self.forward if which == "forward" else self.backward
+
+
+def summary(samples: list[float]) -> dict[str, Any]:
+    """Median and spread in milliseconds, and the samples themselves."""
+    ordered = sorted(1e3 * sample for sample in samples)
+    return {
+        "median": statistics.median(ordered),
+        "p20": _quantile(ordered, 0.2),
+        "p80": _quantile(ordered, 0.8),
+        "rounds": len(ordered),
+        "samples": [1e3 * sample for sample in samples],
+    }
+
+
+def _quantile(ordered: list[float], q: float) -> float:
+    """Linear between the two nearest samples."""
+    place = q * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def clock(device: str) -> float:
+    """Seconds, once all work given to the device so far is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def one_round(bound: Bound, device: str, samples: Samples) -> float:
+    """A forward pass that records its graph, as in training, then the backward pass; returns their sum."""
+    start = clock(device)
+    out = bound.forward()
+    middle = clock(device)
+    gradients = bound.backward(out)
+    end = clock(device)
+    # Releasing what the round made is not part of the next peer's time.
+    del out, gradients
+    samples.forward.append(middle - start)
+    samples.backward.append(end - middle)
+    return end - start
+
+
+def interleave(
+    bounds: Mapping[str, Bound], device: str, effort: Effort, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Samples]:
+    """Rounds of every peer in turns, after one that does not count; a peer with all its rounds drops out."""
+    wanted = {}
+    for name, bound in bounds.items():
+        progress(f"{name}: warm-up")
+        wanted[name] = effort.rounds(one_round(bound, device, Samples()))
+    samples = {name: Samples() for name in bounds}
+    for turn in range(max(wanted.values(), default=0)):
+        for name, bound in bounds.items():
+            if turn < wanted[name]:
+                progress(f"{name}: round {turn + 1} of {wanted[name]}")
+                one_round(bound, device, samples[name])
+    return samples

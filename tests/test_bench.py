@@ -1,0 +1,351 @@
+"""The benchmarks: cases mean what they say, the gate stops wrong peers, figures are measured, reports stay in place."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtile import reference
+from flashtile.bench import (
+    accuracy,
+    cases,
+    machine,
+    memory,
+    peers,
+    records,
+    report,
+    subject,
+    suite,
+    tables,
+    textbook,
+    timing,
+)
+from flashtile.bench.cases import Case
+from flashtile.bench.peers import PEERS, Bound, Peer, Refused
+from flashtile.bench.suite import Settings
+from flashtile.bench.timing import Effort
+
+SMALL = Case(seqlen=96, heads=4, heads_kv=4, headdim=16)
+TINY = Settings(
+    seqlens=(48, 64), error_seqlen=32, heads=2, heads_kv=2, headdim=16, effort=Effort(seconds=0.01, least=2, most=3)
+)
+PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Peer]:
+    """A copy of the registry that a test may fill."""
+    copy = dict(PEERS)
+    monkeypatch.setattr(peers, "PEERS", copy)
+    monkeypatch.setattr(suite, "PEERS", copy)
+    monkeypatch.setattr(tables, "PEERS", copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of every suite, tiny; memory in this process, since a fresh one takes seconds to start."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject, "in_fresh_process", subject.measure)
+        for name in suite.SUITES:
+            suite.run(name, TINY, folder)
+    return folder
+
+
+def rows_of(results: Path, name: str) -> list[dict[str, Any]]:
+    return next(record for record in records.read(results) if record["suite"] == name)["rows"]
+
+
+class TestCases:
+    @pytest.mark.parametrize("feature", [name for name, feature in cases.FEATURES.items() if feature.dense])
+    @pytest.mark.parametrize("heads_kv", [4, 2])
+    def test_both_statements_of_a_feature_agree(self, feature: str, heads_kv: int) -> None:
+        case = replace(SMALL, feature=feature, dtype="float64", heads_kv=heads_kv)
+        q, k, v, _ = cases.tensors(case)
+        dense = textbook.attention(
+            *(tensor.transpose(1, 2) for tensor in (q, k, v)), allowed=cases.allowed(case), added=cases.added(case)
+        )
+        torch.testing.assert_close(dense.transpose(1, 2), reference.attention(q, k, v, **cases.options(case)).out)
+
+    @pytest.mark.parametrize("feature", ["causal", "window", "document", "causal document"])
+    @pytest.mark.parametrize("seqlen", [96, 1500])
+    def test_pairs_are_those_that_the_mask_allows(self, feature: str, seqlen: int) -> None:
+        case = replace(SMALL, feature=feature, seqlen=seqlen)
+        mask = cases.allowed(case)
+        assert mask is not None
+        assert cases.pairs(case) == int(mask.sum())
+
+    def test_documents_are_several_and_cover_the_sequence(self) -> None:
+        ids = cases.document_ids(8192)
+        assert ids.shape == (8192,)
+        assert len(ids.unique()) >= 8
+        assert bool((ids.diff() >= 0).all())
+
+    def test_flops_of_plain_attention(self) -> None:
+        case = Case(seqlen=100, heads=2, heads_kv=2, headdim=8)
+        assert cases.flops(case, backward=False) == 4 * 2 * 100 * 100 * 8
+        assert cases.flops(case, backward=True) == 10 * 2 * 100 * 100 * 8
+
+    def test_the_formula_in_plain_words(self) -> None:
+        q, k, v = torch.randn(3, 1, 1, 5, 4, dtype=torch.float64)
+        out = textbook.attention(q, k, v, causal=True)
+        for i in range(5):
+            weights = torch.softmax(k[0, 0, : i + 1] @ q[0, 0, i] / 2, dim=0)
+            torch.testing.assert_close(out[0, 0, i], weights @ v[0, 0, : i + 1])
+
+
+class TestGate:
+    @pytest.mark.parametrize("name", ["flashtile", "textbook", "sdpa", "sdpa_math"])
+    @pytest.mark.parametrize("case", [SMALL, replace(SMALL, feature="causal", heads_kv=2, dtype="bfloat16")])
+    def test_passes_the_peers_that_are_right(self, name: str, case: Case) -> None:
+        inputs = cases.tensors(case)
+        truth = accuracy.truth(case, inputs)
+        assert truth.failures(truth.errors(PEERS[name].bind(case, inputs))) == []
+
+    @staticmethod
+    def _slightly_off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return textbook.attention(q, k, v) * (1 + 1e-4)
+
+    @staticmethod
+    def _last_head_off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        factor = torch.ones(q.shape[1], 1, 1)
+        factor[-1] = 1.001
+        return textbook.attention(q, k, v) * factor
+
+    @staticmethod
+    def _forgets_the_gradient_of_k(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return textbook.attention(q, k.detach() + 0 * k, v)
+
+    @staticmethod
+    def _one_nan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = textbook.attention(q, k, v)
+        return torch.where(torch.arange(out.numel()).view(out.shape) == 7, math.nan, out)
+
+    @pytest.mark.parametrize("wrong", ["_slightly_off", "_last_head_off", "_forgets_the_gradient_of_k", "_one_nan"])
+    def test_a_wrong_peer_has_no_figure(self, wrong: str, registry: dict[str, Peer], tmp_path: Path) -> None:
+        attend: Callable[..., Tensor] = getattr(self, wrong)
+        peers.peer("wrong", title="a wrong one", layout="bhsd")(lambda case: attend)
+        settings = replace(TINY, seqlens=(48,), peers=("wrong", "textbook"))
+        record, _ = suite.run("dense", settings, tmp_path)
+        rows = [entry for entry in record["rows"] if entry["peer"] == "wrong" and entry["case"]["feature"] == "plain"]
+        assert [entry["status"] for entry in rows] == ["wrong", "wrong"]
+        assert all("ms" not in entry and "gflops" not in entry for entry in rows)
+        assert all("error" in entry["reason"] and not entry["gate"]["passed"] for entry in rows)
+        right = [entry for entry in record["rows"] if entry["peer"] == "textbook"]
+        assert all(entry["status"] == "ok" and entry["gate"]["passed"] for entry in right)
+        assert "wrong" in tables.of(record)[0].rows[0]
+
+    def test_a_peer_may_refuse(self, registry: dict[str, Peer], tmp_path: Path) -> None:
+        @peers.peer("choosy", title="choosy")
+        def _choosy(case: Case) -> peers.Attend:
+            raise Refused("it likes nothing")
+
+        record, _ = suite.run("masks", replace(TINY, peers=("choosy",)), tmp_path)
+        assert {entry["reason"] for entry in record["rows"]} == {"it likes nothing"}
+
+    def test_a_peer_of_another_device_is_refused(self, registry: dict[str, Peer]) -> None:
+        peers.peer("far", title="far", devices=("cuda",))(lambda case: textbook.attention)
+        with pytest.raises(Refused, match="does not run on cpu"):
+            registry["far"].bind(SMALL, cases.tensors(SMALL))
+
+    def test_an_unknown_layout_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="layout: got 'sbhd', need one of bshd, bhsd"):
+            peers.peer("odd", title="odd", layout="sbhd")
+
+    def test_too_big_is_said_and_not_run(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(machine, "free_memory", lambda device: 2**14)
+        record, _ = suite.run("dense", replace(TINY, seqlens=(64,), peers=("textbook",)), tmp_path)
+        assert {entry["status"] for entry in record["rows"]} == {"too big"}
+        assert all(entry["reason"].startswith("would need") for entry in record["rows"])
+
+    def test_long_sequences_compare_fewer_heads(self) -> None:
+        compared = [accuracy._compared(Case(seqlen=seqlen)) for seqlen in (1024, 4096, 8192)]
+        assert compared == [list(range(8)), [0, 7], [7]]
+
+
+class TestTiming:
+    def test_peers_take_turns_after_a_warm_up(self) -> None:
+        calls: list[str] = []
+        bounds = {name: _recorded(name, calls) for name in "abc"}
+        samples = timing.interleave(bounds, "cpu", Effort(seconds=0.0, least=2, most=2))
+        assert calls == list("abc") * 3
+        assert all(len(found.forward) == len(found.backward) == 2 for found in samples.values())
+
+    def test_rounds_follow_the_time_of_one(self) -> None:
+        effort = Effort(seconds=10, least=3, most=30)
+        assert [effort.rounds(one) for one in (100.0, 2.0, 0.001)] == [3, 5, 30]
+
+    def test_summary(self) -> None:
+        found = timing.summary([0.005, 0.001, 0.002, 0.003, 0.004, 0.006])
+        assert (found["median"], found["rounds"]) == (3.5, 6)
+        assert found["p20"] == pytest.approx(2)
+        assert found["p80"] == pytest.approx(5)
+        assert found["samples"][0] == pytest.approx(5)
+
+
+def _recorded(name: str, calls: list[str]) -> Bound:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(name)
+        return q + k + v
+
+    q, k, v = (torch.ones(2, requires_grad=True) for _ in range(3))
+    return Bound(PEERS["textbook"], attend, q, k, v, torch.ones(2))
+
+
+class TestMemory:
+    MEGABYTE = 2**20
+
+    def _call(self) -> Tensor:
+        first = torch.ones(8 * self.MEGABYTE, dtype=torch.uint8)
+        second = first + 1
+        del first
+        return second + 1
+
+    def test_allocated_is_exact(self) -> None:
+        self._call()
+        assert memory.allocated_peak(self._call) == pytest.approx(16 * self.MEGABYTE, abs=1024)
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+    def test_resident_agrees(self) -> None:
+        self._call()
+        found = memory.resident_peak(self._call)
+        # Pages freed before may be used again, and other threads may take some.
+        assert found is None or 0 <= found < 24 * self.MEGABYTE
+
+    def test_the_formula_holds_matrices_and_flashtile_does_not(self) -> None:
+        case = Case("causal", seqlen=1024, heads=2, heads_kv=2, headdim=32)
+        extra = {name: subject.measure(case, name, "training")["extra_bytes"] for name in ("textbook", "flashtile")}
+        assert 2 * case.matrix_bytes <= extra["textbook"] <= PEERS["textbook"].quadratic * case.matrix_bytes
+        assert extra["flashtile"] < extra["textbook"] / 5
+
+    def test_a_fresh_process_measures_the_same(self) -> None:
+        case = Case("causal", seqlen=512, heads=2, heads_kv=2, headdim=32)
+        found = subject.in_fresh_process(case, "textbook", "forward")
+        assert found["status"] == "ok"
+        assert found["extra_bytes"] == subject.measure(case, "textbook", "forward")["extra_bytes"]
+
+    def test_a_process_that_fails_says_so(self) -> None:
+        found = subject.in_fresh_process(SMALL, "nobody", "forward")
+        assert found["status"] == "failed"
+        assert "nobody" in found["reason"]
+
+    @pytest.mark.parametrize(
+        ("size", "text"),
+        [(3 * 2**30, "3 GiB"), (1536 * 1024, "1.5 MiB"), (1023.4 * 2**20, "1023 MiB"), (2048, "2 KiB")],
+    )
+    def test_sizes_in_words(self, size: float, text: str) -> None:
+        assert memory.gib(size) == text
+
+
+class TestMachine:
+    def test_slug_is_a_folder_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "cpu_name", lambda: "Intel(R) Xeon(R) CPU @ 2.70GHz")
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        assert machine.slug("cpu") == "cpu-intel-xeon-cpu-2-70ghz-2-threads"
+
+    def test_outside_a_checkout_there_is_no_commit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "_git", lambda *arguments: None)
+        assert machine.commit() == {"commit": None, "dirty": None}
+
+
+class TestRecords:
+    def test_a_record_says_all_that_a_reader_needs(self, results: Path) -> None:
+        for record in records.read(results):
+            assert record["schema"] == records.SCHEMA
+            assert record["machine"]["versions"]["torch"] == str(torch.__version__)
+            assert record["machine"]["slug"] == machine.slug("cpu")
+            assert set(record["machine"]["source"]) == {"commit", "dirty"}
+            assert record["machine"]["threads"] == torch.get_num_threads()
+            assert record["settings"]["heads"] == TINY.heads
+            assert record["settings"]["slack"] == accuracy.SLACK
+
+    def test_dense_has_every_cell_with_samples(self, results: Path) -> None:
+        rows = rows_of(results, "dense")
+        assert len(rows) == 2 * 2 * 3 * 2
+        for entry in rows:
+            assert entry["status"] == "ok"
+            assert entry["gate"]["passed"]
+            assert len(entry["ms"]["samples"]) == entry["ms"]["rounds"] >= 2
+            assert 0 < entry["ms"]["p20"] <= entry["ms"]["median"] <= entry["ms"]["p80"]
+            assert entry["gflops"] > 0
+
+    def test_masks_are_put_to_flashtile_and_sdpa(self, results: Path) -> None:
+        rows = rows_of(results, "masks")
+        assert {entry["peer"] for entry in rows} == {"flashtile", "sdpa"}
+        assert {entry["case"]["feature"] for entry in rows} == {"window", "document", "causal document"}
+        assert all(entry["case"]["seqlen"] == 64 and entry["status"] == "ok" for entry in rows)
+
+    def test_memory_counts_more_for_the_formula(self, results: Path) -> None:
+        rows = rows_of(results, "memory")
+        extra = {(entry["peer"], entry["pass"]): entry["extra_bytes"] for entry in rows}
+        assert len(extra) == 6
+        assert extra["textbook", "training"] >= 2 * records.case_of(rows[0]).matrix_bytes
+
+    def test_errors_of_every_feature_and_dtype(self, results: Path) -> None:
+        rows = rows_of(results, "error")
+        ours = [entry for entry in rows if entry["peer"] == "flashtile"]
+        assert len(ours) == 3 * len(cases.FEATURES)
+        assert all(entry["passed"] for entry in ours)
+        refused = {entry["case"]["feature"] for entry in rows if entry["status"] == "refused"}
+        assert refused == {"softcap", "sinks"}
+
+    def test_another_schema_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "device" / "dense.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"schema": 0}))
+        with pytest.raises(ValueError, match="got no record of schema 1"):
+            records.read(tmp_path)
+
+    def test_ratio_to_the_fastest_other_peer(self) -> None:
+        times = {"flashtile": 2.0, "sdpa": 3.0, "textbook": 8.0}
+        rows = [records.row(SMALL, name, ms={"median": time}) for name, time in times.items()]
+        assert records.best_ratio(rows) == (1.5, "sdpa")
+        assert records.best_ratio(rows[1:]) is None
+        assert records.best_ratio(rows[:1]) is None
+        assert records.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1)
+        assert records.geometric_mean([]) is None
+
+
+class TestReport:
+    def test_writes_the_page_and_the_plots(self, results: Path, tmp_path: Path) -> None:
+        written = report.write(results, tmp_path)
+        page = written[0].read_text()
+        assert [path.suffix for path in written] == [".md", ".png", ".png", ".png"]
+        for image in written[1:]:
+            assert image.read_bytes().startswith(PNG)
+            assert f"({image.relative_to(tmp_path).as_posix()})" in page
+        for title in (found.title for found in suite.SUITES.values()):
+            assert f"### {title}" in page
+        assert "geometric mean" in page
+
+    def test_leaves_what_stands_outside_the_markers(self, results: Path, tmp_path: Path) -> None:
+        page = tmp_path / "benchmarks.md"
+        page.write_text(f"# Mine\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+        report.write(results, tmp_path)
+        once = page.read_text()
+        assert once.startswith("# Mine\n\nbefore\n")
+        assert once.endswith("\nafter\n")
+        assert "\nold\n" not in once
+        report.write(results, tmp_path)
+        assert page.read_text() == once
+        page.write_text("# Without markers\n")
+        report.write(results, tmp_path)
+        assert page.read_text().startswith(f"# Without markers\n\n{report.BEGIN}")
+
+    def test_markdown_tables_are_rectangular(self, results: Path) -> None:
+        for record in records.read(results):
+            for table in tables.of(record):
+                assert table.rows
+                assert {len(row) for row in table.rows} == {len(table.columns)}
+                assert table.markdown().count("\n|") == len(table.rows) + 1
+
+    def test_no_records_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="got no record"):
+            report.write(tmp_path, tmp_path)
