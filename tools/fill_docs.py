@@ -50,6 +50,11 @@ def sections(record: Mapping[str, Any] | None, names: list[str]) -> dict[str, st
         "row says otherwise. Times are medians of CPU time. Extra memory is the peak of PyTorch's allocations beyond "
         "inputs and results."
     )
+    # One process of its own makes a load of 1; more is other work, which slows this one by way of the shared caches.
+    if record["load"] is not None and record["load"] > 1.5:
+        described += (
+            f" The machine had other work (load {record['load']:.1f} on {machine['cores']} cores): read times roughly."
+        )
     return {"machine": described, **{name: table(rows) for name, rows in record["rungs"].items()}}
 
 

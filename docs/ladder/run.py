@@ -7,6 +7,7 @@ puts its tables into docs/ladder/README.md. With --quick nothing is written.
 import argparse
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def main() -> None:
     rungs = {name: run(name, arguments.quick) for name in RUNGS}
     if arguments.quick:
         return
-    record = {"schema": 1, "machine": machine.describe("cpu"), "rungs": rungs}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    record = {"schema": 1, "machine": machine.describe("cpu"), "load": load, "rungs": rungs}
     path = arguments.results / record["machine"]["slug"] / "ladder" / "rungs.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

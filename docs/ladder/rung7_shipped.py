@@ -1,7 +1,7 @@
 """Rung 7: the sweep that ships.
 
-Nothing new: `flashtile/backends/pytorch/sweep.py` is rungs 3, 4, 5 and 6 in one forward and one backward loop. What it
-adds is engineering, all of it visible there:
+Nothing new: `flashtile/backends/pytorch/sweep.py` is rungs 3, 4 and 5 in one forward and one backward loop, and
+`flashtile/state.py` is rung 6. What the sweep adds is engineering, all of it visible there:
 
 - query heads that share a key/value head are packed into one tile (GQA), so keys and values are never repeated;
 - (batch, head) pairs share a pass, as many as keep the scores in the caches (`flashtile/tuning/cpu.py`);
