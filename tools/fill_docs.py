@@ -1,46 +1,47 @@
-"""Puts the tables that `docs/ladder/run.py` measured into docs/ladder/README.md, between its markers.
+"""Puts what was measured into README.md and docs/ladder/README.md, between their markers.
 
-    python tools/fill_docs.py            rewrite the page
-    python tools/fill_docs.py --check    fail if the page is not what the record says
+    python tools/fill_docs.py            rewrite the pages
+    python tools/fill_docs.py --check    fail if a page is not what the records say
 
-A section is what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Nothing there is typed by hand.
+A section is what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Nothing there is typed by hand. README's
+section comes from the records of `flashtile bench`, the ladder's from that of `docs/ladder/run.py`.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+
+from flashtile.bench import records, tables
+from flashtile.bench.memory import gib
+from flashtile.bench.records import Record, Row
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "ladder" / "README.md"
-NOTHING = "*Not measured yet: `python docs/ladder/run.py`, then `python tools/fill_docs.py`.*"
+RESULTS = ROOT / "benchmarks" / "results"
 
 sys.path.insert(0, str(ROOT / "docs" / "ladder"))
 
+from measure import table  # noqa: E402
+
 
 def fill(text: str, sections: Mapping[str, str]) -> str:
-    """`text` with its marked sections replaced.
-
-    Raises:
-        KeyError: a marked section has no content.
-    """
+    """`text` with those of its marked sections replaced that `sections` names."""
 
     def section(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- {name}:begin -->\n{sections[name]}\n<!-- {name}:end -->"
+        return f"<!-- {name}:begin -->\n{sections[name]}\n<!-- {name}:end -->" if name in sections else match.group(0)
 
-    return re.sub(r"<!-- ([\w:]+):begin -->\n.*?<!-- \1:end -->", section, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+):begin -->\n.*?<!-- \1:end -->", section, text, flags=re.DOTALL)
 
 
-def sections(record: Mapping[str, Any] | None, names: list[str]) -> dict[str, str]:
-    """The machine's description, and one table a rung."""
-    from measure import table
-
-    if record is None:
-        return dict.fromkeys([*names, "machine"], NOTHING)
+def ladder() -> dict[str, str]:
+    """The machine's description, and one table a rung, of the first record there is."""
+    found = sorted(RESULTS.glob("*/ladder/rungs.json"))
+    if not found:
+        return {}
+    record = json.loads(found[0].read_text())
     machine = record["machine"]
     versions, source = machine["versions"], machine["source"]
     commit = f", commit {source['commit'][:7]}" if source["commit"] else ""
@@ -58,23 +59,67 @@ def sections(record: Mapping[str, Any] | None, names: list[str]) -> dict[str, st
     return {"machine": described, **{name: table(rows) for name, rows in record["rungs"].items()}}
 
 
+def bench() -> dict[str, str]:
+    """For each device: the plots of its records, and its longest sequences as a table."""
+    found = records.read(RESULTS) if RESULTS.exists() else []
+    devices = dict.fromkeys(record["machine"]["slug"] for record in found)
+    parts = [_device([record for record in found if record["machine"]["slug"] == slug]) for slug in devices]
+    return {"bench": "\n\n".join(parts)} if parts else {}
+
+
+def _device(found: list[Record]) -> str:
+    machine = found[0]["machine"]
+    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
+    lines = [f"**{machine['name']}**{threads}, PyTorch {machine['versions']['torch']}, {machine['date'][:10]}:", ""]
+    for record in found:
+        image = ROOT / "docs" / "benchmarks" / f"{machine['slug']}-{record['suite']}.png"
+        if record["kind"] != "error" and image.exists():
+            lines += [f"![{record['title']}]({image.relative_to(ROOT).as_posix()})", ""]
+    rows = [line for record in found for line in _lines(record)]
+    if not rows:
+        return "\n".join(lines).rstrip()
+    peers = sorted({name for _, cells in rows for name in cells}, key=lambda name: (name == tables.SUBJECT, name))
+    titles = ["at the longest sequence", *map(tables.title_of, peers)]
+    lines += [" | ".join(titles), " | ".join(["---", *["---:"] * len(peers)])]
+    lines += [" | ".join([label, *(cells.get(name, "") for name in peers)]) for label, cells in rows]
+    return "\n".join(f"| {line} |" if " | " in line else line for line in lines)
+
+
+def _lines(record: Record) -> Iterator[tuple[str, dict[str, str]]]:
+    """(what, figure of each peer): the longest sequences in the first dtype; errors are on the benchmarks page only."""
+    if record["kind"] == "error" or not record["rows"]:
+        return
+    longest = max(entry["case"]["seqlen"] for entry in record["rows"])
+    dtype = record["rows"][0]["case"]["dtype"]
+    for cell in records.cells(record["rows"]):
+        case = cell[0]["case"]
+        if (case["seqlen"], case["dtype"]) == (longest, dtype):
+            unit = "extra memory" if record["kind"] == "memory" else "ms"
+            label = f"{case['feature']}, {cell[0]['pass']}, {longest} tokens, {dtype}, {unit}"
+            yield label, {entry["peer"]: _figure(entry) for entry in cell}
+
+
+def _figure(entry: Row) -> str:
+    if entry["status"] != "ok":
+        return str(entry["status"])
+    return tables.ms(entry["ms"]["median"]) if "ms" in entry else gib(entry["extra_bytes"])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Puts measured tables into docs/ladder/README.md.")
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser = argparse.ArgumentParser(description="Puts what was measured into README.md and docs/ladder/README.md.")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     check = parser.parse_args().check
-    records = sorted((ROOT / "benchmarks" / "results").glob("*/ladder/rungs.json"))
-    record = json.loads(records[0].read_text()) if records else None
-    before = PAGE.read_text()
-    names = re.findall(r"<!-- (\w+):begin -->", before)
-    after = fill(before, sections(record, names))
-    source = records[0].relative_to(ROOT) if records else "no record"
-    if before == after:
-        print(f"docs/ladder/README.md agrees with {source}")
-    elif check:
-        raise SystemExit(f"docs/ladder/README.md differs from {source}: run python tools/fill_docs.py")
-    else:
-        PAGE.write_text(after)
-        print(f"docs/ladder/README.md filled from {source}")
+    stale = []
+    for name, sections in (("README.md", bench()), ("docs/ladder/README.md", ladder())):
+        before = (ROOT / name).read_text()
+        after = fill(before, sections)
+        print(f"{name}: {'nothing measured yet' if not sections else 'up to date' if before == after else 'differs'}")
+        if before != after:
+            stale.append(name)
+            if not check:
+                (ROOT / name).write_text(after)
+    if check and stale:
+        raise SystemExit(f"{', '.join(stale)}: not what the records say; run python tools/fill_docs.py")
 
 
 if __name__ == "__main__":
