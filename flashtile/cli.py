@@ -109,7 +109,7 @@ def _add_bench(commands: Any) -> None:
         command.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
     command.add_argument("--heads-kv", type=int, metavar="N", help="default: heads")
     command.add_argument("--peers", nargs="+", metavar="peer", help="default: those that each suite names")
-    command.add_argument("--seconds", type=float, default=20.0, help="time for each peer and case; default %(default)s")
+    command.add_argument("--seconds", type=float, default=10.0, help="time for each peer and case; default %(default)s")
     command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
 
 

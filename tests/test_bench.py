@@ -32,9 +32,8 @@ from flashtile.bench.suite import Settings
 from flashtile.bench.timing import Effort
 
 SMALL = Case(seqlen=96, heads=4, heads_kv=4, headdim=16)
-TINY = Settings(
-    seqlens=(48, 64), error_seqlen=32, heads=2, heads_kv=2, headdim=16, effort=Effort(seconds=0.01, least=2, most=3)
-)
+BRIEF = Effort(seconds=0.01, least=2, most=3)
+TINY = Settings(seqlens=(48, 64), error_seqlen=32, heads=2, heads_kv=2, headdim=16, effort=BRIEF)
 PNG = b"\x89PNG"
 
 
@@ -82,11 +81,10 @@ class TestCases:
         assert mask is not None
         assert cases.pairs(case) == int(mask.sum())
 
-    def test_documents_are_several_and_cover_the_sequence(self) -> None:
-        ids = cases.document_ids(8192)
-        assert ids.shape == (8192,)
-        assert len(ids.unique()) >= 8
-        assert bool((ids.diff() >= 0).all())
+    def test_documents_are_several_in_order(self) -> None:
+        steps = cases.document_ids(8192).diff()
+        assert set(steps.unique().tolist()) == {0, 1}
+        assert int(steps.sum()) >= 8
 
     def test_flops_of_plain_attention(self) -> None:
         case = Case(seqlen=100, heads=2, heads_kv=2, headdim=8)
@@ -178,6 +176,9 @@ class TestTiming:
         assert calls == list("abc") * 3
         assert all(len(found.forward) == len(found.backward) == 2 for found in samples.values())
 
+        timing.interleave(bounds, "cpu", Effort(seconds=0.0, least=1, most=1), known={"a": 60.0})
+        assert calls[9:] == list("bcabc")
+
     def test_rounds_follow_the_time_of_one(self) -> None:
         effort = Effort(seconds=10, least=3, most=30)
         assert [effort.rounds(one) for one in (100.0, 2.0, 0.001)] == [3, 5, 30]
@@ -262,9 +263,7 @@ class TestRecords:
             assert record["machine"]["versions"]["torch"] == str(torch.__version__)
             assert record["machine"]["slug"] == machine.slug("cpu")
             assert set(record["machine"]["source"]) == {"commit", "dirty"}
-            assert record["machine"]["threads"] == torch.get_num_threads()
             assert record["settings"]["heads"] == TINY.heads
-            assert record["settings"]["slack"] == accuracy.SLACK
 
     def test_dense_has_every_cell_with_samples(self, results: Path) -> None:
         rows = rows_of(results, "dense")

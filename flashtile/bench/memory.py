@@ -27,7 +27,7 @@ def allocated_peak(call: Callable[[], Any], device: str = "cpu") -> int:
         _ = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         _ = call()
     total = peak = 0
     for event in _memory_events(trace):

@@ -138,6 +138,7 @@ def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -
     truth = accuracy.truth(case, inputs)
     bounds: dict[str, Bound] = {}
     gates: dict[str, Any] = {}
+    known: dict[str, float] = {}
     for peer in _chosen(settings, names):
         note(f"{case}: gate of {peer.name}")
         status, reason = "ok", ""
@@ -147,7 +148,9 @@ def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -
                 status, reason = "too big", big
             else:
                 bound = peer.bind(case, inputs)
+                begin = timing.clock(case.device)
                 status, reason, gates[peer.name] = _gate(truth, bound)
+                known[peer.name] = timing.clock(case.device) - begin
         except Refused as refusal:
             status, reason = "refused", str(refusal)
         if status == "ok":
@@ -156,7 +159,7 @@ def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -
         for which in timing.PASSES:
             yield records.row(case, peer.name, status, reason, **{"pass": which}, gate=gates.get(peer.name))
     del truth
-    samples = timing.interleave(bounds, case.device, settings.effort, lambda text: note(f"{case}: {text}"))
+    samples = timing.interleave(bounds, case.device, settings.effort, lambda text: note(f"{case}: {text}"), known)
     for name in bounds:
         for which in timing.PASSES:
             ms = timing.summary(samples[name].of(which))

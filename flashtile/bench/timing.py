@@ -12,12 +12,15 @@ from flashtile.bench.peers import Bound
 
 PASSES = ("forward", "backward")
 
+LONG = 1.0
+"""Seconds of a call that is warm-up enough for those that follow."""
+
 
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: each peer gets `seconds` a case, but at least `least` rounds and at most `most`."""
 
-    seconds: float = 20.0
+    seconds: float = 10.0
     least: int = 3
     most: int = 30
 
@@ -79,13 +82,23 @@ def one_round(bound: Bound, device: str, samples: Samples) -> float:
 
 
 def interleave(
-    bounds: Mapping[str, Bound], device: str, effort: Effort, progress: Callable[[str], None] = lambda text: None
+    bounds: Mapping[str, Bound],
+    device: str,
+    effort: Effort,
+    progress: Callable[[str], None] = lambda text: None,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, Samples]:
-    """Rounds of every peer in turns, after one that does not count; a peer with all its rounds drops out."""
+    """Rounds of every peer in turns, after one that does not count; a peer with all its rounds drops out.
+
+    `known`: seconds of a call of each peer just before. Where that was long, it was warm-up enough.
+    """
     wanted = {}
     for name, bound in bounds.items():
-        progress(f"{name}: warm-up")
-        wanted[name] = effort.rounds(one_round(bound, device, Samples()))
+        one = (known or {}).get(name, 0.0)
+        if one < LONG:
+            progress(f"{name}: warm-up")
+            one = one_round(bound, device, Samples())
+        wanted[name] = effort.rounds(one)
     samples = {name: Samples() for name in bounds}
     for turn in range(max(wanted.values(), default=0)):
         for name, bound in bounds.items():

@@ -29,7 +29,7 @@ class Scaling:
     seqlens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     heads: int = 4
     headdim: int = 64
-    seconds: float = 20.0
+    seconds: float = 30.0
     total: float = 70.0
     peers: tuple[str, ...] = ("textbook", "flashtile")
 

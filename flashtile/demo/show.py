@@ -154,19 +154,19 @@ def _scale(scaling: Scaling, console: Console) -> list[Point]:
 
 
 def _scaling_table(points: list[Point]) -> Table:
-    title = "Causal attention, forward + backward; memory beyond inputs and outputs"
-    table = _table(title, "seqlen", "textbook", "memory", "flashtile", "memory", "faster", "memory")
+    title = "Causal attention, forward and backward: time, extra memory"
+    table = _table(title, "seqlen", "textbook", "flashtile", "faster", "memory")
     for seqlen in sorted({point.seqlen for point in points}):
         textbook, own = ({p.peer: p for p in points if p.seqlen == seqlen}[name] for name in ("textbook", "flashtile"))
-        faster = f"{textbook.ms / own.ms:.1f}×" if textbook.ms and own.ms else ""
+        faster = f"{textbook.ms / own.ms:.2g}×" if textbook.ms and own.ms else ""
         less = f"1/{textbook.extra / own.extra:.0f}" if own.ms and own.extra else ""
-        table.add_row(str(seqlen), *_point_cells(textbook), *_point_cells(own), faster, less)
+        table.add_row(str(seqlen), _point_cell(textbook), _point_cell(own), faster, less)
     return table
 
 
-def _point_cells(point: Point) -> tuple[str, str]:
-    """(time, memory), or why the formula was not run."""
-    return (duration(point.ms), gib(point.extra)) if point.ms is not None else ("–", point.reason)
+def _point_cell(point: Point) -> str:
+    """Time and memory, or why it was not run."""
+    return point.reason if point.ms is None else f"{duration(point.ms)}, {gib(point.extra):>8}"
 
 
 def _write(demo: Demo, runs: list[Run], points: list[Point]) -> Path:

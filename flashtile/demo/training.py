@@ -31,7 +31,7 @@ class Training:
     device: str = "cpu"
     dtype: str = "float32"
     size: Size = field(default_factory=Size)
-    steps: int = 160
+    steps: int = 220
     batch: int = 4
     rate: float = 4e-3
     seed: int = 0
