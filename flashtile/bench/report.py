@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
@@ -12,6 +13,8 @@ from flashtile.bench.records import Record, Row
 
 BEGIN = "<!-- begin: flashtile bench report -->"
 END = "<!-- end: flashtile bench report -->"
+
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor": plots.INK}
 
 HEADING = """# Benchmarks
 
@@ -65,7 +68,8 @@ def _circumstances(record: Record) -> str:
     """One line: when, with what, from which commit."""
     machine, settings = record["machine"], record["settings"]
     versions, source = machine["versions"], machine["source"]
-    commit = (source["commit"] or "not a checkout")[:12] + (", changed since" if source["dirty"] else "")
+    commit = source["commit"][:12] if source["commit"] else "no checkout"
+    commit += ", changed since" if source["dirty"] else ""
     heads = (
         f"{settings['heads']}/{settings['heads_kv']}"
         if settings["heads"] != settings["heads_kv"]
@@ -122,7 +126,7 @@ def _draw_lines(rows: list[Row], seqlens: list[int], path: Path) -> Path:
                 _line(axes, [e for e in _pick(rows, feature, which) if e["peer"] == peer], peers)
             plots.seqlen_axis(axes, seqlens)
             plots.time_axis(axes)
-    _legend(grid[0][0])
+    grid[0][0].legend(**LEGEND)
     return plots.save(drawing, path)
 
 
@@ -153,7 +157,7 @@ def _draw_bars(rows: list[Row], path: Path) -> Path:
                 y = i * (len(peers) + 0.8) + peers.index(entry["peer"])
                 _bar(axes, y, entry["ms"]["median"], plots.duration(entry["ms"]["median"]), entry["peer"], i == 0)
         _bar_axis(axes, [_feature_name(feature, features) for feature in features], len(peers))
-    _legend(grid[0][-1])
+    drawing.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=len(peers), **LEGEND)
     return plots.save(drawing, path)
 
 
@@ -176,10 +180,6 @@ def _bar_axis(axes: Axes, names: list[str], bars: int) -> None:
     axes.set_ylim(len(names) * (bars + 0.8) - 1.1, -0.7)
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=plots.INK)
-
-
 def _draw_memory(record: Record, path: Path) -> Path | None:
     """Bars on a logarithmic axis: the extra memory of each peer."""
     rows = [entry for entry in _measured(record) if entry["extra_bytes"]]
@@ -199,5 +199,5 @@ def _draw_memory(record: Record, path: Path) -> Path | None:
     axes.xaxis.set_minor_locator(NullLocator())
     _bar_axis(axes, [f"{cell[0]['case']['feature']}, {cell[0]['pass']}" for cell in cells], len(peers))
     axes.set_xlim(right=axes.get_xlim()[1] * 3)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=plots.INK, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), **LEGEND)
     return plots.save(drawing, path)

@@ -30,7 +30,7 @@ class Scaling:
     heads: int = 4
     headdim: int = 64
     seconds: float = 30.0
-    total: float = 70.0
+    total: float = 55.0
     peers: tuple[str, ...] = ("textbook", "flashtile")
 
     def case(self, seqlen: int) -> Case:

@@ -35,7 +35,7 @@ class Training:
     batch: int = 4
     rate: float = 4e-3
     seed: int = 0
-    seconds: float = 75.0
+    seconds: float = 65.0
 
 
 @dataclass
