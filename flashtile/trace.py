@@ -7,6 +7,7 @@ done with it). Graphs live in a process-wide registry under a key made of their 
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -83,7 +84,7 @@ def _route(function: Callable[..., Any], kind: Kind) -> tuple[_Route, list[captu
     route = None if content is None else _routes.get((kind, content))
     if route is None:
         with _tracing:
-            traced, tensors, found = _trace(function, kind, leaves)
+            traced, tensors, found = _trace_apart(function, kind, leaves)
         _graphs.setdefault(traced.key, traced)
         places = {id(leaf.value): leaf.path for leaf in leaves}
         paths = tuple(places[id(tensor)] for tensor in tensors) if found else None
@@ -122,6 +123,16 @@ class _IndexByTensor(TorchFunctionMode):
                 parts = [part if isinstance(part, Tensor) else torch.tensor(part, device=device) for part in index]
                 return torch.ops.aten.index.Tensor(args[0], parts)
         return func(*args, **(kwargs or {}))
+
+
+def _trace_apart(
+    function: Callable[..., Any], kind: Kind, leaves: Sequence[captures.Leaf]
+) -> tuple[Traced, tuple[Tensor, ...], bool]:
+    """`_trace`; under a compiler in a thread of its own, where the modes with which torch.export records are not on."""
+    if not torch.compiler.is_compiling():
+        return _trace(function, kind, leaves)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_trace, function, kind, leaves).result()
 
 
 def _trace(
