@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import flashtile
-from flashtile import State, autograd, masks
+from flashtile import State, autograd, masks, trace
 from flashtile.request import Arguments, Packing, build
 from tests import oracle
 from tests.oracle import assert_equal_bits
@@ -301,13 +301,22 @@ def test_compile_packed(longest: int | Tensor | None, backend: str) -> None:
 
 
 class _Block(torch.nn.Module):
-    """Self-attention with the features that export must carry: masks in a token, a score function, a bias."""
+    """Self-attention with the features that export must carry: masks in a token, a score function, sinks."""
 
-    def __init__(self, score_mod: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, modifier: str) -> None:
         super().__init__()
         self.project = torch.nn.Linear(16, 48)
         self.sinks = torch.nn.Parameter(torch.randn(2))
-        self.score_mod = score_mod
+        self.slopes = slopes = torch.nn.Parameter(torch.randn(2))
+
+        # Made here, so that no earlier test has traced them.
+        def function(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return score * 0.7 - 0.1 * (q_idx - kv_idx).abs()
+
+        def parameter(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return score * 0.7 - slopes[h] * (q_idx - kv_idx).abs()
+
+        self.score_mod = {"none": None, "function": function, "parameter": parameter}[modifier]
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x).unflatten(-1, (3, 2, 8)).unbind(2)
@@ -317,12 +326,14 @@ class _Block(torch.nn.Module):
         return out.flatten(2)
 
 
-@pytest.mark.parametrize("score_mod", [None, _relative], ids=["plain", "score_mod"])
-def test_export_with_dynamic_shapes(score_mod: Callable[..., Tensor] | None) -> None:
-    """Exported at one size, saved, loaded, and run at others."""
-    block = _Block(score_mod)
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("modifier", ["none", "function", "parameter"])
+def test_export_with_dynamic_shapes(modifier: str, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported at one size, saved, loaded, and run at others; functions are first traced within the export."""
+    monkeypatch.setattr(trace, "_routes", {})
+    block = _Block(modifier)
     dims = {"x": {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("tokens", max=4096)}}
-    program = torch.export.export(block, (torch.randn(2, 20, 16),), dynamic_shapes=dims)
+    program = torch.export.export(block, (torch.randn(2, 20, 16),), dynamic_shapes=dims, strict=strict)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
