@@ -317,11 +317,11 @@ def test_a_capture_of_an_intermediate_result() -> None:
 
 
 def test_infinite_derivative_under_the_mask_stays_hidden(small_tiles: None) -> None:
-    """sqrt has an infinite derivative at 0, and NaN below: where the mask hides that, no gradient may show it."""
+    """A derivative may be NaN where the mask hides the score, here beyond the diagonal: no gradient shows it."""
     leaves, _ = _inputs(Mod("sqrt", _identity, {}))
 
     def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return score + torch.sqrt((q_idx + SHIFT - kv_idx).to(score.dtype))
+        return score * torch.sqrt((q_idx + SHIFT - kv_idx).to(score.dtype))
 
     state = _attend(leaves, score_mod=score_mod, causal=True)
     assert all(bool(tensor.isfinite().all()) for tensor in (*state, *_gradients(state, leaves)))
