@@ -6,26 +6,18 @@ the step can take on the tile. The mask's own interval then says: never true (ma
 made of comparisons of indices and of captured tables, which are nearly all.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from flashtile.interval_rules import GROWING, RULES, Interval, Value, cast, may_overflow
 from flashtile.scalar_graph import Traced
 
 MOST_CELLS = 2**24
 """Tiles times batch entries times heads beyond which a mask is not analysed but evaluated everywhere."""
-
-
-class Interval(NamedTuple):
-    """All values lie in [low, high]; of booleans, low means "always true" and high "maybe true"."""
-
-    low: Tensor
-    high: Tensor
-
-
-Value = Interval | None  # None: nothing is known
 
 
 def layout(
@@ -61,13 +53,14 @@ def layout(
     verdict = _interval(_walk(traced.forward, [*ranges, *tensors]))
     if verdict is None or verdict.low.dtype is not torch.bool:
         return unknown
-    state = verdict.low.to(torch.int8) + verdict.high.to(torch.int8)
+    state = verdict.low.view(torch.int8) + verdict.high.view(torch.int8)
     return state.expand(*torch.broadcast_shapes(state.shape, unknown.shape))
 
 
 def _walk(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """The graph's result on intervals. What depends on no index is computed as it is."""
     known: dict[fx.Node, Any] = {}
+    uses = {node: len(node.users) for node in module.graph.nodes}
     feed = iter(inputs)
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -83,6 +76,12 @@ def _walk(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
                 known[node] = _apply(node, arguments)
             else:
                 known[node] = node.target(*arguments, **fx.node.map_arg(node.kwargs, known.__getitem__))
+            del sources, arguments
+            for source in node.all_input_nodes:
+                # A bound that nobody needs any more gives its memory to the next: fresh pages cost more than the sums.
+                uses[source] -= 1
+                if uses[source] == 0:
+                    del known[source]
     return None
 
 
@@ -94,14 +93,32 @@ def _apply(node: fx.Node, arguments: Any) -> Value:
         name = "floor_divide"
     elif name not in ("_to_copy", "clone") and node.kwargs:
         return None
-    rule = _RULES.get(name)
+    rule = RULES.get(name)
     values = [_interval(argument) for argument in arguments]
+    if rule is not None:
+        first = 1 if name == "where" else 0
+        values[first:] = _promoted(node.args[first:], values[first:])
     missing = any(value is None and given is not None for value, given in zip(values, node.args, strict=True))
     if rule is None or missing:
         return _half_known(name, values)
+    if name in GROWING and may_overflow([value for value in values if value is not None]):
+        return None
     value = rule(*values)
-    wanted = node.meta["val"].dtype
-    return None if value is None else _cast(value, wanted)
+    return None if value is None else cast(value, node.meta["val"].dtype)
+
+
+def _promoted(arguments: Sequence[Any], values: Sequence[Value]) -> list[Value]:
+    """Operands in the type that the step computes in: `table_int8[q] < 300` compares with 300 as an int8."""
+    kinds = [argument.meta.get("val") if isinstance(argument, fx.Node) else argument for argument in arguments]
+    present = [kind for kind in kinds if isinstance(kind, (Tensor, bool, int, float))]
+    tensors = [kind for kind in present if isinstance(kind, Tensor)]
+    if len(tensors) != sum(isinstance(argument, fx.Node) for argument in arguments):
+        return [None] * len(values)
+    common = functools.reduce(
+        torch.promote_types,
+        (kind.dtype if isinstance(kind, Tensor) else torch.result_type(tensors[0], kind) for kind in present),
+    )
+    return [None if value is None else cast(value, common) for value in values]
 
 
 def _half_known(name: str, values: Sequence[Value]) -> Value:
@@ -128,23 +145,6 @@ def _interval(value: Any) -> Value:
     return Interval(value, value)
 
 
-def _cast(value: Interval, dtype: torch.dtype) -> Value:
-    """Conversions that keep order and value; integers beyond 2^24 may round as floats."""
-    if value.low.dtype is dtype:
-        return value
-    if dtype is torch.bool:
-        if value.low.dtype.is_floating_point:
-            return None
-        zero = (value.low == 0) & (value.high == 0)
-        return Interval((value.low > 0) | (value.high < 0), ~zero)
-    if dtype.is_floating_point and not value.low.dtype.is_floating_point:
-        if value.low.numel() and int(torch.maximum(value.low.abs().max(), value.high.abs().max())) >= 2**24:
-            return None
-    elif not dtype.is_floating_point and value.low.dtype.is_floating_point:
-        return None
-    return Interval(value.low.to(dtype), value.high.to(dtype))
-
-
 def _read(table: Any, index: Sequence[Value]) -> Value:
     """The smallest and largest element of `table` that the indices can name."""
     if not isinstance(table, Tensor) or any(part is None for part in index) or table.numel() == 0:
@@ -168,7 +168,7 @@ def _read(table: Any, index: Sequence[Value]) -> Value:
         low, high = numbers.aminmax()
     if table.dtype is torch.bool:
         low, high = low.bool(), high.bool()
-    return Interval(low, high)
+    return cast(Interval(low, high), table.dtype)
 
 
 def _extremes(values: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,116 +190,3 @@ def _extremes(values: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tens
         out_low = torch.where(here, torch.minimum(low[level][begin], low[level][tail]), out_low)
         out_high = torch.where(here, torch.maximum(high[level][begin], high[level][tail]), out_high)
     return out_low, out_high
-
-
-def _exact_only(rule: Callable[..., Value]) -> Callable[..., Value]:
-    """Integers only: floats would round differently here and there."""
-
-    def guarded(*values: Interval) -> Value:
-        return None if any(value.low.dtype.is_floating_point for value in values) else rule(*values)
-
-    return guarded
-
-
-def _multiply(a: Interval, b: Interval) -> Interval:
-    corners = torch.stack(torch.broadcast_tensors(*(x * y for x in a for y in b)))
-    return Interval(*corners.aminmax(dim=0))
-
-
-def _floor_divide(a: Interval, b: Interval) -> Value:
-    if b.low.numel() != 1 or int(b.low) != int(b.high) or int(b.low) <= 0:
-        return None
-    return Interval(*(torch.div(bound, b.low, rounding_mode="floor") for bound in a))
-
-
-def _remainder(a: Interval, b: Interval) -> Value:
-    quotient = _floor_divide(a, b)
-    if quotient is None:
-        return None
-    within = quotient.low == quotient.high
-    return Interval(
-        torch.where(within, a.low - quotient.low * b.low, 0),
-        torch.where(within, a.high - quotient.low * b.low, b.low - 1),
-    )
-
-
-def _absolute(a: Interval) -> Interval:
-    inside = (a.low <= 0) & (a.high >= 0)
-    ends = torch.minimum(a.low.abs(), a.high.abs())
-    return Interval(torch.where(inside, torch.zeros_like(ends), ends), torch.maximum(a.low.abs(), a.high.abs()))
-
-
-def _equal(a: Interval, b: Interval) -> Interval:
-    one = (a.low == a.high) & (b.low == b.high) & (a.low == b.low)
-    return Interval(one, (a.high >= b.low) & (a.low <= b.high))
-
-
-def _where(condition: Interval, a: Interval, b: Interval) -> Interval:
-    low = torch.where(condition.low, a.low, torch.where(condition.high, torch.minimum(a.low, b.low), b.low))
-    high = torch.where(condition.low, a.high, torch.where(condition.high, torch.maximum(a.high, b.high), b.high))
-    return Interval(low, high)
-
-
-def _not(a: Interval) -> Interval:
-    return Interval(~a.high, ~a.low)
-
-
-def _truth(rule: Callable[..., Interval]) -> Callable[..., Value]:
-    """Rules of booleans; bit operations on integers are not known."""
-
-    def guarded(*values: Interval) -> Value:
-        return rule(*values) if all(value.low.dtype is torch.bool for value in values) else None
-
-    return guarded
-
-
-def _and(a: Interval, b: Interval) -> Interval:
-    return Interval(a.low & b.low, a.high & b.high)
-
-
-def _or(a: Interval, b: Interval) -> Interval:
-    return Interval(a.low | b.low, a.high | b.high)
-
-
-def _clamp(a: Interval, low: Interval | None = None, high: Interval | None = None) -> Interval:
-    for bound, pick in ((low, torch.maximum), (high, torch.minimum)):
-        if bound is not None:
-            a = Interval(pick(a.low, bound.low), pick(a.high, bound.high))
-    return a
-
-
-_RULES: dict[str, Callable[..., Value]] = {
-    "add": _exact_only(lambda a, b: Interval(a.low + b.low, a.high + b.high)),
-    "sub": _exact_only(lambda a, b: Interval(a.low - b.high, a.high - b.low)),
-    "rsub": _exact_only(lambda a, b: Interval(b.low - a.high, b.high - a.low)),
-    "mul": _exact_only(_multiply),
-    "neg": lambda a: Interval(-a.high, -a.low),
-    "abs": _absolute,
-    "minimum": lambda a, b: Interval(torch.minimum(a.low, b.low), torch.minimum(a.high, b.high)),
-    "maximum": lambda a, b: Interval(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high)),
-    "clamp": _clamp,
-    "clamp_min": _clamp,
-    "clamp_max": lambda a, high: _clamp(a, None, high),
-    "floor_divide": _exact_only(_floor_divide),
-    "remainder": _exact_only(_remainder),
-    "eq": _equal,
-    "ne": lambda a, b: _not(_equal(a, b)),
-    "lt": lambda a, b: Interval(a.high < b.low, a.low < b.high),
-    "le": lambda a, b: Interval(a.high <= b.low, a.low <= b.high),
-    "gt": lambda a, b: Interval(a.low > b.high, a.high > b.low),
-    "ge": lambda a, b: Interval(a.low >= b.high, a.high >= b.low),
-    "where": _where,
-    "bitwise_and": _truth(_and),
-    "logical_and": _truth(_and),
-    "bitwise_or": _truth(_or),
-    "logical_or": _truth(_or),
-    "bitwise_not": _truth(_not),
-    "logical_not": _truth(_not),
-    "bitwise_xor": _truth(lambda a, b: _or(_and(a, _not(b)), _and(_not(a), b))),
-    "_to_copy": lambda a: a,
-    "clone": lambda a: a,
-    "lift_fresh_copy": lambda a: a,
-    "alias": lambda a: a,
-    "detach": lambda a: a,
-}
-"""How each aten step maps intervals; a step that is not here makes its result unknown."""

@@ -22,6 +22,8 @@ def functions() -> dict[str, tuple[Callable[..., Any], bool]]:
     shuffled = torch.randint(0, 4, (SK,))
     lengths, dense, heights = torch.tensor([20, 70]), torch.rand(SK, SK) > 0.5, torch.randn(SK)
     flags, width = torch.rand(SK) > 0.3, 10
+    short, unsigned = ((torch.randint(-128, 128, (SK,)).to(kind)) for kind in (torch.int8, torch.uint8))
+    far, strides = torch.randint(-(2**62), 2**62, (SK,)), torch.tensor([1, 7, 16])
     return {
         "causal": (lambda b, h, q, k: q >= k, True),
         "window": (lambda b, h, q, k: (q - k).abs() <= 12, True),
@@ -37,6 +39,19 @@ def functions() -> dict[str, tuple[Callable[..., Any], bool]]:
         "key flags": (lambda b, h, q, k: flags[k], True),
         "heights": (lambda b, h, q, k: heights[q] > heights[k], True),
         "nothing": (lambda b, h, q, k: q < 0, True),
+        "shifted": (lambda b, h, q, k: (q >> 4) == (k >> 4), True),
+        "strides by head": (lambda b, h, q, k: q // strides[h] == k // strides[h], True),
+        "cast to int8": (lambda b, h, q, k: (q * 43).to(torch.int8) >= k - 50, False),
+        "sums of int8": (lambda b, h, q, k: short[q] + short[k] > 50, False),
+        "products of int8": (lambda b, h, q, k: short[q] * short[k] > 0, False),
+        "negated int8": (lambda b, h, q, k: -short[q] > short[k], False),
+        "differences of uint8": (lambda b, h, q, k: unsigned[q] - unsigned[k] < 100, False),
+        "int8 beside a large number": (lambda b, h, q, k: short[q] < 300, False),
+        "products beyond int64": (lambda b, h, q, k: far[q] * k > 0, False),
+        "reversed, scaled": (lambda b, h, q, k: torch.rsub(q, k, alpha=2) > 0, False),
+        "reversed, scaled, a number": (lambda b, h, q, k: torch.rsub(q, 90, alpha=2) > 0, True),
+        "low bits": (lambda b, h, q, k: (q & 7) >= (k & 7), False),
+        "circle": (lambda b, h, q, k: (q - 40) ** 2 + (k - 50) ** 2 <= 900, False),
         "dilated": (lambda b, h, q, k: ((q - k) % 3 == 0) & (q >= k), False),
         "natten": (
             lambda b, h, q, k: ((q // width - k // width).abs() <= 2) & ((q % width - k % width).abs() <= 3),
