@@ -6,6 +6,7 @@ access, which the compiler can trace, so that captured tensors stay live inputs 
 
 import enum
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,28 @@ from torch import Tensor
 
 Path = tuple[tuple[str, Any], ...]
 _SCALARS = (int, float, complex, bool, str, bytes, type(None), range, frozenset, enum.Enum, torch.dtype, torch.device)
-_DEPTH = 8
+_DEPTH = 16
+_LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy"}  # their own globals and attributes do not change
+_CALLS = (
+    "__call__",
+    "__getitem__",
+    "__getattr__",
+    "__len__",
+    "__contains__",
+    "__add__",
+    "__radd__",
+    "__mul__",
+    "__rmul__",
+)
+_LISTS = (list, tuple, torch.nn.ModuleList, torch.nn.ParameterList, torch.nn.Sequential)
+_DICTS = (dict, torch.nn.ModuleDict, torch.nn.ParameterDict)
+
+
+class _Opaque:
+    """Stands for a value that cannot be looked into."""
+
+
+OPAQUE = _Opaque()
 
 
 class Leaf(NamedTuple):
@@ -42,9 +64,17 @@ def fetch(function: Any, path: Path) -> Any:
     return value
 
 
-def leaves(function: Any) -> list[Leaf]:
-    """Everything that `function` reaches, in a fixed order."""
-    return list(_walk(function, (), frozenset(), {}, _DEPTH))
+def leaves(function: Any, through_modules: bool = False) -> list[Leaf]:
+    """Everything that `function` reaches, in a fixed order.
+
+    `through_modules`: it calls modules that it reaches, so what their `forward` reaches counts too.
+    """
+    names: set[str] = set()
+    while True:
+        walk = _Walk(names, function, through_modules)
+        found = list(walk.over(function, (), _DEPTH))
+        if not walk.incomplete:
+            return found
 
 
 def content(found: list[Leaf]) -> tuple[Any, ...] | None:
@@ -56,68 +86,137 @@ def content(found: list[Leaf]) -> tuple[Any, ...] | None:
         if isinstance(value, Tensor):
             same_as = first.setdefault(id(value), position)
             parts.append((path, same_as, value.dtype, tuple(value.shape), value.device))
+        elif isinstance(value, float):
+            parts.append((path, float, repr(value)))  # 0.0 and -0.0 differ, NaN is itself
         elif isinstance(value, (*_SCALARS, types.CodeType)):
             parts.append((path, type(value), value))
-        elif isinstance(value, set) or hasattr(value, "__array__"):
+        elif value is OPAQUE:
             return None
         else:
             parts.append((path, type(value)))
     return tuple(parts)
 
 
-def _walk(value: Any, path: Path, names: frozenset[str], seen: dict[int, Any], depth: int) -> Iterator[Leaf]:
-    """`names`: what the code on the way here mentions; on objects, only attributes of such names are looked up."""
-    if isinstance(value, (*_SCALARS, Tensor)):
-        yield Leaf(path, value)
-        return
-    if depth == 0 or id(value) in seen or isinstance(value, (types.ModuleType, type, types.BuiltinFunctionType)):
-        return
-    seen[id(value)] = value  # kept alive: the id of a bound method that is gone would be given to the next
-    if not isinstance(value, (types.FunctionType, list, tuple, dict)):
-        yield Leaf(path, value)
-    code = getattr(value, "__code__", getattr(getattr(value, "forward", None), "__code__", None))
-    if isinstance(code, types.CodeType):
-        names = names | _names(code)
-    if isinstance(value, types.FunctionType):
-        yield Leaf((*path, ("attr", "__code__")), value.__code__)
-    for step, child in _children(value, names):
-        yield from _walk(child, (*path, step), names, seen, depth - 1)
+class _Walk:
+    """One walk over what a function reaches. On objects, only attributes that some code on the way names are followed.
+
+    `names` grows with the code that is met; objects that were met before a name was make the walk `incomplete`.
+    """
+
+    def __init__(self, names: set[str], root: Any, through_modules: bool) -> None:
+        self.names, self.root, self.through_modules = names, root, through_modules
+        self.seen: dict[int, Any] = {}  # kept alive: the id of a bound method that is gone would go to the next
+        self.looked, self.incomplete = False, False
+
+    def over(self, value: Any, path: Path, depth: int) -> Iterator[Leaf]:
+        if isinstance(value, (*_SCALARS, Tensor)):
+            yield Leaf(path, value)
+            return
+        own = isinstance(value, (types.ModuleType, type)) and _foreign(value)
+        if own or isinstance(value, types.BuiltinFunctionType) or id(value) in self.seen:
+            return
+        if depth == 0 or _opaque(value):
+            yield Leaf(path, OPAQUE)
+            return
+        self.seen[id(value)] = value
+        body = code(value)
+        if body is not None and self._called(value):
+            fresh = _names(body) - self.names
+            self.incomplete |= self.looked and bool(fresh)
+            self.names |= fresh
+        if isinstance(value, types.FunctionType):
+            yield Leaf((*path, ("attr", "__code__")), value.__code__)
+        elif not isinstance(value, (list, tuple, dict)):
+            yield Leaf(path, value)
+        for step, child in self._children(value):
+            yield from self.over(child, (*path, step), depth - 1)
+
+    def _called(self, value: Any) -> bool:
+        """Modules are reached for what they hold; only some functions call them."""
+        return value is self.root or self.through_modules or not isinstance(value, torch.nn.Module)
+
+    def _children(self, value: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
+        """The values one step away."""
+        if isinstance(value, types.FunctionType):
+            yield from _beside(value)
+        elif isinstance(value, _LISTS):
+            yield from ((("item", index), item) for index, item in enumerate(value))
+        elif isinstance(value, _DICTS):
+            plain = {key: item for key, item in value.items() if _plain(key)}
+            yield from ((("item", key), item) for key, item in plain.items())
+            if len(plain) < len(value):
+                yield ("item", None), OPAQUE
+        if not isinstance(value, (types.FunctionType, list, tuple, dict)):
+            for name in self._attribute_names(value):
+                try:
+                    child = getattr(value, name, None)
+                except Exception:  # a property that fails here is not one that the function reads
+                    continue
+                if child is not None:
+                    yield ("attr", name), child
+
+    def _attribute_names(self, value: Any) -> list[str]:
+        if isinstance(value, types.MethodType):
+            return ["__func__", "__self__"]
+        if isinstance(value, functools.partial):
+            return ["func", "args", "keywords"]
+        self.looked = True
+        if isinstance(value, (types.ModuleType, type)):
+            return sorted(self.names)
+        calls = [name for name in _CALLS if isinstance(getattr(type(value), name, None), types.FunctionType)]
+        if isinstance(value, torch.nn.Module):
+            calls = ["forward"] if self._called(value) else []
+        return [*calls, *sorted(self.names)]
 
 
-def _children(value: Any, names: frozenset[str]) -> Iterator[tuple[tuple[str, Any], Any]]:
-    """The values one step away."""
-    if isinstance(value, types.FunctionType):
-        for index, cell in enumerate(value.__closure__ or ()):
-            try:
-                yield ("closure", index), cell.cell_contents
-            except ValueError:  # a cell that is not filled yet
-                continue
-        yield from ((("default", index), default) for index, default in enumerate(value.__defaults__ or ()))
-        mentioned = sorted(_names(value.__code__) & value.__globals__.keys())
-        yield from ((("global", name), value.__globals__[name]) for name in mentioned)
-    elif isinstance(value, (list, tuple)):
-        yield from ((("item", index), item) for index, item in enumerate(value))
-    elif isinstance(value, dict):
-        yield from ((("item", key), item) for key, item in value.items() if isinstance(key, (str, int)))
-    else:
-        for name in _attribute_names(value, names):
-            child = getattr(value, name, None)
-            if child is not None:
-                yield ("attr", name), child
+def _foreign(value: Any) -> bool:
+    """Whether a module, class or function is Python's or PyTorch's own, not the user's."""
+    name = value.__globals__.get("__name__") if isinstance(value, types.FunctionType) else None
+    name = name or (value.__name__ if isinstance(value, types.ModuleType) else value.__module__)
+    return str(name).partition(".")[0] in _LIBRARIES
 
 
-def _attribute_names(value: Any, names: frozenset[str]) -> list[str]:
-    if isinstance(value, types.MethodType):
-        return ["__func__", "__self__"]
-    if isinstance(value, functools.partial):
-        return ["func", "args", "keywords"]
-    if callable(value):
-        call = "forward" if isinstance(value, torch.nn.Module) else "__call__"
-        return [call, *sorted(names)]
-    return sorted(names)
+def _opaque(value: Any) -> bool:
+    """Containers of the standard library and of NumPy beyond the usual ones: what they hold cannot be listed."""
+    known = (*_LISTS, *_DICTS, types.FunctionType, types.MethodType, types.ModuleType, type, types.SimpleNamespace)
+    if isinstance(value, (*known, functools.partial)):
+        return False
+    return _foreign(type(value)) and not type(value).__module__.startswith("torch")
 
 
-def _names(code: types.CodeType) -> frozenset[str]:
-    """Global and attribute names that the code and the functions defined in it mention."""
-    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return frozenset(code.co_names).union(*inner)
+def code(function: Any) -> types.CodeType | None:
+    """What runs when `function` is called."""
+    if isinstance(function, torch.nn.Module):
+        function = function.forward
+    elif isinstance(function, functools.partial):
+        return code(function.func)
+    elif not isinstance(function, (types.FunctionType, types.MethodType, type)):
+        function = type(function).__call__ if callable(function) else None
+    body = getattr(function, "__code__", None)
+    return body if isinstance(body, types.CodeType) else None
+
+
+def _beside(function: types.FunctionType) -> Iterator[tuple[tuple[str, Any], Any]]:
+    """What a function holds: cells, defaults, and the globals that its code mentions."""
+    for index, cell in enumerate(function.__closure__ or ()):
+        try:
+            yield ("closure", index), cell.cell_contents
+        except ValueError:  # a cell that is not filled yet
+            continue
+    yield from ((("default", index), default) for index, default in enumerate(function.__defaults__ or ()))
+    if function.__kwdefaults__:
+        yield ("attr", "__kwdefaults__"), function.__kwdefaults__
+    if not _foreign(function):
+        mentioned = sorted(_names(function.__code__) & function.__globals__.keys())
+        yield from ((("global", name), function.__globals__[name]) for name in mentioned)
+
+
+def _plain(key: Any) -> bool:
+    return isinstance(key, _SCALARS) or (isinstance(key, tuple) and all(isinstance(part, _SCALARS) for part in key))
+
+
+def _names(body: types.CodeType) -> frozenset[str]:
+    """Global and attribute names that code and the functions defined in it mention."""
+    inner = (_names(constant) for constant in body.co_consts if isinstance(constant, types.CodeType))
+    spelled = body.co_consts if "getattr" in body.co_names else ()
+    return frozenset(body.co_names).union((name for name in spelled if isinstance(name, str)), *inner)

@@ -6,7 +6,7 @@ reads are inputs; what flows back to a read is added up where it was read. Other
 `torch.vmap` and differentiated by autograd.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -15,6 +15,17 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 Kind = Literal["score", "mask"]
+_MAKES = ("alias", "clone", "detach", "lift_fresh_copy", "_to_copy", "full_like", "ones_like", "zeros_like")
+_MAKES_OTHERS = ("new_full", "new_ones", "new_zeros")
+_ELEMENT_BY_ELEMENT = {
+    **{getattr(torch.ops.aten, name).default: 0 for name in (*_MAKES, *_MAKES_OTHERS)},
+    torch.ops.aten.bucketize.Tensor: 0,
+    torch.ops.aten.floor_divide.Scalar: 0,
+    torch.ops.aten.isin.Tensor_Tensor: 0,
+    torch.ops.aten.searchsorted.Tensor: 1,
+    torch.ops.aten.take.default: 1,
+}
+"""Steps that act on each element of one operand, at that place, beside those that PyTorch tags as pointwise."""
 
 
 class Traced:
@@ -28,12 +39,17 @@ class Traced:
         self.captures = [node for node in forward.graph.nodes if node.op == "placeholder"][self.inputs :]
         self.elementwise = self._is_elementwise()
         self._example = list(examples)
+        self.double: Traced | None = None  # the same function of a float64 score, where that is another graph
+        self._tiled = _on_tiles(forward, self.captures)
         reads = self._reads() if kind == "score" and self.elementwise else None
         self._reads_of = [self.captures.index(node) for node, _ in reads or ()]
         self._places: fx.GraphModule | None = None
         self.backward: fx.GraphModule | None = None
+        self._tiled_backward: fx.GraphModule | None = None
         if reads is not None:
             self._places, self.backward = self._derive(reads, tensors)
+            inputs = [node for node in self.backward.graph.nodes if node.op == "placeholder"]
+            self._tiled_backward = _on_tiles(self.backward, inputs[self.inputs : self.inputs + len(self.captures)])
 
     def evaluate(
         self, score: Tensor | None, b: Tensor, h: Tensor, q: Tensor, k: Tensor, tensors: Sequence[Tensor]
@@ -48,8 +64,10 @@ class Traced:
         Returns:
             Tensor: broadcastable to (batch, heads, queries, keys), in the score's dtype; a mask's is bool.
         """
+        if self.double is not None and score is not None and score.dtype is torch.float64:
+            return self.double.evaluate(score, b, h, q, k, tensors)
         if self.elementwise:
-            result: Tensor = self.forward(*([] if score is None else [score]), b, h, q, k, *tensors)
+            result: Tensor = self._tiled(*([] if score is None else [score]), b, h, q, k, *tensors)
         else:
             result = self._mapped(score, b, h, q, k, tensors)
         return result if score is None else result.to(score.dtype)
@@ -87,12 +105,18 @@ class Traced:
             The gradient of the score, and for each wanted capture its gradient summed over the tile, in its own shape
             and the score's dtype. Sums run in a fixed order, so they repeat bit for bit.
         """
-        # The derivative's graph was traced with a float32 score: its casts would round what a float64 call computes.
-        if self.backward is None or self._places is None or score.dtype is torch.float64:
+        if self.double is not None and score.dtype is torch.float64:
+            return self.double.derivative(score, b, h, q, k, tensors, grad, wanted)
+        # A derivative that was traced with a float32 score has casts that would round what a float64 call computes.
+        rounds = score.dtype is torch.float64 and self._example[0].dtype is not torch.float64
+        if self._tiled_backward is None or self._places is None or rounds:
             return self._mapped_derivative((score, b, h, q, k), tensors, grad, wanted)
         places = self._places(score, b, h, q, k, *tensors)
-        reads = [tensors[c][tuple(at)] if at else tensors[c] for c, at in zip(self._reads_of, places, strict=True)]
-        grad_score, *grad_reads = self.backward(score, b, h, q, k, *tensors, *reads, grad)
+        reads = [
+            tensors[c][tuple(at)] if at else tensors[c].view(1, 1, 1, 1)
+            for c, at in zip(self._reads_of, places, strict=True)
+        ]
+        grad_score, *grad_reads = self._tiled_backward(score, b, h, q, k, *tensors, *reads, grad)
         totals = [
             torch.zeros(tensor.shape, dtype=score.dtype, device=tensor.device) if want else None
             for tensor, want in zip(tensors, wanted, strict=True)
@@ -126,20 +150,20 @@ class Traced:
             return pool.submit(run).result()
 
     def _is_elementwise(self) -> bool:
-        """Whether everything that depends on an index or a score is a scalar, so that broadcasting maps the graph."""
-        dependent: set[fx.Node] = set()
-        for node in self.forward.graph.nodes:
-            if node.op == "placeholder":
-                if node not in self.captures:
-                    dependent.add(node)
-            elif node.op == "call_function" and any(source in dependent for source in node.all_input_nodes):
-                dependent.add(node)
-                value = node.meta.get("val")
-                if node.target is torch.ops.aten.index.Tensor:
-                    if _unread(node):
-                        return False
-                elif not isinstance(value, Tensor) or value.ndim > 0:
+        """Whether all that depends on an index or a score is pointwise on scalars, so that broadcasting maps the graph.
+
+        A scalar's sum is itself, a tile's is not: no step counts but those known to act on each element by itself.
+        """
+        free = _dependent(self.forward.graph, self.captures)
+        for node in free:
+            value = node.meta.get("val")
+            if node.target is torch.ops.aten.index.Tensor:
+                if _unread(node):
                     return False
+            elif node.op == "call_function" and not (
+                isinstance(value, Tensor) and value.ndim == 0 and _acts(node, free)
+            ):
+                return False
         return True
 
     def _reads(self) -> list[tuple[fx.Node, fx.Node]] | None:
@@ -202,6 +226,50 @@ class Traced:
         graph.output(fx.node.map_arg(output.args[0], copies.__getitem__))
         graph.eliminate_dead_code()
         return fx.GraphModule(self.forward, graph)
+
+
+def _dependent(graph: fx.Graph, captures: Sequence[fx.Node]) -> dict[fx.Node, None]:
+    """The nodes that depend on any input but the captured tensors, in order."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        own_input = node.op == "placeholder" and node not in captures
+        if own_input or (node.op == "call_function" and any(source in found for source in node.all_input_nodes)):
+            found[node] = None
+    return found
+
+
+def _acts(node: fx.Node, free: Container[fx.Node]) -> bool:
+    """Whether a step acts on each element by itself."""
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target is torch.ops.aten.floor_divide.default:
+        return True
+    place = _ELEMENT_BY_ELEMENT.get(node.target)
+    return place is not None and all(
+        position == place or source not in free
+        for position, source in enumerate(node.args)
+        if isinstance(source, fx.Node)
+    )
+
+
+def _on_tiles(module: fx.GraphModule, captures: Sequence[fx.Node]) -> fx.GraphModule:
+    """The graph as it runs on tiles: single numbers get the tile's number of dimensions.
+
+    A tensor without dimensions gives way to one that has some when PyTorch chooses a type: a bfloat16 tile times a
+    float32 number is bfloat16, where on scalars, and so here, it is float32.
+    """
+    free = _dependent(module.graph, captures)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], copies.__getitem__))
+            continue
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        value = node.meta.get("val")
+        if node in free or not isinstance(value, Tensor) or value.ndim > 0:
+            continue
+        if any(user in free for user in node.users):
+            copies[node] = graph.call_function(torch.ops.aten.view.default, (copies[node], [1, 1, 1, 1]))
+    return fx.GraphModule(module, graph)
 
 
 def _with_output(module: fx.GraphModule, output: Any) -> fx.GraphModule:

@@ -5,7 +5,9 @@ Each is traced with 0-d tensors to an aten graph in which captured tensors are i
 done with it). Graphs live in a process-wide registry under a key made of their content.
 """
 
+import functools
 import hashlib
+import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,17 +15,13 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from flashtile import captures
+from flashtile import captures, recording
 from flashtile.check import modifiers as check
 from flashtile.scalar_graph import Kind, Traced
 
-_INDICES = ("b", "h", "q_idx", "kv_idx")
 _ROUTES_KEPT = 1024
-_BAKED = 64  # largest captured constant, in elements, that becomes part of the graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +41,12 @@ class _Route:
     tensors: tuple[Tensor, ...] = ()
 
 
+_Paths = tuple[captures.Path, ...]
 _graphs: dict[str, Traced] = {}
 _routes: dict[Any, _Route] = {}
 # torch.fx patches the whole process while it traces: one thread at a time.
 _tracing = RLock()
+_calling: set[types.CodeType] = set()  # code of functions that call modules
 
 
 def lift(function: Callable[..., Any], kind: Kind) -> Lifted:
@@ -57,8 +57,7 @@ def lift(function: Callable[..., Any], kind: Kind) -> Lifted:
             not return one number (a mask: one boolean).
     """
     if torch.compiler.is_compiling():
-        key, paths = _constant_route(function, kind)
-        return Lifted(key, tuple([captures.fetch(function, path) for path in paths]))
+        return _lift_compiled(function, kind)
     route, leaves = _route(function, kind)
     if route.paths is None:
         return Lifted(route.key, route.tensors)
@@ -66,12 +65,44 @@ def lift(function: Callable[..., Any], kind: Kind) -> Lifted:
     return Lifted(route.key, tuple(by_path[path] for path in route.paths))
 
 
-def _constant_route(function: Callable[..., Any], kind: Kind) -> tuple[str, tuple[captures.Path, ...]]:
+def _lift_compiled(function: Any, kind: Kind) -> Lifted:
+    """The compiler runs `_constant_route` and follows the rest, so that tensors are inputs of its graph.
+
+    Methods and partials go in pieces, for the compiler cannot hand them over whole.
+    """
+    if isinstance(function, types.MethodType):
+        key, paths, numbers = _constant_route(function.__func__, kind, "method", function.__self__)
+    elif isinstance(function, functools.partial):
+        given = function.keywords
+        pieces = (len(function.args), tuple(given), *function.args, *given.values())
+        key, paths, numbers = _constant_route(function.func, kind, "partial", *pieces)
+    else:
+        key, paths, numbers = _constant_route(function, kind)
+    # They are equal; comparing them makes the compiler watch them, so that a changed number is compiled anew.
+    all(captures.fetch(function, path) == number for path, number in numbers)
+    return Lifted(key, tuple([captures.fetch(function, path) for path in paths]))
+
+
+def _constant_route(
+    function: Any, kind: Kind, form: str = "plain", *pieces: Any
+) -> tuple[str, _Paths, tuple[tuple[captures.Path, Any], ...]]:
     """Called by the compiler while it traces: the function is real, the result becomes a constant of the graph."""
-    route, _ = _route(function, kind)
+    if form == "method":
+        function = types.MethodType(function, *pieces)
+    elif form == "partial":
+        count, names, *given = pieces
+        function = functools.partial(function, *given[:count], **dict(zip(names, given[count:], strict=True)))
+    route, leaves = _route(function, kind)
     if route.paths is None:
         check.without_path(function, kind)
-    return route.key, route.paths or ()
+    numbers = [(leaf.path, leaf.value) for leaf in leaves if type(leaf.value) in (bool, int, float)]
+    return route.key, route.paths or (), tuple(number for number in numbers if _followed(*number))
+
+
+def _followed(path: captures.Path, number: float) -> bool:
+    """Whether the compiler can read a number by its path and compare it."""
+    steps = [argument for step, argument in path if step == "attr"]
+    return number == number and all(step in ("__func__", "__self__") or not step.startswith("__") for step in steps)
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler.
@@ -79,12 +110,19 @@ _constant_route._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _route(function: Callable[..., Any], kind: Kind) -> tuple[_Route, list[captures.Leaf]]:
-    leaves = captures.leaves(function)
+    body = captures.code(function)
+    leaves = captures.leaves(function, body in _calling)
     content = captures.content(leaves)
     route = None if content is None else _routes.get((kind, content))
     if route is None:
         with _tracing:
-            traced, tensors, found = _trace_apart(function, kind, leaves)
+            trace = _trace_apart if torch.compiler.is_compiling() else _trace
+            traced, tensors, watch = trace(function, kind, leaves)
+        if watch.called and body is not None and body not in _calling:
+            _calling.add(body)
+            return _route(function, kind)
+        known = {id(leaf.value) for leaf in leaves}
+        found = all(id(tensor) in known for tensor in tensors)
         _graphs.setdefault(traced.key, traced)
         places = {id(leaf.value): leaf.path for leaf in leaves}
         paths = tuple(places[id(tensor)] for tensor in tensors) if found else None
@@ -111,98 +149,27 @@ def graph(key: str) -> Traced:
     return _graphs[key]
 
 
-class _IndexByTensor(TorchFunctionMode):
-    """`table[h, q_idx]` with 0-d tensors becomes one aten.index, where PyTorch would read the indices as numbers."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__:
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            plain = all(isinstance(part, (Tensor, int)) and not isinstance(part, bool) for part in index)
-            if plain and any(isinstance(part, Tensor) for part in index):
-                device = args[0].device
-                parts = [part if isinstance(part, Tensor) else torch.tensor(part, device=device) for part in index]
-                return torch.ops.aten.index.Tensor(args[0], parts)
-        return func(*args, **(kwargs or {}))
-
-
-def _trace_apart(
-    function: Callable[..., Any], kind: Kind, leaves: Sequence[captures.Leaf]
-) -> tuple[Traced, tuple[Tensor, ...], bool]:
-    """`_trace`; under a compiler in a thread of its own, where the modes with which torch.export records are not on."""
-    if not torch.compiler.is_compiling():
-        return _trace(function, kind, leaves)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_trace, function, kind, leaves).result()
+def _trace_apart(*arguments: Any) -> tuple[Traced, tuple[Tensor, ...], recording.Watch]:
+    """In a thread of its own: `torch.export` watches this one and would take the steps for the caller's."""
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(_trace, *arguments).result()
 
 
 def _trace(
     function: Callable[..., Any], kind: Kind, leaves: Sequence[captures.Leaf]
-) -> tuple[Traced, tuple[Tensor, ...], bool]:
-    """(the graph, its captured tensors, whether each of them has a path)."""
-
-    def call(*arguments: Tensor) -> Tensor:
-        with _IndexByTensor():
-            result = function(*arguments)
-        check.result(function, kind, result)
-        return torch.as_tensor(result)
-
+) -> tuple[Traced, tuple[Tensor, ...], recording.Watch]:
+    """(the graph, its captured tensors, what was seen on the way)."""
     check.signature(function, kind)
     device = next((leaf.value.device for leaf in leaves if isinstance(leaf.value, Tensor)), torch.device("cpu"))
-    examples = [torch.zeros((), dtype=torch.int64, device=device) for _ in _INDICES]
-    if kind == "score":
-        examples.insert(0, torch.zeros((), device=device))
-    try:
-        with torch.no_grad():
-            module = make_fx(call)(*examples)
-    except (RuntimeError, IndexError) as error:
-        check.untraceable(function, kind, error)
-    check.no_randomness(function, kind, module.graph)
-    known = {id(leaf.value) for leaf in leaves}
-    tensors, text = _lift_captures(module, known)
-    _merge_reads(module)
+    module, examples, watch = recording.run(function, kind, device, torch.float32)
+    tensors, text = recording.finish(module, function, kind, watch)
     metadata = [(str(tensor.dtype), tuple(tensor.shape)) for tensor in tensors]
     key = hashlib.sha256(f"{kind}{module.code}{metadata}{text}".encode()).hexdigest()[:16]
-    return Traced(key, kind, module, examples, tensors), tensors, all(id(tensor) in known for tensor in tensors)
-
-
-def _lift_captures(module: fx.GraphModule, known: set[int]) -> tuple[tuple[Tensor, ...], str]:
-    """Turns captured tensors into inputs, after the indices; small constants made inside the function stay.
-
-    Returns the captured tensors, and the constants as text.
-    """
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    found: dict[int, tuple[Tensor, list[fx.Node]]] = {}
-    text = ""
-    for node in module.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        tensor = getattr(module, node.target)
-        if id(tensor) not in known and tensor.numel() <= _BAKED and not tensor.requires_grad:
-            text += f"{node.target}={tensor.tolist()}{tensor.dtype};"
-            continue
-        found.setdefault(id(tensor), (tensor, []))[1].append(node)
-    last = inputs[-1]
-    for position, (_, nodes) in enumerate(found.values()):
-        with module.graph.inserting_after(last):
-            last = module.graph.placeholder(f"capture_{position}")
-        last.meta["val"] = nodes[0].meta.get("val")
-        for node in nodes:
-            node.replace_all_uses_with(last)
-            module.graph.erase_node(node)
-    module.recompile()
-    return tuple(tensor for tensor, _ in found.values()), text
-
-
-def _merge_reads(module: fx.GraphModule) -> None:
-    """`table[h][q, k]` reads one element: two index steps become one."""
-    index = torch.ops.aten.index.Tensor
-    for node in list(module.graph.nodes):
-        inner = node.args[0] if node.op == "call_function" and node.target is index else None
-        if isinstance(inner, fx.Node) and inner.op == "call_function" and inner.target is index:
-            first: Any = inner.args[1]
-            second: Any = node.args[1]
-            parts = [*first, *second]
-            if all(part is not None for part in parts):
-                node.args = (inner.args[0], parts)
-    module.graph.eliminate_dead_code()
-    module.recompile()
+    traced = Traced(key, kind, module, examples, tensors)
+    if kind == "score" and ("float32" in module.code + text or any(tensor.is_floating_point() for tensor in tensors)):
+        # `.to(score.dtype)` and constants in the score's type would round what a float64 call computes.
+        module, examples, watch = recording.run(function, kind, device, torch.float64)
+        same, _ = recording.finish(module, function, kind, watch)
+        if [id(tensor) for tensor in same] == [id(tensor) for tensor in tensors]:
+            traced.double = Traced(key, kind, module, examples, tensors)
+    return traced, tensors, watch

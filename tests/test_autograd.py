@@ -235,7 +235,6 @@ def _fresh_compiler() -> None:
 
 NOT_LIFTED = {
     "captures": "a function made in the compiled region over a tensor computed there cannot be lifted",
-    "method": "a bound method cannot be lifted in the compiled region",
 }
 NAMES = [
     pytest.param(name, marks=pytest.mark.xfail(reason=NOT_LIFTED[name])) if name in NOT_LIFTED else name

@@ -2,6 +2,8 @@
 
 import enum
 import functools
+import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,24 @@ class Holder(torch.nn.Module):
         return score + self.table[h]
 
 
+class Callable3:
+    """Neither function nor module; what it holds is read by its own code."""
+
+    factor = 3
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.table[index]
+
+    def __call__(self, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + self[h] * self.scaled()
+
+    def scaled(self) -> Any:
+        return self.factor * 2
+
+
 def over(value: Any) -> Callable[..., Any]:
     return lambda score, b, h, q, k: (value, score)[1]
 
@@ -50,9 +70,12 @@ def tensors_of(function: Any) -> list[Tensor]:
 
 def reaching() -> dict[str, tuple[Any, Tensor]]:
     """name -> (function, a tensor that it captures)."""
-    table, holder = torch.ones(3), Holder()
+    table, holder = torch.nn.Parameter(torch.ones(3)), Holder()
 
     def default(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, table: Tensor = table) -> Tensor:
+        return score + table[h]
+
+    def keyword(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *, table: Tensor = table) -> Tensor:
         return score + table[h]
 
     return {
@@ -63,6 +86,12 @@ def reaching() -> dict[str, tuple[Any, Tensor]]:
         "dict": (over({"t": table}), table),
         "nested function": (over(over(table)), table),
         "partial": (functools.partial(two_tables, table=table), table),
+        "keyword default": (keyword, table),
+        "dict with tuple keys": (over({(1, 2): table}), table),
+        "list of modules": (over(torch.nn.ParameterList([table])), table),
+        "callable object": (Callable3(table), table),
+        "object with an index": (over(Callable3(table)), table),
+        "partial of a method": (functools.partial(holder.modify), holder.table),
         "method": (holder.modify, holder.table),
         "module": (holder, holder.table),
     }
@@ -103,7 +132,54 @@ def test_content_knows_which_tensors_are_one() -> None:
     assert same != apart
 
 
-@pytest.mark.parametrize("value", [np.ones(2), {1, 2}])
+SETTINGS = types.ModuleType("settings")
+SETTINGS.width = 3
+
+
+def from_module(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return q - k < SETTINGS.width
+
+
+def from_class(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return q - k < Callable3.factor
+
+
+def by_name(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return score * getattr(SETTINGS, "width")  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("function", "owner", "name"),
+    [
+        (from_module, SETTINGS, "width"),
+        (by_name, SETTINGS, "width"),
+        (from_class, Callable3, "factor"),
+        (Callable3(torch.ones(3)), Callable3, "factor"),
+        (Callable3(torch.ones(3)).__call__, Callable3, "factor"),
+        (over(from_class), Callable3, "factor"),
+    ],
+)
+def test_content_sees_what_code_reads_of_modules_and_classes(
+    function: Any, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = captures.content(captures.leaves(function))
+    monkeypatch.setattr(owner, name, 17)
+    assert before is not None
+    assert captures.content(captures.leaves(function)) != before
+
+
+def test_signs_of_zero_are_told_apart() -> None:
+    assert captures.content(captures.leaves(over(0.0))) != captures.content(captures.leaves(over(-0.0)))
+
+
+def test_modules_are_entered_only_where_they_are_called() -> None:
+    holder = Holder()
+    assert all(tensor is not holder.table for tensor in tensors_of(over(holder)))
+    found = captures.leaves(over(holder), through_modules=True)
+    assert any(leaf.value is holder.table for leaf in found)
+
+
+@pytest.mark.parametrize("value", [np.ones(2), {1, 2}, deque([1]), {object(): 1}])
 def test_values_without_a_digest_have_no_content(value: Any) -> None:
     assert captures.content(captures.leaves(over(value))) is None
 

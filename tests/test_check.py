@@ -4,9 +4,10 @@ import ast
 import inspect
 import re
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
@@ -295,13 +296,19 @@ MASKS = [
     ),
 ]
 
-HIDDEN = ModuleType("hidden")
-HIDDEN.table = torch.ones(100, dtype=torch.bool)
+HIDDEN = deque([torch.ones(100, dtype=torch.bool)])
 
 
 def hidden(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-    """Captures a tensor through a module, where nobody looks."""
-    return HIDDEN.table[kv_idx]
+    """Captures a tensor through a deque, where nobody looks."""
+    return HIDDEN[0][kv_idx]
+
+
+def overwriting(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    """Writes through a view."""
+    twin = score.clone()
+    twin.view(1).add_(1)
+    return twin
 
 
 def branching(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> bool:
@@ -322,6 +329,8 @@ MODIFIERS = [
     ),
     Refusal(TypeError, "mask_mod", "returned torch.int64, need a boolean", dense(mask=lambda b, h, q, k: q - k)),
     Refusal(TypeError, "mask_mod", "returned int, need a boolean", lambda: masks.custom(lambda b, h, q, k: 1)),
+    Refusal(TypeError, "score_mod", "returned torch.complex64", dense(score_mod=lambda s, *at: torch.complex(s, s))),
+    Refusal(ValueError, "score_mod", "'overwriting' .*in place.*try x = x", dense(score_mod=overwriting)),
     Refusal(TypeError, "score_mod", "returned a boolean, need a score", dense(score_mod=lambda s, *at: s > 0)),
     Refusal(
         ValueError, "mask_mod", "'branching' .*test_check.py:.*cannot be traced.*torch.where", dense(mask=branching)

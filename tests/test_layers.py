@@ -14,8 +14,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms in the order of the imports: each may import its own room and those before it (README, "how it is laid out").
 ROOMS = {
-    "words": {"problem", "check", "masks", "mask_nodes", "spans", "scores", "captures", "scalar_graph", "trace",
-              "intervals", "dropout"},
+    "words": {"problem", "check", "masks", "mask_nodes", "spans", "scores", "captures", "recording", "scalar_graph",
+              "trace", "interval_rules", "intervals", "dropout"},
     "mathematics": {"state", "reference", "fp8", "kvcache", "lower"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},

@@ -1,5 +1,7 @@
 """Traced functions: values, derivatives, keys, caching and refusals."""
 
+import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,10 +43,21 @@ def modifiers() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
         "ignores everything": (lambda s, b, h, q, k: torch.ones_like(s), []),
         "vectors inside": (lambda s, b, h, q, k: s + (rows[h] * s).sum(), [rows]),
         "sliced table": (lambda s, b, h, q, k: s + rows[:, 0][h], [rows]),
+        "slice beside an index": (lambda s, b, h, q, k: s + rows[h, 1:].sum(), [rows]),
+        "ellipsis": (lambda s, b, h, q, k: s + wide[b, ..., q, k].sum(), [wide]),
+        "new axis": (lambda s, b, h, q, k: s * rows[h, None, 2].sum(), [rows]),
+        "sum of one number": (lambda s, b, h, q, k: (s * slopes[h]).sum(), [slopes]),
+        "largest of one number": (lambda s, b, h, q, k: s * q.max(), []),
+        "reshaped number": (lambda s, b, h, q, k: s + q.reshape(()), []),
+        "in place": (lambda s, b, h, q, k: s.clone().mul_(2).add_(slopes[h]), [slopes]),
+        "cast to the score's type": (lambda s, b, h, q, k: s + slopes[h].to(s.dtype) * s.new_tensor(0.1), [slopes]),
+        "distance": (lambda s, b, h, q, k: s - (q - k).to(s.dtype) * 0.1, []),
+        "buckets": (lambda s, b, h, q, k: s + rows[h, torch.bucketize(q, torch.tensor([1, 3]))], [rows]),
     }
 
 
-ELEMENTWISE = set(modifiers()) - {"vectors inside"}
+MAPPED = {"slice beside an index", "ellipsis", "new axis", "sum of one number", "largest of one number"}
+ELEMENTWISE = set(modifiers()) - MAPPED - {"vectors inside", "reshaped number"}
 
 
 def evaluated(function: Callable[..., Any], score: Tensor) -> Tensor:
@@ -139,6 +152,75 @@ def test_routes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(trace._routes) == 4
 
 
+def test_halves_and_numbers_promote_as_scalars_do() -> None:
+    slopes, scale = torch.randn(H, dtype=torch.bfloat16), torch.randn(())
+    lifted = trace.lift(lambda s, b, h, q, k: s + slopes[h] * scale, "score")
+    got = trace.graph(lifted.key).evaluate(torch.zeros(B, H, Q, K), *INDEX, lifted.tensors)
+    assert torch.equal(got[0, :, 0, 0], slopes.float() * scale)
+
+
+@pytest.mark.parametrize("reduce", [torch.any, torch.all])
+def test_masks_that_reduce_one_number(reduce: Callable[[Tensor], Tensor]) -> None:
+    lifted = trace.lift(lambda b, h, q, k: reduce(q >= k), "mask")
+    got = trace.graph(lifted.key).evaluate(None, *INDEX, lifted.tensors)
+    assert torch.equal(got.expand(B, H, Q, K), (INDEX[2] >= INDEX[3]).expand(B, H, Q, K))
+
+
+def test_changes_in_place_stay_inside() -> None:
+    def growing(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        near = k < 5
+        near &= q >= k
+        q += 3
+        return near | (q == k)
+
+    lifted = trace.lift(growing, "mask")
+    index = [part.clone() for part in INDEX]
+    got = trace.graph(lifted.key).evaluate(None, *index, lifted.tensors)
+    q, k = INDEX[2:]
+    assert torch.equal(got.expand(B, H, Q, K), (((k < 5) & (q >= k)) | (q + 3 == k)).expand(B, H, Q, K))
+    assert torch.equal(index[2], q)
+
+
+HIDING = deque([torch.ones(())])
+
+
+def test_small_tensors_without_a_path_are_live() -> None:
+    values = []
+    for value in (2.0, 3.0):
+        HIDING[0].fill_(value)
+        lifted = trace.lift(lambda s, b, h, q, k: s * HIDING[0], "score")
+        values.append(float(trace.graph(lifted.key).evaluate(torch.ones(1, 1, 1, 1), *INDEX, lifted.tensors).max()))
+    assert values == [2.0, 3.0]
+
+
+class Small(torch.nn.Module):
+    """A module that a modifier calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.factor = torch.nn.Parameter(torch.randn(4)), 2.0
+
+    def forward(self, head: Tensor) -> Tensor:
+        return self.table[head] * self.factor
+
+    def modify(self, s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return s + self.table[h] * self.factor
+
+
+def test_modules_that_are_called_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Small()
+
+    def calling(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return s + small(h)
+
+    key = trace.lift(calling, "score").key
+    assert [tensor is small.table for tensor in trace.lift(calling, "score").tensors] == [True]
+    small.factor = 5.0
+    assert trace.lift(calling, "score").key != key
+    monkeypatch.setattr(trace, "_trace", lambda *_: pytest.fail("traced again"))
+    trace.lift(calling, "score")
+
+
 def test_unknown_graph_is_named() -> None:
     with pytest.raises(ValueError, match="no-such-key"):
         trace.graph("no-such-key")
@@ -166,3 +248,32 @@ def test_compiled_calls_see_captured_tensors_live(dynamic: bool) -> None:
                 torch.testing.assert_close(a, b)
             with torch.no_grad():
                 table += step + 1.0
+
+
+def with_table(table: Tensor, s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return s + table[h]
+
+
+def with_keyword(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, table: Tensor) -> Tensor:
+    return s + table[h]
+
+
+@pytest.mark.parametrize("form", ["method", "partial", "keywords", "partial of an object"])
+def test_methods_and_partials_compile_and_numbers_are_watched(form: str) -> None:
+    small = Small()
+    partials = {
+        "partial": functools.partial(with_table, small.table),
+        "keywords": functools.partial(with_keyword, table=small.table),
+        "partial of an object": functools.partial(Small.modify, small),
+    }
+    modify = partials.get(form, small.modify)
+
+    def loss(q: Tensor) -> Tensor:
+        return attention(q, q, q, score_mod=modify).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    q = torch.randn(1, 9, 4, 8, requires_grad=True)
+    for factor in (2.0, 7.0):
+        small.factor = factor
+        for a, b in zip(gradients(compiled, q, [small.table]), gradients(loss, q, [small.table]), strict=True):
+            torch.testing.assert_close(a, b)

@@ -48,8 +48,18 @@ def result(function: Callable[..., Any], kind: str, value: Any) -> None:
         raise TypeError(
             f"{_got(function, kind)} that returned {kinds}, need a boolean (True: may attend); try a comparison"
         )
+    if isinstance(value, Tensor) and value.is_complex():
+        raise TypeError(f"{_got(function, kind)} that returned {value.dtype}, need a real score; try its .real")
     if kind == "score" and boolean:
         raise TypeError(f"{_got(function, kind)} that returned a boolean, need a score; try the argument mask")
+
+
+def mutates(function: Callable[..., Any], kind: str) -> NoReturn:
+    """Steps of a graph are run on whole tiles: they must not write into what others read."""
+    raise ValueError(
+        f"{_got(function, kind)} that changes a captured tensor or a view in place, need new tensors; "
+        "try x = x + 1 for x += 1 and torch.where for x[i] = y"
+    )
 
 
 def untraceable(function: Callable[..., Any], kind: str, error: Exception) -> NoReturn:
