@@ -49,6 +49,11 @@ def attention(
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     at = _everywhere(q, k)
     diagonal = at.aligned(alignment)
+    sizes = (*q.shape[:3], k.shape[2])
+    allowed = _allowed(at, causal, window, mask, block_mask, alignment).expand(sizes)
+    # What no query sees may be anything, NaN behind the end of a sequence for one.
+    hidden = (~allowed).all(dim=2).unsqueeze(-1)
+    k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
 
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
@@ -60,7 +65,6 @@ def attention(
         scores = scores - slopes * (diagonal - at.key).abs()
     if score_mod is not None:
         scores = _vmapped(score_mod, score=True)(scores, *_flat(at)).to(dtype)
-    allowed = _allowed(at, causal, window, mask, block_mask, alignment).expand(scores.shape)
     return _softmax(scores.masked_fill(~allowed, -torch.inf), v, sinks, _kept(at, dropout_p, seed, dtype))
 
 

@@ -94,19 +94,22 @@ class Traced:
         tensors: Sequence[Tensor],
         grad: Tensor,
         wanted: Sequence[bool],
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The vector-Jacobian product on a tile.
 
         Args:
             grad: (batch, heads, queries, keys), the gradient of `evaluate`'s result. The rest as there.
             wanted: one flag a captured tensor.
+            hidden: bool, broadcastable to the tile: where `grad` is 0 and the derivative, even NaN, counts for nothing
+                (graphs with vectors inside add 0 * NaN to their captures all the same).
 
         Returns:
             The gradient of the score, and for each wanted capture its gradient summed over the tile, in its own shape
             and the score's dtype. Sums run in a fixed order, so they repeat bit for bit.
         """
         if self.double is not None and score.dtype is torch.float64:
-            return self.double.derivative(score, b, h, q, k, tensors, grad, wanted)
+            return self.double.derivative(score, b, h, q, k, tensors, grad, wanted, hidden)
         # A derivative that was traced with a float32 score has casts that would round what a float64 call computes.
         rounds = score.dtype is torch.float64 and self._example[0].dtype is not torch.float64
         if self._tiled_backward is None or self._places is None or rounds:
@@ -124,7 +127,8 @@ class Traced:
         for capture, at, part in zip(self._reads_of, places, grad_reads, strict=True):
             total = totals[capture]
             if total is not None:
-                _scatter_add(total, at, part.to(score.dtype).expand(score.shape))
+                part = part.to(score.dtype).expand(score.shape)
+                _scatter_add(total, at, part if hidden is None else part.masked_fill(hidden, 0.0))
         return grad_score.to(score.dtype).expand(score.shape), totals
 
     def _mapped_derivative(

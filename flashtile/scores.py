@@ -27,10 +27,14 @@ from flashtile.scalar_graph import Traced
 
 
 class Tile(NamedTuple):
-    """One tile's place: global index tensors, and the same as slices (batch, heads, queries, keys)."""
+    """One tile's place: global index tensors, the same as slices (batch, heads, queries, keys), and what is allowed.
+
+    `allowed`: bool, broadcastable to the tile; None where the mask forbids nothing.
+    """
 
     at: At
     slices: tuple[slice, slice, slice, slice]
+    allowed: Tensor | None = None
 
 
 class Modifier(Protocol):
@@ -112,7 +116,10 @@ class Custom:
 
     def backward(self, score: Tensor, grad: Tensor, tile: Tile) -> Tensor:
         at, wanted = tile.at, [total is not None for total in self.grads]
-        grad, parts = self.graph.derivative(score, at.batch, at.head, at.query, at.key, self.tensors, grad, wanted)
+        hidden = None if tile.allowed is None else ~tile.allowed
+        grad, parts = self.graph.derivative(
+            score, at.batch, at.head, at.query, at.key, self.tensors, grad, wanted, hidden
+        )
         for total, part in zip(self.grads, parts, strict=True):
             if total is not None and part is not None:
                 total += part

@@ -401,7 +401,7 @@ class TestExplain:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"causal": True}, "seqlen_q 20 and seqlen_kv 30 differ"),
+            ({"causal": True}, "seqlen_q, seqlen_kv are (20, 30)"),
             ({"window": (3, 0)}, "the mask is"),
             ({"bias": torch.zeros(20, 30)}, "bias"),
             ({"alibi_slopes": torch.zeros(4)}, "alibi_slopes"),

@@ -1,5 +1,6 @@
 """Random shapes, strides and options; awkward lengths; what must not be read; what must repeat."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flashtile
-from flashtile import State
+from flashtile import State, masks
 from tests import oracle
 from tests.oracle import assert_equal_bits
 from tests.problems import Call, Shape, Tensors, make, offsets, packed
@@ -224,6 +225,38 @@ def test_padding_between_sequences_is_never_read(features: tuple[str, ...], pois
     dirty = _packed(call)
     assert_equal_bits(dirty, clean)
     assert _finite(dirty, [call.leaves[name] for name in "qkv"])
+
+
+UNSEEN: dict[str, tuple[int, dict[str, Any]]] = {
+    "prefix": (20, {"mask": masks.prefix(20)}),
+    "prefix and causal": (20, {"mask": masks.prefix(torch.tensor([20, 9])), "causal": True}),
+    "causal_top_left": (30, {"causal": True, "alignment": "top_left"}),
+    "dense mask": (13, {"mask": (torch.arange(70) < 13).expand(2, 1, 30, 70)}),
+    "mask_mod": (33, {"mask": lambda b, h, q_idx, kv_idx: kv_idx < 33}),
+    "modified": (20, {"mask": masks.prefix(20), "softcap": 3.0, "alibi_slopes": torch.ones(4), "sinks": torch.ones(4)}),
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_keys_that_no_query_sees_may_hold_anything(case: str, poison: float, small_tiles: None) -> None:
+    """Dense batches are padded at the end, and padding is whatever memory held."""
+    length, options = UNSEEN[case]
+    generator = torch.Generator().manual_seed(3)
+    clean = [torch.randn(2, s, h, 8, generator=generator) for s, h in ((30, 4), (70, 2), (70, 2))]
+    dirty = [tensor.clone() for tensor in clean]
+    for tensor in dirty[1:]:
+        tensor[:, length:] = poison
+
+    def results(tensors: list[Tensor]) -> list[Tensor]:
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        state = flashtile.attention(*leaves, return_lse=True, **options)
+        return [state.out, state.lse, *torch.autograd.grad(state.out.square().sum() + state.lse.sum(), leaves)]
+
+    for found, wanted in zip(results(dirty), results(clean), strict=True):
+        assert torch.equal(found, wanted)
+    oracles = [flashtile.reference.attention(*tensors, **options) for tensors in (dirty, clean)]
+    assert torch.equal(oracles[0].out, oracles[1].out)
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])

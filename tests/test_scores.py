@@ -344,3 +344,17 @@ def test_sinks_take_weight_but_give_no_value() -> None:
 def test_softcap_zero_is_off() -> None:
     leaves, _ = _inputs(Mod("off", _identity, {}))
     assert_equal_bits(_attend(leaves, softcap=0.0), _attend(leaves, softcap=None))
+
+
+def test_nan_derivatives_of_captures_under_the_mask_stay_hidden(small_tiles: None) -> None:
+    """The gradient of a captured tensor sums over what the mask shows, though its derivative elsewhere is NaN."""
+    table = torch.ones(4, dtype=torch.float32, requires_grad=True)
+    leaves, _ = _inputs(Mod("sqrt", _identity, {}))
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score + table[kv_idx % 4] * torch.sqrt((q_idx + SHIFT - kv_idx).to(score.dtype))
+
+    state = _attend(leaves, score_mod=score_mod, causal=True)
+    (grad,) = torch.autograd.grad(state.out.sum(), (table,))
+    assert bool(grad.isfinite().all())
+    assert bool(grad.abs().sum() > 0)

@@ -30,12 +30,14 @@ def refuses(problem: Problem) -> str | None:
         return f"the output is wanted in {problem.out_dtype}; it returns the input's dtype"
     lengths = (problem.seqlen_q, problem.seqlen_kv)
     if not problem.varlen and not _diagonal_fits(problem.mask, *lengths):
-        return f"its causal diagonal starts at the top left; seqlen_q {lengths[0]} and seqlen_kv {lengths[1]} differ"
+        return f"its diagonal starts at the top left, and it reads every key; seqlen_q, seqlen_kv are {lengths}"
     return None
 
 
 def _diagonal_fits(mask: str, seqlen_q: int, seqlen_kv: int) -> bool:
-    return _CAUSAL.get(mask) != "bottom_right" or seqlen_q == seqlen_kv
+    """The operator's diagonal starts at the top left, and NaN in keys beyond its last row would reach the output."""
+    alignment = _CAUSAL.get(mask)
+    return alignment is None or seqlen_q == seqlen_kv or (alignment == "top_left" and seqlen_q > seqlen_kv)
 
 
 def _fits(inputs: Inputs, problem: Problem) -> bool:

@@ -49,6 +49,12 @@ class Slab:
         """(batch, seqlen, heads_kv, d) -> (pairs, seqlen, d); a copy only where the layout or dtype asks for one."""
         return tensor[self.batch, :, self.heads_kv].transpose(1, 2).flatten(0, 1).to(dtype)
 
+    def hidden_keys(self, allowed: Tensor, keys: int) -> Tensor:
+        """(pairs, keys, 1): where no query of a tile may look, from what its mask allows."""
+        batch, heads_kv, group = self.size
+        hidden = (~allowed).all(dim=2).expand(batch, heads_kv * group, keys)
+        return hidden.unflatten(1, (heads_kv, group)).all(dim=2).flatten(0, 1)[..., None]
+
     def load_stats(self, stats: Tensor, rows: slice) -> Tensor:
         """(batch, heads, seqlen) -> (pairs, group * rows, 1)."""
         batch, heads_kv, _ = self.size

@@ -50,24 +50,26 @@ class Scorer:
     def of(cls, inputs: Inputs, problem: Problem, chain: Sequence[Modifier]) -> "Scorer":
         return cls(inputs, problem, chain, mask_nodes.parse(problem.mask))
 
-    def scores(self, dots: Tensor, tile: Tile, masked: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """(scores, the input of each modifier, what the mask allows): scores (batch, heads, queries, keys)."""
+    def place(self, slab: Slab, rows: slice, keys: slice, masked: bool, first_batch: int) -> Tile:
+        """Where a tile lies and what the mask allows there; `masked`: it may forbid something."""
+        tile = tile_of(slab, rows, keys, self.problem, first_batch, self.inputs.q.device)
+        return tile._replace(allowed=self.mask.allows(tile.at, self.inputs.mask)) if masked else tile
+
+    def scores(self, dots: Tensor, tile: Tile) -> tuple[Tensor, list[Tensor]]:
+        """(scores, the input of each modifier): scores (batch, heads, queries, keys)."""
         stages = []
         scores = dots
         for modifier in self.chain:
             stages.append(scores)
             scores = modifier.apply(scores, tile)
-        allowed = self.mask.allows(tile.at, self.inputs.mask) if masked else None
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        return scores, stages, allowed
+        return scores if tile.allowed is None else scores.masked_fill(~tile.allowed, -torch.inf), stages
 
-    def dots_grad(self, grad: Tensor, stages: list[Tensor], tile: Tile, allowed: Tensor | None) -> Tensor:
+    def dots_grad(self, grad: Tensor, stages: list[Tensor], tile: Tile) -> Tensor:
         """The gradient at the dot products from the gradient at the scores; modifiers collect theirs on the way."""
         for modifier, score in zip(reversed(self.chain), reversed(stages), strict=True):
             grad = modifier.backward(score, grad, tile)
         # A modifier's derivative may be infinite where the mask hides it: 0 * inf must not come back as NaN.
-        return grad.masked_fill(~allowed, 0.0) if allowed is not None and self.chain else grad
+        return grad.masked_fill(~tile.allowed, 0.0) if tile.allowed is not None and self.chain else grad
 
     def kept(self, tile: Tile) -> Tensor | None:
         """Dropout's factor of each entry, 0 or 1 / (1 - p)."""
@@ -79,6 +81,30 @@ class Scorer:
         return kept.to(self.problem.accumulator) / (1 - p)
 
 
+class Keys(NamedTuple):
+    """A slab's keys and values (pairs, seqlen, d)."""
+
+    k: Tensor
+    v: Tensor
+    finite: bool
+
+    @classmethod
+    def of(cls, slab: Slab, inputs: Inputs, dtype: torch.dtype) -> "Keys":
+        k, v = slab.load_keys(inputs.k, dtype), slab.load_keys(inputs.v, dtype)
+        return cls(k, v, bool((k.sum() + v.sum()).isfinite()))
+
+    def load(self, part: slice, slab: Slab, tile: Tile) -> tuple[Tensor, Tensor]:
+        """A tile of each, with zeros where no query of the tile may look.
+
+        NaN may lie there, behind the end of a sequence for one, and a weight of 0 does not stop it.
+        """
+        k, v = self.k[:, part], self.v[:, part]
+        if self.finite or tile.allowed is None:
+            return k, v
+        hidden = slab.hidden_keys(tile.allowed, k.shape[1])
+        return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+
+
 def forward(inputs: Inputs, problem: Problem, config: SweepConfig, first_batch: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) of a dense problem whose first batch entry has the global index `first_batch`."""
     q, dtype = inputs.q, problem.accumulator
@@ -88,10 +114,10 @@ def forward(inputs: Inputs, problem: Problem, config: SweepConfig, first_batch: 
         return out, lse
     scorer = Scorer.of(inputs, problem, modifiers(inputs, problem))
     for slab in slabs(inputs, problem, config, first_batch):
-        k, v = slab.load_keys(inputs.k, dtype), slab.load_keys(inputs.v, dtype)
+        keys = Keys.of(slab, inputs, dtype)
         for index, runs in enumerate(slab.runs):
             rows = _query_rows(index, problem, config)
-            row_out, row_lse = _forward_rows(scorer, slab, rows, runs, config, k, v, first_batch)
+            row_out, row_lse = _forward_rows(scorer, slab, rows, runs, config, keys, first_batch)
             slab.store_rows(out, rows, row_out)
             stats = row_lse.view(lse[slab.batch, slab.heads, rows].shape)
             lse[slab.batch, slab.heads, rows] = stats
@@ -108,8 +134,7 @@ def _forward_rows(
     rows: slice,
     runs: list[Run],
     config: SweepConfig,
-    k: Tensor,
-    v: Tensor,
+    keys: Keys,
     first_batch: int,
 ) -> tuple[Tensor, Tensor]:
     """One query tile against all the keys it sees: (pairs, rows, headdim_v) and log-sum-exps (pairs, rows, 1)."""
@@ -118,11 +143,12 @@ def _forward_rows(
     out = q.new_zeros(*q.shape[:2], problem.headdim_v)
     highest, total = _start(scorer, slab, rows, q)
     for run in runs:
-        for keys in split(run, config.step_kv):
-            tile = tile_of(slab, rows, keys, problem, first_batch, q.device)
-            dots = torch.bmm(q, k[:, keys].transpose(1, 2))
-            scores = scorer.scores(_by_head(dots, tile), tile, run.masked)[0].view_as(dots)
-            highest, total, out = _online_softmax(scorer, tile, scores, v[:, keys], highest, total, out)
+        for part in split(run, config.step_kv):
+            tile = scorer.place(slab, rows, part, run.masked, first_batch)
+            k, v = keys.load(part, slab, tile)
+            dots = torch.bmm(q, k.transpose(1, 2))
+            scores = scorer.scores(_by_head(dots, tile), tile)[0].view_as(dots)
+            highest, total, out = _online_softmax(scorer, tile, scores, v, highest, total, out)
     # total is 0 for a row that sees no key: output 0, lse -inf. NaN is not 0 and stays visible.
     empty = total == 0
     lse = torch.where(empty, -torch.inf, _finite(highest) + total.log())
@@ -182,25 +208,17 @@ def backward(
     if lse.numel() == 0:
         return dq, dk.to(inputs.k.dtype), dv.to(inputs.v.dtype)
     for slab in slabs(inputs, problem, config, first_batch):
-        keys = KeyGrads(*(slab.load_keys(t, dtype) for t in (inputs.k, inputs.v)), *map(slab.keys_view, (dk, dv)))
+        keys = Keys.of(slab, inputs, dtype)
+        grad_keys = slab.keys_view(dk), slab.keys_view(dv)
         for index, runs in enumerate(slab.runs):
             rows = _query_rows(index, problem, config)
             queries = _load_queries(scorer, slab, rows, out, lse, grad_out, grad_lse)
             if grads.sinks is not None and inputs.sinks is not None:
                 sinks = slab.load_per_head(inputs.sinks, rows, dtype)
                 slab.add_per_head(grads.sinks, torch.exp(sinks - queries.lse) * -queries.delta)
-            dq_tile = _backward_rows(scorer, slab, rows, runs, config, queries, keys, first_batch)
+            dq_tile = _backward_rows(scorer, slab, rows, runs, config, queries, keys, grad_keys, first_batch)
             slab.store_rows(dq, rows, dq_tile * problem.scale)
     return dq, dk.to(inputs.k.dtype), dv.to(inputs.v.dtype)
-
-
-class KeyGrads(NamedTuple):
-    """A slab's keys and values (pairs, seqlen, d), and views of their gradients (batch, heads_kv, seqlen, d)."""
-
-    k: Tensor
-    v: Tensor
-    dk: Tensor
-    dv: Tensor
 
 
 class Queries(NamedTuple):
@@ -233,17 +251,22 @@ def _backward_rows(
     runs: list[Run],
     config: SweepConfig,
     queries: Queries,
-    keys: KeyGrads,
+    keys: Keys,
+    grad_keys: tuple[Tensor, Tensor],
     first_batch: int,
 ) -> Tensor:
-    """One query tile against its key tiles: adds to dk and dv, returns dq (pairs, rows, headdim) short of the scale."""
+    """One query tile against its key tiles: adds to `grad_keys`, dk and dv (batch, heads_kv, seqlen, d) of the slab.
+
+    Returns dq (pairs, rows, headdim), short of the scale.
+    """
     dq = torch.zeros_like(queries.q)
+    dk, dv = grad_keys
     for run in runs:
         for part in split(run, config.step_kv):
-            tile = tile_of(slab, rows, part, scorer.problem, first_batch, dq.device)
-            k, v = keys.k[:, part], keys.v[:, part]
+            tile = scorer.place(slab, rows, part, run.masked, first_batch)
+            k, v = keys.load(part, slab, tile)
             dots = torch.bmm(queries.q, k.transpose(1, 2))
-            scores, stages, allowed = scorer.scores(_by_head(dots, tile), tile, run.masked)
+            scores, stages = scorer.scores(_by_head(dots, tile), tile)
             weights = torch.exp(scores.view_as(dots) - queries.lse)
             grad_weights = torch.bmm(queries.grad_out, v.transpose(1, 2))
             kept = scorer.kept(tile)
@@ -251,11 +274,11 @@ def _backward_rows(
             if kept is not None:
                 dropped = weights * kept.view_as(weights)
                 grad_weights *= kept.view_as(weights)
-            _add(keys.dv, part, torch.bmm(dropped.transpose(1, 2), queries.grad_out))
+            _add(dv, part, torch.bmm(dropped.transpose(1, 2), queries.grad_out))
             grad_scores = grad_weights.sub_(queries.delta).mul_(weights)
-            grad_dots = scorer.dots_grad(_by_head(grad_scores, tile), stages, tile, allowed).reshape(dots.shape)
+            grad_dots = scorer.dots_grad(_by_head(grad_scores, tile), stages, tile).reshape(dots.shape)
             dq.baddbmm_(grad_dots, k)
-            _add(keys.dk, part, torch.bmm(grad_dots.transpose(1, 2), queries.q))
+            _add(dk, part, torch.bmm(grad_dots.transpose(1, 2), queries.q))
     return dq
 
 
