@@ -385,7 +385,7 @@ _KITCHEN_SINK = ("causal", "window", "document", "bias_heads", "alibi", "softcap
 def _one_feature_each() -> list[Case]:
     """Every feature that changes no sizes, by itself, on a problem with a ragged edge on both sides."""
     named = [name for name in FEATURES if FEATURES[name].reshape(_SMALL) == _SMALL]
-    native = {"causal_top_left", "scale", "deterministic"}
+    native = {"scale", "deterministic"}
     dtypes = {"out_float32": _HALVES}
     return [
         Case(name, _SMALL, (name,), dtypes.get(name, _USUAL), _ATEN if name in native else _TILED) for name in named
@@ -396,6 +396,7 @@ CASES: tuple[Case, ...] = (
     Case("plain", _SMALL, dtypes=_ALL, kernels=_ATEN, lse_grad=False),
     Case("plain_lse", _SMALL, kernels=_ATEN),
     Case("causal_square", _SQUARE, ("causal",), _ALL, _ATEN, lse_grad=False),
+    Case("causal_top_left_more_queries", dense(2, 90, 70, 4, 4, 32), ("causal_top_left",), kernels=_ATEN),
     Case("causal_more_queries", dense(1, 90, 40, 2, 2, 16), ("causal",)),
     Case("causal_long", dense(1, 300, 600, 2, 1, 64), ("causal",)),
     Case("window_long", dense(1, 330, 700, 2, 2, 32), ("window",)),

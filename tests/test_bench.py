@@ -217,8 +217,8 @@ class TestMemory:
     def test_resident_agrees(self) -> None:
         self._call()
         found = memory.resident_peak(self._call)
-        # Pages freed before may be used again, and other threads may take some.
-        assert found is None or 0 <= found < 24 * self.MEGABYTE
+        # Pages freed before may be used again; three tensors are made in all.
+        assert found is None or 0 <= found <= 24 * self.MEGABYTE
 
     def test_the_formula_holds_matrices_and_flashtile_does_not(self) -> None:
         case = Case("causal", seqlen=1024, heads=2, heads_kv=2, headdim=32)
