@@ -15,6 +15,7 @@ MAKEFLAGS += --no-print-directory
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal
 GPU_TESTS = $$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--ignore=tests/gpu")')
 
 .PHONY: help env demo test lint format types wheel check clean
@@ -35,10 +36,11 @@ $(READY): pyproject.toml tools/setup_env.sh
 demo: $(READY)
 	$(BIN)/flashtile demo $(ARGS)
 
-# The test processes share the cores, so each one's torch gets one thread.
+# The test processes share the cores, so each one's torch gets one thread. Triton kernels are interpreted in a run of
+# their own, for Triton decides that once per process.
 test: $(READY)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal $(GPU_TESTS) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
+	$(PYTEST) $(GPU_TESTS) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

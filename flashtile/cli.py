@@ -98,7 +98,10 @@ def _add_bench(commands: Any) -> None:
     text = "measure time, memory and error beside other implementations; `bench report` turns the records into docs"
     command = _add(commands, "bench", _bench, text)
     command.add_argument(
-        "suites", nargs="*", metavar="suite", help="dense, masks, memory, error (default: all), or report"
+        "suites",
+        nargs="*",
+        metavar="suite",
+        help="dense, masks, memory, error, on a GPU also grid and functions (default: all of these), or report",
     )
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
     command.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes; default %(default)s")
@@ -282,7 +285,7 @@ def _demo(given: argparse.Namespace) -> int:
 def _bench(given: argparse.Namespace) -> int:
     _need_extras()
     from flashtile.bench import peers, show
-    from flashtile.bench.suite import SUITES
+    from flashtile.bench.suite import SUITES, usual
 
     if given.suites == ["report"]:
         try:
@@ -296,7 +299,8 @@ def _bench(given: argparse.Namespace) -> int:
     if given.heads % (given.heads_kv or given.heads):
         raise UsageError(f"--heads-kv: got {given.heads_kv}, need a divisor of {given.heads} heads")
     _need_device(given.device)
-    return show.run(given.suites or list(SUITES), _bench_settings(given), given.results)
+    settings = _bench_settings(given)
+    return show.run(given.suites or usual(settings.device), settings, given.results)
 
 
 def _bench_settings(given: argparse.Namespace) -> Any:

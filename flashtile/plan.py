@@ -65,7 +65,8 @@ def choose(problem: Problem, backend: str | None = None) -> Plan:
             reason = kernel.refuses(problem)
             if reason is None:
                 chosen = Plan(problem, name, kernel.name, kernel.configure(problem), tuple(rejected))
-                if rejected and not problem.backward:
+                # A backend that is not for this machine is no news; a kernel that does not take the Problem is.
+                if any("/" in refused for refused, _ in rejected) and not problem.backward:
                     logger.info("%s", chosen)
                 return chosen
             rejected.append((f"{name}/{kernel.name}", reason))

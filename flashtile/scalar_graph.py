@@ -42,12 +42,12 @@ class Traced:
         self.double: Traced | None = None  # the same function of a float64 score, where that is another graph
         self._tiled = _on_tiles(forward, self.captures)
         reads = self._reads() if kind == "score" and self.elementwise else None
-        self._reads_of = [self.captures.index(node) for node, _ in reads or ()]
-        self._places: fx.GraphModule | None = None
+        self.reads_of = [self.captures.index(node) for node, _ in reads or ()]
+        self.places: fx.GraphModule | None = None
         self.backward: fx.GraphModule | None = None
         self._tiled_backward: fx.GraphModule | None = None
         if reads is not None:
-            self._places, self.backward = self._derive(reads, tensors)
+            self.places, self.backward = self._derive(reads, tensors)
             inputs = [node for node in self.backward.graph.nodes if node.op == "placeholder"]
             self._tiled_backward = _on_tiles(self.backward, inputs[self.inputs : self.inputs + len(self.captures)])
 
@@ -112,19 +112,19 @@ class Traced:
             return self.double.derivative(score, b, h, q, k, tensors, grad, wanted, hidden)
         # A derivative that was traced with a float32 score has casts that would round what a float64 call computes.
         rounds = score.dtype is torch.float64 and self._example[0].dtype is not torch.float64
-        if self._tiled_backward is None or self._places is None or rounds:
+        if self._tiled_backward is None or self.places is None or rounds:
             return self._mapped_derivative((score, b, h, q, k), tensors, grad, wanted)
-        places = self._places(score, b, h, q, k, *tensors)
+        places = self.places(score, b, h, q, k, *tensors)
         reads = [
             tensors[c][tuple(at)] if at else tensors[c].view(1, 1, 1, 1)
-            for c, at in zip(self._reads_of, places, strict=True)
+            for c, at in zip(self.reads_of, places, strict=True)
         ]
         grad_score, *grad_reads = self._tiled_backward(score, b, h, q, k, *tensors, *reads, grad)
         totals = [
             torch.zeros(tensor.shape, dtype=score.dtype, device=tensor.device) if want else None
             for tensor, want in zip(tensors, wanted, strict=True)
         ]
-        for capture, at, part in zip(self._reads_of, places, grad_reads, strict=True):
+        for capture, at, part in zip(self.reads_of, places, grad_reads, strict=True):
             total = totals[capture]
             if total is not None:
                 part = part.to(score.dtype).expand(score.shape)

@@ -368,10 +368,20 @@ class Recorder:
 
 
 @pytest.fixture
-def fresh_plans() -> Iterator[None]:
-    plan.choose.cache_clear()
+def fresh_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No plan is known, and only the backend that runs everywhere is there."""
+    monkeypatch.setattr(backends, "ORDER", ("pytorch",))
+    clear = plan.choose.cache_clear
+    clear()
     yield
-    plan.choose.cache_clear()
+    clear()
+
+
+def test_explain_says_why_the_gpu_backend_does_not_run() -> None:
+    """A machine without a GPU, or tensors that are not on it."""
+    (name, reason), *_ = explain(*qkv()).rejected
+    assert name.startswith("portable")
+    assert reason in ("there is no GPU", "triton is not installed", "it runs on cuda, the tensors are on cpu")
 
 
 @pytest.mark.usefixtures("fresh_plans")

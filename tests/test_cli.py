@@ -145,7 +145,8 @@ class TestBench:
 
     def test_all_suites_by_default(self, monkeypatch: pytest.MonkeyPatch) -> None:
         names, settings, folder = self.given(monkeypatch)
-        assert names == list(SUITES) == ["dense", "masks", "memory", "error"]
+        assert names == ["dense", "masks", "memory", "error"]
+        assert set(names) < set(SUITES)
         assert (settings.heads, settings.headdim, settings.seqlens) == (8, 64, (1024, 2048, 4096, 8192))
         assert folder == Path("benchmarks/results")
 

@@ -16,14 +16,22 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
     "words": {"problem", "check", "masks", "mask_nodes", "spans", "scores", "captures", "recording", "scalar_graph",
               "trace", "interval_rules", "intervals", "dropout"},
-    "mathematics": {"state", "reference", "fp8", "kvcache", "lower"},
+    "mathematics": {"state", "reference", "fp8", "kvcache"},
+    "triton": {"lower", "lower_rules"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
     "doors": {"request", "autograd", "api"},
     "guests": {"distributed", "integrations", "bench", "demo", "cli", "__main__"},
 }  # fmt: skip
-# Words and mathematics know torch and the standard library; triton belongs to the machines that are written in it.
-FOREIGN = {"words": {"torch"}, "mathematics": {"torch"}, "choice": {"torch"}, "doors": {"torch"}}
+# Words and mathematics know torch and the standard library; triton belongs to the machines that are written in it, and
+# to what turns functions into its source for them.
+FOREIGN = {
+    "words": {"torch"},
+    "mathematics": {"torch"},
+    "triton": {"torch", "triton"},
+    "choice": {"torch"},
+    "doors": {"torch"},
+}
 # What a room may use of a later one. The tables of tile sizes are data that the planner and the backends read.
 EXCEPTIONS = {
     ("machines", "choice"): "tuning",

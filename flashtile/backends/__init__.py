@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashtile.problem import Inputs, Problem
 
-ORDER: tuple[str, ...] = ("pytorch",)
+ORDER: tuple[str, ...] = ("portable", "pytorch")
 """Names of the backends, fastest first."""
 
 

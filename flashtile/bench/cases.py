@@ -142,6 +142,23 @@ FEATURES: dict[str, Feature] = {
 }
 
 
+def functions(case: Case) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
+    """(mask_mod, score_mod) that say the feature in FlexAttention's way."""
+    ids = document_ids(case.seqlen).to(case.device)
+    steep = slopes(case)
+    mask_mods: dict[str, Callable[..., Any]] = {
+        "causal": lambda b, h, q_idx, kv_idx: kv_idx <= q_idx,
+        "window": lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (kv_idx >= q_idx - WINDOW),
+        "document": lambda b, h, q_idx, kv_idx: ids[q_idx] == ids[kv_idx],
+        "causal document": lambda b, h, q_idx, kv_idx: (ids[q_idx] == ids[kv_idx]) & (kv_idx <= q_idx),
+    }
+    score_mods: dict[str, Callable[..., Any]] = {
+        "alibi": lambda score, b, h, q_idx, kv_idx: score - steep[h] * (q_idx - kv_idx).abs(),
+        "softcap": lambda score, b, h, q_idx, kv_idx: 5.0 * torch.tanh(score / 5.0),
+    }
+    return mask_mods.get(case.feature), score_mods.get(case.feature)
+
+
 def options(case: Case) -> dict[str, Any]:
     """The keyword arguments of `flashtile.attention`."""
     return FEATURES[case.feature].options(case)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import flashtile
@@ -79,9 +80,9 @@ class Bound:
         """The output; its graph is recorded where gradients are enabled."""
         return self.attend(self.q, self.k, self.v)
 
-    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of q, k and v."""
-        return torch.autograd.grad(out, (self.q, self.k, self.v), self.grad)
+    def backward(self, out: Tensor, keep: bool = False) -> tuple[Tensor, ...]:
+        """Gradients of q, k and v; `keep`: the graph is needed again."""
+        return torch.autograd.grad(out, (self.q, self.k, self.v), self.grad, retain_graph=keep)
 
     def common(self, tensor: Tensor) -> Tensor:
         """A result of this peer as (batch, seqlen, heads, headdim)."""
@@ -144,6 +145,40 @@ def _sdpa_math(case: Case) -> Attend:
             return attend(q, k, v)
 
     return call
+
+
+def _by_one_backend(case: Case, backend: SDPBackend) -> Attend:
+    """PyTorch's attention held to one of its kernels, which knows no mask but the causal flag."""
+    if case.feature not in ("plain", "causal"):
+        raise Refused(f"it has no {case.feature}")
+    attend = _scaled_dot_product(case)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return attend(q, k, v)
+
+    return call
+
+
+@peer("sdpa_flash", title="SDPA flash (FA2)", layout="bhsd", devices=("cuda",))
+def _sdpa_flash(case: Case) -> Attend:
+    return _by_one_backend(case, SDPBackend.FLASH_ATTENTION)
+
+
+@peer("sdpa_cudnn", title="SDPA cuDNN", layout="bhsd", devices=("cuda",))
+def _sdpa_cudnn(case: Case) -> Attend:
+    return _by_one_backend(case, SDPBackend.CUDNN_ATTENTION)
+
+
+@peer("flex", title="FlexAttention", layout="bhsd", devices=("cuda",))
+def _flex(case: Case) -> Attend:
+    """Compiled, its block mask made outside of the timing."""
+    mask_mod, score_mod = cases.functions(case)
+    blocks = None
+    if mask_mod is not None:
+        blocks = create_block_mask(mask_mod, None, None, case.seqlen, case.seqlen, device=case.device)
+    attend = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: attend(q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=case.group > 1)
 
 
 def _scaled_dot_product(case: Case) -> Attend:

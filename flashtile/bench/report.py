@@ -106,12 +106,12 @@ def _draw_time(record: Record, path: Path) -> Path | None:
 
 def _panels(rows: list[Row]) -> tuple[list[tuple[str, str]], list[str]]:
     """((feature and dtype) of each row of panels, passes of each column)."""
-    features = list(dict.fromkeys((entry["case"]["feature"], entry["case"]["dtype"]) for entry in rows))
+    features = list(dict.fromkeys((tables.label(entry), entry["case"]["dtype"]) for entry in rows))
     return features, list(dict.fromkeys(entry["pass"] for entry in rows))
 
 
 def _pick(rows: list[Row], feature: tuple[str, str], which: str) -> list[Row]:
-    return [e for e in rows if (e["case"]["feature"], e["case"]["dtype"]) == feature and e["pass"] == which]
+    return [e for e in rows if (tables.label(e), e["case"]["dtype"]) == feature and e["pass"] == which]
 
 
 def _draw_lines(rows: list[Row], seqlens: list[int], path: Path) -> Path:

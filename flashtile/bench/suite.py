@@ -45,12 +45,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Suite:
-    """`run` yields the rows; `title` says what they are."""
+    """`run` yields the rows; `title` says what they are; `devices`: where it runs unless asked for by name."""
 
     name: str
     title: str
     kind: str
     run: Callable[[Settings, Note], Iterator[Row]]
+    devices: tuple[str, ...]
 
 
 SUITES: dict[str, Suite] = {}
@@ -58,14 +59,19 @@ SUITES: dict[str, Suite] = {}
 Runner = Callable[[Settings, Note], Iterator[Row]]
 
 
-def suite(name: str, title: str, kind: str) -> Callable[[Runner], Runner]:
+def suite(name: str, title: str, kind: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> Callable[[Runner], Runner]:
     """Registers a suite; its rows are of the kind "time", "memory" or "error"."""
 
     def register(run: Runner) -> Runner:
-        SUITES[name] = Suite(name, title, kind, run)
+        SUITES[name] = Suite(name, title, kind, run, devices)
         return run
 
     return register
+
+
+def usual(device: str) -> list[str]:
+    """The suites that run on a device where none is named."""
+    return [name for name, found in SUITES.items() if device.split(":")[0] in found.devices]
 
 
 def run(name: str, settings: Settings, folder: Path, note: Note = lambda text: None) -> tuple[Record, Path]:
@@ -99,6 +105,27 @@ def _masks(settings: Settings, note: Note) -> Iterator[Row]:
     for dtype in settings.dtypes:
         for feature in ("window", "document", "causal document"):
             yield from _timed(settings.case(feature, settings.longest, dtype), settings, ("sdpa", "flashtile"), note)
+
+
+TOKENS, HIDDEN = 16384, 2048
+"""Tokens of a batch and width of all heads, the grid of the FlashAttention-3 paper."""
+
+
+@suite("grid", "16k tokens, hidden dimension 2048", "time", devices=("cuda",))
+def _grid(settings: Settings, note: Note) -> Iterator[Row]:
+    for headdim in (64, 128, 256):
+        for feature in ("plain", "causal"):
+            for seqlen in (1024, 4096, 16384):
+                heads = HIDDEN // headdim
+                case = Case(feature, TOKENS // seqlen, seqlen, heads, heads, headdim, "bfloat16", settings.device)
+                yield from _timed(case, settings, ("sdpa_flash", "sdpa_cudnn", "flashtile"), note)
+
+
+@suite("functions", "Masks and score functions beside compiled FlexAttention", "time", devices=("cuda",))
+def _functions(settings: Settings, note: Note) -> Iterator[Row]:
+    for feature in ("causal", "window", "document", "causal document", "alibi", "softcap"):
+        case = Case(feature, 2, 8192, 16, 16, 128, "bfloat16", settings.device)
+        yield from _timed(case, settings, ("flex", "flashtile"), note)
 
 
 @suite("memory", "Extra memory of a call", "memory")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from flashtile.bench import records
 from flashtile.bench.accuracy import NAMES
+from flashtile.bench.cases import Case
 from flashtile.bench.memory import gib
 from flashtile.bench.peers import PEERS
 from flashtile.bench.records import Record, Row
@@ -45,11 +46,12 @@ def _peers(rows: Iterable[Row]) -> list[str]:
     return sorted(found, key=lambda name: name == SUBJECT)
 
 
-def _label(entry: Row) -> str:
-    """`causal`, and what differs from the common heads: `causal, heads 8/2`."""
+def label(entry: Row) -> str:
+    """`causal`, and what differs from the common heads: `causal, headdim 128, heads 8/2`."""
     case = records.case_of(entry)
+    headdim = f", headdim {case.headdim}" if case.headdim != Case.headdim else ""
     heads = f", heads {case.heads}/{case.heads_kv}" if case.group > 1 else ""
-    return f"{case.feature}{heads}"
+    return f"{case.feature}{headdim}{heads}"
 
 
 def _excuse(entry: Row) -> str:
@@ -86,7 +88,7 @@ def _time_row(cell: list[Row], peers: list[str], ratios: dict[str, list[float]],
     """One line of a table of times; what flashtile reaches of the best peer's speed is added to `ratios`."""
     found = {entry["peer"]: entry for entry in cell}
     first, which = cell[0], cell[0]["pass"]
-    line = [_label(first), str(first["case"]["seqlen"]), which]
+    line = [label(first), str(first["case"]["seqlen"]), which]
     line += [_time_cell(found[name], spread) if name in found else "" for name in peers]
     best = records.best_ratio(cell, SUBJECT)
     if best is None:
@@ -110,7 +112,7 @@ def _memory(record: Record, spread: bool) -> list[Table]:
     table = Table(f"{record['title']} beyond its inputs and outputs: {counts}", columns)
     for cell in records.cells(record["rows"]):
         found = {entry["peer"]: entry for entry in cell}
-        line = [_label(cell[0]), str(cell[0]["case"]["seqlen"]), cell[0]["pass"]]
+        line = [label(cell[0]), str(cell[0]["case"]["seqlen"]), cell[0]["pass"]]
         line += [_memory_cell(found[name], spread) if name in found else "" for name in peers]
         own, textbook = (found.get(name, {}).get("extra_bytes") for name in (SUBJECT, "textbook"))
         table.rows.append([*line, f"1/{textbook / own:.0f}" if own and textbook else ""])
@@ -137,7 +139,7 @@ def _error(record: Record, spread: bool) -> list[Table]:
             found = {entry["peer"]: entry for entry in cell}
             for what, names in (("output", NAMES[:1]), ("gradients", NAMES[1:])):
                 line = [_error_cell(found[peer], names) if peer in found else "" for peer in peers]
-                table.rows.append([_label(cell[0]) if what == "output" else "", what, *line])
+                table.rows.append([label(cell[0]) if what == "output" else "", what, *line])
         table.notes.append("The textbook formula is computed in the inputs' dtype.")
         tables.append(table)
     return tables

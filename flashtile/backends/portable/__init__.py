@@ -1,0 +1,87 @@
+"""The portable backend: Triton kernels for NVIDIA and AMD GPUs, and for Triton's interpreter on the CPU."""
+
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile.backends import Gradients, Kernel
+from flashtile.problem import Inputs, Problem
+from flashtile.tuning.portable import PortableConfig, portable_config
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU (its own switch, for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Triton is installed, and there is a GPU or its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not interpreted():
+        return "there is no GPU"
+    return None
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LARGEST = 512
+
+
+def refuses(problem: Problem) -> str | None:
+    """Takes head dimensions to 512 and the functions that can be written in Triton."""
+    device = "cpu" if interpreted() else "cuda"
+    if problem.device != device:
+        return f"it runs on {device}, the tensors are on {problem.device}"
+    if interpreted() and problem.dtype is torch.bfloat16:
+        return "Triton's interpreter multiplies no bfloat16"
+    if problem.dtype not in _DTYPES:
+        return f"it computes in float32; the tensors are {problem.dtype}"
+    if max(problem.headdim, problem.headdim_v) > _LARGEST:
+        return f"headdim {problem.headdim} and headdim_v {problem.headdim_v}: it takes up to {_LARGEST}"
+    return _functions(problem)
+
+
+def _functions(problem: Problem) -> str | None:
+    """What stands against the score function and the mask."""
+    from flashtile import lower
+    from flashtile.backends.portable.arguments import region
+
+    rest = region(problem.mask).rest
+    reason = lower.unsupported_mask(rest) if rest else None
+    if reason is None and problem.score_mod:
+        reason = lower.unsupported(problem.score_mod)
+    if reason is None and problem.deterministic and any(problem.wanted.score):
+        reason = "gradients of captured tensors are added in any order, and deterministic results were asked for"
+    return reason
+
+
+def configure(problem: Problem) -> PortableConfig:
+    """The row of the tuning table."""
+    bits = 32 if problem.dtype is torch.float32 else 16
+    return portable_config(max(problem.headdim, problem.headdim_v), bits, problem.bias or bool(problem.score_mod))
+
+
+@cache
+def _launch() -> ModuleType:
+    """Imported when first used: importing flashtile must not import triton."""
+    from flashtile.backends.portable import launch
+
+    return launch
+
+
+def _forward(inputs: Inputs, problem: Problem, config: PortableConfig) -> tuple[Tensor, Tensor]:
+    out_and_lse: tuple[Tensor, Tensor] = _launch().forward(inputs, problem, config)
+    return out_and_lse
+
+
+def _backward(inputs: Inputs, problem: Problem, config: PortableConfig, *saved: Any) -> Gradients:
+    gradients: Gradients = _launch().backward(inputs, problem, config, *saved)
+    return gradients
+
+
+KERNELS = (Kernel("sweep", refuses, configure, _forward, _backward),)

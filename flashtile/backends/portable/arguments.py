@@ -1,0 +1,238 @@
+"""A call in the kernels' words: tensors as tuples of pointer and strides, the mask as a window or lists of tiles."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtile.backends.portable.sweep import Dropout, Grid, Modifiers, Packing, Rows, Size, Stats, Window
+from flashtile.problem import Inputs, Problem
+from flashtile.tuning.portable import Tiles
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a kernel is compiled for, beside types and which fields are None.
+
+    masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
+    tma: tiles come through NVIDIA's tensor memory accelerator.
+    """
+
+    tile_q: int
+    tile_kv: int
+    headdim: int
+    headdim_v: int
+    block_d: int
+    block_dv: int
+    group: int
+    precision: str
+    modified: bool
+    reversed: bool
+    window_top_left: bool
+    alibi_top_left: bool
+    masked: str
+    tma: bool
+    slope_gradient: bool
+
+
+class Region(NamedTuple):
+    """A mask as the kernels take it: a window, and a token for what is left, "" if that is all."""
+
+    left: int | None
+    right: int | None
+    top_left: bool
+    rest: str
+
+    @property
+    def window(self) -> Window:
+        return Window(self.left, self.right)
+
+
+@lru_cache(maxsize=1024)
+def region(token: str) -> Region:
+    """Takes the windows out of a conjunction, as far as they share one diagonal."""
+    left: int | None = None
+    right: int | None = None
+    alignment: str | None = None
+    rest: list[Any] = []
+    for part in _conjunction(json.loads(token)):
+        limits = _limits(part)
+        if limits is None or alignment not in (None, limits[2]):
+            rest.append(part)
+            continue
+        alignment = limits[2]
+        left = min((n for n in (left, limits[0]) if n is not None), default=None)
+        right = min((n for n in (right, limits[1]) if n is not None), default=None)
+    return Region(left, right, alignment == "top_left", _joined(rest))
+
+
+def _conjunction(expression: list[Any]) -> list[list[Any]]:
+    """What `&` joins, in order; what allows everything falls away."""
+    kind = expression[0]
+    if kind == "and":
+        return _conjunction(expression[1]) + _conjunction(expression[2])
+    return [] if kind == "full" else [expression]
+
+
+def _limits(expression: list[Any]) -> tuple[int | None, int | None, str] | None:
+    """(left, right, alignment) of a mask that is a window."""
+    kind, *rest = expression
+    if kind == "causal":
+        return None, 0, rest[0]
+    if kind == "window":
+        left, right, alignment = rest
+        return (left if left >= 0 else None), (right if right >= 0 else None), alignment
+    return None
+
+
+def _joined(parts: list[Any]) -> str:
+    if not parts:
+        return ""
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = ["and", whole, part]
+    return json.dumps(whole, separators=(",", ":"))
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """A dense (batch, seqlen, heads, d) or packed (total, heads, d) tensor; copied where kernels could not address it.
+
+    Columns lie side by side, and the offsets inside of a tile fit into 32 bits.
+    """
+    if tensor.stride(-1) != 1 or tensor.stride(-3) >= 2**22:
+        tensor = tensor.contiguous()
+    batch = tensor.stride(0) if tensor.ndim == 4 else 0
+    return Rows(tensor, batch, tensor.stride(-3), tensor.stride(-2))
+
+
+def grid_of(tensor: Tensor) -> Grid:
+    """A contiguous (batch, heads, rows, columns) tensor."""
+    return Grid(tensor, tensor.stride(0), tensor.stride(1), *tensor.shape[2:])
+
+
+def stats_of(tensor: Tensor) -> Stats:
+    """A contiguous dense (batch, heads, seqlen) or packed (heads, total) tensor."""
+    return Stats(tensor, tensor.stride(0) if tensor.ndim == 3 else 0, tensor.stride(-2))
+
+
+class Bounds(NamedTuple):
+    """Packed sequences on the device: first rows and lengths, int32, with an empty sequence at the end."""
+
+    first_q: Tensor
+    first_k: Tensor
+    seqlen_q: Tensor
+    seqlen_k: Tensor
+
+
+def bounds_of(inputs: Inputs) -> Bounds | None:
+    """Where packed sequences lie, without asking the device for a number; None: the call is dense."""
+    if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
+        return None
+    sides = ((inputs.cu_seqlens_q, inputs.seqused_q), (inputs.cu_seqlens_k, inputs.seqused_k))
+    lengths = [torch.diff(offsets) if used is None else used for offsets, used in sides]
+    padded = [torch.nn.functional.pad(length.to(torch.int32), (0, 1)) for length in lengths]
+    return Bounds(inputs.cu_seqlens_q.to(torch.int32), inputs.cu_seqlens_k.to(torch.int32), *padded)
+
+
+def packing_of(bounds: Bounds | None, total: int, tile: int, keys: bool) -> tuple[Packing | None, int]:
+    """(the tuple, programs a head): every tile of every sequence is one entry of a work list.
+
+    Its length is a bound that needs no number from the device; programs beyond get the empty sequence.
+    """
+    if bounds is None:
+        return None, -(-total // tile)
+    lengths = (bounds.seqlen_k if keys else bounds.seqlen_q)[:-1].long()
+    tiles = -(-lengths // tile)
+    count = total // tile + len(lengths)
+    ends = tiles.cumsum(0)
+    index = torch.arange(count, device=ends.device)
+    sequence = torch.searchsorted(ends, index, right=True)
+    begins = torch.nn.functional.pad(ends, (1, 0))
+    work = torch.stack((sequence, index - begins[sequence]), dim=-1).to(torch.int32)
+    return Packing(*bounds, work), count
+
+
+def size_of(problem: Problem, heads: int, tiles: int) -> Size:
+    lengths = (0, 0) if problem.varlen else (problem.seqlen_q, problem.seqlen_kv)
+    return Size(*lengths, heads, tiles)
+
+
+def modifiers_of(inputs: Inputs, problem: Problem, score: Any, totals: Any, mask: Any) -> Modifiers:
+    """`score`, `totals` and `mask`: arguments of the functions that the kernel calls, or None."""
+    bias = inputs.bias
+    strides: list[Any] = [None, None, None, None]
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+        strides = [stride if size > 1 else 0 for stride, size in zip(bias.stride(), bias.shape, strict=True)]
+    slopes = inputs.alibi_slopes
+    slopes_batch = None
+    if slopes is not None:
+        slopes = slopes.contiguous()
+        slopes_batch = slopes.stride(0) if slopes.ndim == 2 and len(slopes) > 1 else 0
+    functions = (score, totals, mask)
+    return Modifiers(*(problem.softcap or None, bias, *strides, slopes, slopes_batch, *functions))
+
+
+def dropout_of(inputs: Inputs, problem: Problem) -> Dropout | None:
+    if inputs.seed is None or not problem.dropout_p:
+        return None
+    return Dropout(inputs.seed, round(problem.dropout_p * 2**32), 1 / (1 - problem.dropout_p))
+
+
+def modified(problem: Problem) -> bool:
+    """Whether anything changes scores between the dot product and the mask."""
+    return bool(set(problem.modified) - {"sinks", "dropout_p"})
+
+
+@lru_cache(maxsize=4096)
+def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool) -> Meta:
+    """`listed`: tiles come from lists; `keys`: the kernel walks the queries of a key tile; `tma`: see `Meta`."""
+    place = region(problem.mask)
+    # Where a function has a derivative, that may be infinite under the mask: it must know the mask everywhere.
+    always = bool(place.rest) or (problem.backward and bool(problem.score_mod))
+    return Meta(
+        tile_q=tiles.tile_q,
+        tile_kv=tiles.tile_kv,
+        headdim=problem.headdim,
+        headdim_v=problem.headdim_v,
+        block_d=block(problem.headdim),
+        block_dv=block(problem.headdim_v),
+        group=problem.group,
+        precision="ieee" if problem.dtype is torch.float32 else "tf32",  # says nothing about 16-bit products
+        modified=modified(problem),
+        reversed=place.right is not None and not keys,
+        window_top_left=place.top_left,
+        alibi_top_left=problem.alignment == "top_left",
+        masked="lists" if listed else "always" if always else "edges",
+        tma=tma,
+        slope_gradient=problem.wanted.alibi_slopes,
+    )
+
+
+def by_copy_engine(loaded: Sequence[Rows]) -> bool:
+    """Whether the tensor memory accelerator is there and can read all of these tensors."""
+    return copy_engine(loaded[0].pointer.device) and all(map(_described, loaded))
+
+
+def _described(rows: Rows) -> bool:
+    """Whether the copy engine can read its tiles: 16-byte aligned rows."""
+    size = rows.pointer.element_size()
+    aligned = all(stride * size % 16 == 0 for stride in (rows.batch, rows.row, rows.head))
+    return bool(aligned and rows.pointer.data_ptr() % 16 == 0)
+
+
+@lru_cache
+def copy_engine(device: torch.device) -> bool:
+    """Whether the device has NVIDIA's tensor memory accelerator."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def block(headdim: int) -> int:
+    """Columns of a tile: a power of two, as Triton wants, and at least 16, as matrix instructions want."""
+    return max(16, 1 << (headdim - 1).bit_length())

@@ -1,0 +1,281 @@
+"""Launches: what a forward and a backward pass run, on which grid, into which memory."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flashtile import lower
+from flashtile.backends import Gradients
+from flashtile.backends.portable import visits
+from flashtile.backends.portable.arguments import (
+    Bounds,
+    Region,
+    bounds_of,
+    by_copy_engine,
+    dropout_of,
+    grid_of,
+    meta_of,
+    modified,
+    modifiers_of,
+    packing_of,
+    region,
+    rows_of,
+    size_of,
+    stats_of,
+)
+from flashtile.backends.portable.backward import bias_kernel, delta_kernel, key_kernel, query_kernel
+from flashtile.backends.portable.forward import forward_kernel
+from flashtile.backends.portable.sweep import Dropout, Modifiers
+from flashtile.problem import Inputs, Problem
+from flashtile.scores import four_dimensions, zero_grads
+from flashtile.tuning.portable import PortableConfig, Tiles, smaller
+
+_fitting: dict[Any, Tiles] = {}  # what was found to fit, by all that a kernel is compiled for
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all launches of one pass share."""
+
+    inputs: Inputs
+    problem: Problem
+    place: Region
+    listed: bool
+    bounds: Bounds | None
+    modifiers: Modifiers
+    dropout: Dropout | None
+    functions: dict[str, Any]
+
+    @classmethod
+    def of(cls, inputs: Inputs, problem: Problem, totals: Sequence[Tensor | None] | None = None) -> "Call":
+        """`totals`: where gradients of captured tensors go; None: this is a forward pass."""
+        place = region(problem.mask)
+        key = problem.score_mod
+        score = lower.score_hook(key, inputs.score) if key else None
+        derivative = lower.derivative_hook(key, totals) if key and totals is not None else None
+        mask = lower.mask_hook(place.rest, inputs.mask) if place.rest else None
+        functions = {"SCORE": score and score.function, "MASK": mask and mask.function}
+        if totals is not None:
+            functions["DERIVATIVE"] = derivative and derivative.function
+        arguments = [hook and (hook.arguments or None) for hook in (score, derivative, mask)]
+        return cls(
+            inputs,
+            problem,
+            place,
+            bool(place.rest) and visits.possible(inputs, problem),
+            bounds_of(inputs),
+            modifiers_of(inputs, problem, *arguments),
+            dropout_of(inputs, problem),
+            functions,
+        )
+
+    def scales(self) -> dict[str, float]:
+        """`scale` takes dot products to scores; `factor` scores, or dot products that nothing modifies, to base 2."""
+        return {
+            "factor": math.log2(math.e) * (1.0 if modified(self.problem) else self.problem.scale),
+            "scale": self.problem.scale,
+        }
+
+    def launch(self, kernel: Any, tiles: Tiles, tensors: Sequence[Any], keys: bool = False, **more: Any) -> None:
+        """One program a tile and head: of queries, or with `keys` of keys."""
+        problem, inputs = self.problem, self.inputs
+        heads = problem.heads_kv if keys else problem.heads
+        total = (inputs.k if keys else inputs.q).shape[-3]
+        tma = by_copy_engine(tensors[:4])
+
+        def attempt(tiles: Tiles) -> None:
+            packing, count = packing_of(self.bounds, total, tiles.tile_kv if keys else tiles.tile_q, keys)
+            run(
+                kernel,
+                count * heads * (1 if problem.varlen else problem.batch),
+                tiles,
+                *tensors,
+                packing,
+                size_of(problem, heads, count),
+                self.place.window,
+                visits.of(inputs, problem, tiles, keys) if self.listed else None,
+                self.modifiers,
+                self.dropout,
+                **self.scales(),
+                **self.functions,
+                **more,
+                META=meta_of(problem, tiles, self.listed, keys, tma),
+                enable_fp_fusion=self.fused(),
+            )
+
+        self.fit(kernel, tiles, attempt, meta_of(problem, tiles, self.listed, keys, tma))
+
+    def fit(self, kernel: Any, tiles: Tiles, attempt: Callable[[Tiles], None], *compiled_for: Any) -> None:
+        """Launches with these tiles, or the largest smaller ones that fit into the device's shared memory."""
+        key = (kernel, tiles, self.problem.device, *self.functions.values(), *compiled_for)
+        for candidate in smaller(_fitting.get(key, tiles)):
+            try:
+                attempt(candidate)
+            except triton.OutOfResources:
+                continue
+            _fitting[key] = candidate
+            return
+        raise NotImplementedError(
+            f"portable: no tile of headdim {self.problem.headdim} and {self.problem.headdim_v} fits into the shared "
+            "memory of this device with these functions and biases. Use backend='pytorch'."
+        )
+
+    def fused(self) -> bool:
+        """Whether multiply-adds may round once. Modified float32 scores must come out the same in all kernels: where
+        they are large, the backward pass would otherwise meet other weights than the forward pass summed up."""
+        return not (modified(self.problem) and self.problem.dtype is torch.float32)
+
+    def stats(self, fill: float) -> Tensor:
+        """One number a query: (batch, heads, seqlen_q), packed (heads, total)."""
+        problem = self.problem
+        dense = (problem.batch, problem.heads, problem.seqlen_q)
+        shape = (problem.heads, len(self.inputs.q)) if problem.varlen else dense
+        return torch.full(shape, fill, dtype=torch.float32, device=self.inputs.q.device)
+
+
+def run(kernel: Any, programs: int, tiles: Tiles, *arguments: Any, **options: Any) -> None:
+    """Launches on the device of the first tensor; nothing to do is no launch."""
+    if programs == 0:
+        return
+    device = arguments[0].pointer.device
+    guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with guard:
+        # Memory for the descriptors that kernels make.
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        kernel[(programs,)](*arguments, **options, num_warps=tiles.warps, num_stages=tiles.stages)
+
+
+def forward(inputs: Inputs, problem: Problem, config: PortableConfig) -> tuple[Tensor, Tensor]:
+    """(out, lse)."""
+    q = inputs.q
+    call = Call.of(inputs, problem)
+    # Rows between packed sequences belong to no program.
+    make = torch.zeros if problem.varlen else torch.empty
+    out = make((*q.shape[:-1], problem.headdim_v), dtype=problem.out_dtype, device=q.device)
+    lse = call.stats(-torch.inf)
+    tensors = [rows_of(tensor) for tensor in (q, inputs.k, inputs.v, out)]
+    call.launch(forward_kernel, config.forward, (*tensors, stats_of(lse)), sinks=inputs.sinks)
+    return out, lse
+
+
+def backward(
+    inputs: Inputs,
+    problem: Problem,
+    config: PortableConfig,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+) -> Gradients:
+    """The gradients that `problem.wanted` names, and those of q, k and v."""
+    grads = zero_grads(inputs, problem)
+    call = Call.of(inputs, problem, grads.score)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    delta = _delta(call, config, out, grad_out, grad_lse)
+    tensors = [rows_of(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out)]
+    saved = (*tensors, stats_of(lse), stats_of(delta))
+    make = torch.zeros if problem.varlen else torch.empty
+    dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (inputs.q, inputs.k, inputs.v))
+    slope = call.stats(0.0) if grads.alibi_slopes is not None else lse
+    call.launch(query_kernel, config.query, (*saved, rows_of(dq), stats_of(slope)))
+    call.launch(key_kernel, config.key, (*saved, rows_of(dk), rows_of(dv)), keys=True)
+    if grads.bias is not None:
+        _bias_gradient(call, config.query, saved, grads.bias)
+    if inputs.alibi_slopes is not None and grads.alibi_slopes is not None:
+        grads.alibi_slopes += _per_head(call, slope, inputs.alibi_slopes)
+    if inputs.sinks is not None and grads.sinks is not None:
+        # A sink is a key of value 0: its weight times (0 - delta), and no weight where the row's lse is -inf.
+        heads_last = (lse, delta) if problem.varlen else (lse.transpose(0, 1), delta.transpose(0, 1))
+        rows, deltas = (tensor.flatten(1) for tensor in heads_last)
+        weights = torch.exp(inputs.sinks.float()[:, None] - torch.where(rows == -torch.inf, torch.inf, rows))
+        grads.sinks -= (weights * deltas).sum(1)
+    return Gradients(dq, dk, dv, grads.bias, grads.alibi_slopes, grads.sinks, grads.score)
+
+
+def _delta(call: Call, config: PortableConfig, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """rowsum(dO * O) - dlse."""
+    problem, tiles = call.problem, config.query
+    delta = call.stats(0.0)
+    packing, count = packing_of(call.bounds, call.inputs.q.shape[-3], tiles.tile_q, False)
+    run(
+        delta_kernel,
+        count * problem.heads * (1 if problem.varlen else problem.batch),
+        tiles,
+        rows_of(out),
+        rows_of(grad_out),
+        None if grad_lse is None else stats_of(grad_lse.contiguous()),
+        stats_of(delta),
+        packing,
+        size_of(problem, problem.heads, count),
+        META=meta_of(problem, tiles, call.listed, False, False),
+    )
+    return delta
+
+
+def _per_head(call: Call, values: Tensor, like: Tensor) -> Tensor:
+    """Sums one number a query to the shape of slopes: (heads,) or (batch, heads)."""
+    if call.bounds is None:
+        sums = values.sum(-1)
+        return sums if like.ndim == 2 and len(like) > 1 else sums.sum(0).expand(like.shape)
+    if like.ndim == 1 or len(like) == 1:
+        return values.sum(-1).expand(like.shape)
+    rows = torch.arange(values.shape[-1], device=values.device)
+    ends = (call.bounds.first_q[:-1] + call.bounds.seqlen_q[:-1]).long()
+    inside = torch.searchsorted(ends, rows, right=True).clamp(max=len(like) - 1)
+    # Rows of no sequence hold 0.
+    return torch.stack([torch.zeros_like(values[0]).scatter_add(0, inside, head)[: len(like)] for head in values], 1)
+
+
+def _bias_gradient(call: Call, tiles: Tiles, saved: tuple[Any, ...], total: Tensor) -> None:
+    """Adds the gradient of the bias, in its own shape, to `total`: no full-size memory, sums in a fixed order."""
+    problem, inputs = call.problem, call.inputs
+    total = four_dimensions(total)
+    rows, columns = total.shape[2:]
+    longest_q = rows if rows > 1 else problem.max_seqlen_q or problem.seqlen_q
+    longest_k = columns if columns > 1 else problem.max_seqlen_k or problem.seqlen_kv
+    sum_keys = columns == 1 and longest_k > 1
+    sum_queries = rows == 1 and longest_q > 1 and not sum_keys
+    if sum_keys or sum_queries:
+        # One row of partial sums an entry and head, so that there are enough programs.
+        grid_rows, grid_columns = (longest_q, 1) if sum_keys else (1, longest_k)
+        partial = torch.zeros((problem.batch, problem.heads, grid_rows, grid_columns), device=total.device)
+    else:
+        partial = total
+
+    def attempt(tiles: Tiles) -> None:
+        tiles_q, tiles_k = -(-longest_q // tiles.tile_q), -(-longest_k // tiles.tile_kv)
+        count = tiles_q if sum_keys else tiles_k if sum_queries else tiles_q * tiles_k
+        packing, _ = packing_of(call.bounds, len(inputs.q), tiles.tile_q, False)
+        run(
+            bias_kernel,
+            count * partial.shape[0] * partial.shape[1],
+            tiles,
+            *saved,
+            grid_of(partial),
+            packing,
+            size_of(problem, partial.shape[1], count),
+            call.place.window,
+            call.modifiers,
+            call.dropout,
+            **call.scales(),
+            heads=problem.heads // partial.shape[1],
+            batches=problem.batch // partial.shape[0],
+            tiles_q=tiles_q,
+            tiles_k=tiles_k,
+            **call.functions,
+            META=meta_of(problem, tiles, call.listed, False, False),
+            enable_fp_fusion=call.fused(),
+            SUM_QUERIES=sum_queries,
+            SUM_KEYS=sum_keys,
+        )
+
+    call.fit(bias_kernel, tiles, attempt, sum_queries, sum_keys)
+    if partial is not total:
+        kept = [dim for dim in range(4) if total.shape[dim] == 1 and partial.shape[dim] > 1]
+        total += partial.sum(kept, keepdim=True)

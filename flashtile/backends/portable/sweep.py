@@ -1,0 +1,326 @@
+"""What the kernels of this backend share: where a tile lies, how it is loaded, what happens to its scores.
+
+In kernel code a prefix says what a name is: i_ an index, o_ offsets, m_ a mask, p_ a pointer, b_ a block of values.
+Scores meet the exponential in base 2 (exp2 is one instruction); the log-sum-exp is natural outside of the kernels.
+
+Tuples group the arguments. A field that is None is known to be None when a kernel is compiled, so `is not None` is a
+compile-time switch: what a call does not use costs nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashtile.lower_rules import tanh
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Rows(NamedTuple):
+    """A tensor (batch, row, head, column): strides in elements, columns side by side. Packed: batch stride 0."""
+
+    pointer: Any
+    batch: Any
+    row: Any
+    head: Any
+
+
+class Stats(NamedTuple):
+    """One number a query, (batch, head, row), rows side by side. Packed: batch stride 0."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+
+
+class Packing(NamedTuple):
+    """Packed sequences: first row and length of each, and the (sequence, tile) that each program takes."""
+
+    first_q: Any
+    first_k: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    work: Any
+
+
+class Size(NamedTuple):
+    """A dense problem's lengths, or 0; programs a head (query tiles, key tiles or entries of the work list)."""
+
+    seqlen_q: Any
+    seqlen_k: Any
+    heads: Any
+    tiles: Any
+
+
+class Grid(NamedTuple):
+    """A contiguous (batch, head, row, column) tensor; strides of the first two, sizes of the last two."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    rows: Any
+    columns: Any
+
+
+class Window(NamedTuple):
+    """The keys from `left` before the diagonal to `right` behind it; None: no limit."""
+
+    left: Any
+    right: Any
+
+
+class Visits(NamedTuple):
+    """Which tiles a tile meets, those that need the mask first: counts (batch, head, tile, 2), tiles (.., tile, n)."""
+
+    counts: Any
+    tiles: Any
+    length: Any
+    batch: Any
+    head: Any
+
+
+class Modifiers(NamedTuple):
+    """What changes scores: softcap; bias with strides (batch, head, query, key); slopes; arguments of functions.
+
+    `score`, `mask`: what the functions of that name get, `totals`: where gradients of the first go (see `lower`).
+    """
+
+    softcap: Any
+    bias: Any
+    bias_batch: Any
+    bias_head: Any
+    bias_query: Any
+    bias_key: Any
+    slopes: Any
+    slopes_batch: Any
+    score: Any
+    totals: Any
+    mask: Any
+
+
+class Dropout(NamedTuple):
+    """Entries whose 32-bit number is under `threshold` are dropped, the others scaled by `factor`."""
+
+    seed: Any
+    threshold: Any
+    factor: Any
+
+
+@triton.jit
+def lengths_of(packing, size, i_batch):
+    """(first query, first key, seqlen_q, seqlen_k) of a batch entry or packed sequence."""
+    first_q = i_batch * 0
+    first_k = i_batch * 0
+    seqlen_q = size.seqlen_q
+    seqlen_k = size.seqlen_k
+    if packing is not None:
+        first_q = tl.load(packing.first_q + i_batch)
+        first_k = tl.load(packing.first_k + i_batch)
+        seqlen_q = tl.load(packing.seqlen_q + i_batch)
+        seqlen_k = tl.load(packing.seqlen_k + i_batch)
+    return first_q, first_k, seqlen_q, seqlen_k
+
+
+@triton.jit
+def locate(packing, size, REVERSED: tl.constexpr):
+    """(batch entry, head, tile, first query, first key, seqlen_q, seqlen_k) of this program.
+
+    REVERSED: later tiles have more to do (causal masks), so they start first.
+    """
+    i_program = tl.program_id(0)
+    i_tile = i_program % size.tiles
+    i_head = (i_program // size.tiles) % size.heads
+    i_batch = i_program // (size.tiles * size.heads)
+    if REVERSED:
+        i_tile = size.tiles - 1 - i_tile
+    if packing is not None:
+        entry = packing.work + 2 * i_tile
+        i_batch = tl.load(entry)
+        i_tile = tl.load(entry + 1)
+    first_q, first_k, seqlen_q, seqlen_k = lengths_of(packing, size, i_batch)
+    return i_batch, i_head, i_tile, first_q, first_k, seqlen_q, seqlen_k
+
+
+@triton.jit
+def row_pointers(rows, i_batch, i_head, first, o_rows, BLOCK: tl.constexpr):
+    base = rows.pointer + i_batch.to(tl.int64) * rows.batch + i_head.to(tl.int64) * rows.head
+    return base + (first + o_rows).to(tl.int64)[:, None] * rows.row + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def load_rows(rows, i_batch, i_head, first, o_rows, begin, end, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows first + o_rows of one head; zeros outside [begin, end) and beyond DIM columns."""
+    pointers = row_pointers(rows, i_batch, i_head, first, o_rows, BLOCK)
+    m_rows = ((o_rows >= begin) & (o_rows < end))[:, None]
+    return tl.load(pointers, mask=m_rows & (tl.arange(0, BLOCK) < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def open_tiles(
+    rows,
+    i_batch,
+    i_head,
+    first,
+    begin,
+    end,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """What `load_tile` reads rows [begin, end) of one head from: a descriptor for the copy engine, or a pointer."""
+    base = rows.pointer + i_batch.to(tl.int64) * rows.batch + i_head.to(tl.int64) * rows.head
+    tiles = base + first.to(tl.int64) * rows.row
+    if TMA:
+        tiles += begin.to(tl.int64) * rows.row
+        length = tl.maximum(end - begin, 0)
+        tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
+    return tiles
+
+
+@triton.jit
+def load_tile(
+    tiles, rows, i_tile, begin, end, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
+):
+    """Rows of tile `i_tile`, with zeros outside of [begin, end) and beyond DIM columns."""
+    first_row = i_tile * TILE
+    if TMA:
+        # The descriptor begins at `begin`: rows before it have negative coordinates and come as zeros.
+        b_rows = tiles.load([first_row - begin, 0])
+    else:
+        o_rows = tl.arange(0, TILE)
+        o_columns = tl.arange(0, BLOCK)[None, :]
+        pointers = tiles + first_row.to(tl.int64) * rows.row + o_rows[:, None] * rows.row + o_columns
+        m_tile = ((first_row + o_rows >= begin) & (first_row + o_rows < end))[:, None]
+        if DIM != BLOCK:
+            m_tile &= o_columns < DIM
+        b_rows = tl.load(pointers, mask=m_tile, other=0.0)
+    return b_rows
+
+
+@triton.jit
+def store_rows(rows, i_batch, i_head, first, o_rows, end, b_rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    pointers = row_pointers(rows, i_batch, i_head, first, o_rows, BLOCK)
+    m_rows = (o_rows < end)[:, None] & (tl.arange(0, BLOCK) < DIM)[None, :]
+    tl.store(pointers, b_rows.to(rows.pointer.dtype.element_ty), mask=m_rows)
+
+
+@triton.jit
+def stats_pointers(stats, i_batch, i_head, first, o_rows):
+    return stats.pointer + i_batch.to(tl.int64) * stats.batch + i_head.to(tl.int64) * stats.head + first + o_rows
+
+
+@triton.jit
+def key_range(window, diagonal, first_row, last_row, seqlen_k):
+    """[begin, end) of the keys that any of these rows may see: what lies outside is never read."""
+    begin = seqlen_k * 0
+    end = seqlen_k
+    if window.left is not None:
+        begin = tl.maximum(first_row + diagonal - window.left, 0)
+    if window.right is not None:
+        end = tl.minimum(last_row + diagonal + window.right + 1, seqlen_k)
+    return begin, end
+
+
+@triton.jit
+def query_range(window, diagonal, first_key, last_key, seqlen_q):
+    """[begin, end) of the rows that may see any of these keys."""
+    begin = seqlen_q * 0
+    end = seqlen_q
+    if window.right is not None:
+        begin = tl.maximum(first_key - diagonal - window.right, 0)
+    if window.left is not None:
+        end = tl.minimum(last_key - diagonal + window.left + 1, seqlen_q)
+    return begin, end
+
+
+@triton.jit
+def span(begin, end, all_begin, all_end, length, TILE: tl.constexpr):
+    """(begin, full_begin, full_end, end) in tiles: hull [begin, end), and what all see, [all_begin, all_end)."""
+    first = begin // TILE
+    last = tl.maximum(first, (tl.maximum(end, 0) + TILE - 1) // TILE)
+    full_begin = tl.minimum(tl.maximum((tl.maximum(all_begin, 0) + TILE - 1) // TILE, first), last)
+    full_end = tl.maximum(tl.minimum(tl.minimum(tl.maximum(all_end, 0), length) // TILE, last), full_begin)
+    return first, full_begin, full_end, last
+
+
+@triton.jit
+def key_span(window, diagonal, first_row, last_row, seqlen_k, TILE: tl.constexpr):
+    """`span` of the keys for rows [first_row, last_row]."""
+    begin, end = key_range(window, diagonal, first_row, last_row, seqlen_k)
+    all_begin, all_end = key_range(window, diagonal, last_row, first_row, seqlen_k)
+    return span(begin, end, all_begin, all_end, seqlen_k, TILE)
+
+
+@triton.jit
+def query_span(window, diagonal, first_key, last_key, seqlen_q, TILE: tl.constexpr):
+    """`span` of the rows for keys [first_key, last_key]."""
+    begin, end = query_range(window, diagonal, first_key, last_key, seqlen_q)
+    all_begin, all_end = query_range(window, diagonal, last_key, first_key, seqlen_q)
+    return span(begin, end, all_begin, all_end, seqlen_q, TILE)
+
+
+@triton.jit
+def visited(visits, i_batch, i_head, i_tile):
+    """(how many tiles need the mask, how many tiles in all, where their list begins)."""
+    row = i_batch.to(tl.int64) * visits.batch + i_head.to(tl.int64) * visits.head + i_tile
+    partial = tl.load(visits.counts + 2 * row)
+    return partial, partial + tl.load(visits.counts + 2 * row + 1), visits.tiles + row * visits.length
+
+
+@triton.jit
+def allowed(window, modifiers, i_batch, i_head, o_query, o_key, diagonal, seqlen_q, seqlen_k, MASK: tl.constexpr):
+    """What the mask allows; `o_query` and `o_key` broadcast to the tile, either way round."""
+    m_tile = (o_key < seqlen_k) & (o_query < seqlen_q)
+    if window.right is not None:
+        m_tile &= o_key <= o_query + diagonal + window.right
+    if window.left is not None:
+        m_tile &= o_key >= o_query + diagonal - window.left
+    if MASK is not None:
+        m_tile &= MASK(i_batch, i_head, o_query, o_key, seqlen_k - seqlen_q, modifiers.mask)
+    return m_tile
+
+
+@triton.jit
+def bias_pointers(modifiers, i_batch, i_head, o_query, o_key):
+    base = i_batch.to(tl.int64) * modifiers.bias_batch + i_head.to(tl.int64) * modifiers.bias_head
+    tile = o_query.to(tl.int64) * modifiers.bias_query + o_key.to(tl.int64) * modifiers.bias_key
+    return modifiers.bias + base + tile
+
+
+@triton.jit
+def alibi_distance(o_query, o_key, shift):
+    return tl.abs(o_query + shift - o_key).to(tl.float32)
+
+
+@triton.jit
+def modify(b_scores, modifiers, i_batch, i_head, o_query, o_key, shift, seqlen_q, seqlen_k, SCORE: tl.constexpr):
+    """(modified scores, scores between softcap and the rest, scores before SCORE), natural base."""
+    if modifiers.softcap is not None:
+        b_scores = modifiers.softcap * tanh(b_scores / modifiers.softcap)
+    b_capped = b_scores
+    if modifiers.bias is not None:
+        m_tile = (o_query < seqlen_q) & (o_key < seqlen_k)
+        pointers = bias_pointers(modifiers, i_batch, i_head, o_query, o_key)
+        b_scores += tl.load(pointers, mask=m_tile, other=0.0).to(tl.float32)
+    if modifiers.slopes is not None:
+        slope = tl.load(modifiers.slopes + i_batch * modifiers.slopes_batch + i_head).to(tl.float32)
+        b_scores -= slope * alibi_distance(o_query, o_key, shift)
+    b_plain = b_scores
+    if SCORE is not None:
+        b_scores = SCORE(b_scores, i_batch, i_head, o_query, o_key, modifiers.score)
+    return b_scores, b_capped, b_plain
+
+
+@triton.jit
+def kept(dropout, i_batch, i_head, o_query, first_key, TILE: tl.constexpr):
+    """Which entries dropout keeps, (queries, TILE keys): four keys share one counter (see `flashtile.dropout`)."""
+    seed = tl.load(dropout.seed)
+    o_groups = first_key // 4 + tl.arange(0, TILE // 4)
+    zeros = tl.zeros_like(o_query[:, None] + o_groups[None, :])
+    c0, c1 = zeros + o_groups[None, :], zeros + o_query[:, None]
+    r0, r1, r2, r3 = tl.philox(seed, c0, c1, zeros + i_head, zeros + i_batch, 7)
+    lanes = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(o_query.shape[0], TILE)
+    return lanes >= dropout.threshold.to(tl.uint32)

@@ -1,0 +1,53 @@
+"""Which tiles a mask leaves, as lists on the device; made once per mask and kept while its tensors are unchanged."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile import mask_nodes
+from flashtile.backends.portable.sweep import Visits
+from flashtile.problem import Inputs, Problem
+from flashtile.spans import FULL, PARTIAL, Tiling
+from flashtile.tuning.portable import Tiles
+
+_KEPT = 64
+_known: dict[Any, tuple[list[weakref.ref[Tensor]], Visits]] = {}
+
+
+def possible(inputs: Inputs, problem: Problem) -> bool:
+    """Packed sequences have lengths that only the device knows, and while a CUDA graph is captured none may be asked:
+    the mask is then evaluated in every tile that the window leaves."""
+    return not problem.varlen and not (inputs.q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def of(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Visits:
+    """The tiles that each query tile visits; `keys`: each key tile."""
+    sizes = (problem.seqlen_q, problem.seqlen_kv, problem.batch, problem.heads)
+    tensors = tuple((id(tensor), tensor._version) for tensor in inputs.mask)
+    key = (problem.mask, sizes, tiles[:2], keys, inputs.q.device, tensors)
+    found = _known.get(key)
+    if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], inputs.mask, strict=True)):
+        if len(_known) >= _KEPT:
+            del _known[next(iter(_known))]
+        found = [weakref.ref(tensor) for tensor in inputs.mask], _make(inputs, problem, tiles, keys)
+        _known[key] = found
+    return found[1]
+
+
+def _make(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Visits:
+    lengths = (problem.seqlen_q, problem.seqlen_kv)
+    tiling = Tiling(*lengths, tiles.tile_q, tiles.tile_kv, problem.batch, problem.heads, inputs.q.device)
+    state = mask_nodes.parse(problem.mask).lower(tiling, inputs.mask).to_layout(tiling).state
+    if keys:
+        state = state.transpose(-1, -2)
+    length, tile = (lengths[0], tiles.tile_q) if keys else (lengths[1], tiles.tile_kv)
+    if length % tile:
+        # The last tile reaches beyond the end, which only the mask's evaluation keeps out.
+        state = torch.cat((state[..., :-1], state[..., -1:].clamp(max=PARTIAL)), dim=-1)
+    order = torch.tensor([2, 0, 1], dtype=torch.int8, device=state.device)[state.long()]
+    listed = order.sort(dim=-1, stable=True).indices.to(torch.int32).contiguous()
+    counts = torch.stack(((state == PARTIAL).sum(-1), (state == FULL).sum(-1)), dim=-1).to(torch.int32).contiguous()
+    batch, heads, rows, columns = listed.shape
+    return Visits(counts, listed, columns, heads * rows if batch > 1 else 0, rows if heads > 1 else 0)

@@ -1,0 +1,82 @@
+"""The portable kernels against the reference, interpreted, with tiles so small that every problem has many."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import flashtile
+from flashtile import plan
+from flashtile.tuning import portable
+from tests import conformance, oracle
+from tests.problems import CASES, Case, dense, make
+
+TILES = portable.PortableConfig(
+    portable.Tiles(32, 16, 4, 1), portable.Tiles(32, 16, 4, 1), portable.Tiles(16, 32, 4, 1)
+)
+# What the kernels do not take, with the reason that a user is told.
+REFUSED = {"headdim_576_v_512": "it takes up to 512"}
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for table in ("HALF", "SINGLE", "MODIFIED"):
+        monkeypatch.setattr(portable, table, ((10**6, TILES),))
+    plan.choose.cache_clear()
+    yield
+    monkeypatch.undo()
+    plan.choose.cache_clear()
+
+
+def _dtypes(case: Case) -> list[torch.dtype]:
+    """The interpreter multiplies no bfloat16."""
+    return [dtype for dtype in case.dtypes if dtype in (torch.float32, torch.float16)]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(case, dtype, id=f"{case.name}-{dtype}") for case in CASES for dtype in _dtypes(case)],
+)
+def test_matches_reference(case: Case, dtype: torch.dtype) -> None:
+    if case.name in REFUSED:
+        with pytest.raises(NotImplementedError, match=REFUSED[case.name]):
+            conformance.check_case(case, dtype, "portable")
+        return
+    conformance.check_case(case, dtype, "portable")
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 33, 64, 65])
+@pytest.mark.parametrize("shift", [-120.0, 120.0])
+def test_awkward_lengths_with_shifted_logits(length: int, shift: float) -> None:
+    """Weights exp(s - lse) of keys that do not exist must not overflow, whatever the size of the scores."""
+    shape = dense(1, length, length + 3, 2, 1, 16)
+    oracle.check(make("lengths", shape, ("causal", "bias"), torch.float32, shift=shift), "portable")
+
+
+def test_nan_beyond_the_end_stays_there() -> None:
+    """Keys that no query sees may hold anything, under a mask function too."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, length, 2, 16, generator=generator) for length in (30, 50, 50))
+    for options in ({"mask": flashtile.masks.prefix(37)}, {"mask": lambda b, h, q_idx, kv_idx: kv_idx < 37}):
+        results = []
+        for value in (0.0, torch.nan):
+            k[:, 37:], v[:, 37:] = value, value
+            leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+            out = flashtile.attention(*leaves, **options, backend="portable")
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for clean, dirty in zip(*results, strict=True):
+            assert torch.equal(clean, dirty)
+
+
+def test_gradients_of_captured_tensors_are_refused_when_they_must_repeat() -> None:
+    table = torch.randn(8, requires_grad=True)
+    q = torch.randn(1, 16, 1, 16)
+    with pytest.raises(NotImplementedError, match="any order"):
+        flashtile.attention(
+            q,
+            q,
+            q,
+            score_mod=lambda score, b, h, q_idx, kv_idx: score + table[kv_idx % 8],
+            deterministic=True,
+            backend="portable",
+        ).sum().backward()
