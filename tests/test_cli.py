@@ -169,7 +169,7 @@ class TestBench:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (["speed"], "suite: got 'speed', need one of dense, masks, memory, error"),
+            (["speed"], "suite: got 'speed', need one of dense, masks, grid, functions, memory, error"),
             (["--peers", "nobody"], "--peers: got 'nobody', need one of flashtile, textbook, sdpa"),
             (["--heads", "8", "--heads-kv", "3"], "--heads-kv: got 3, need a divisor of 8 heads"),
             (["--device", "nowhere"], "--device: got 'nowhere'"),
