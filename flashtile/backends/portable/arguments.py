@@ -213,9 +213,10 @@ def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool)
     )
 
 
-def by_copy_engine(loaded: Sequence[Rows]) -> bool:
-    """Whether the tensor memory accelerator is there and can read all of these tensors."""
-    return copy_engine(loaded[0].pointer.device) and all(map(_described, loaded))
+def by_copy_engine(loaded: Sequence[Rows], there: bool | None) -> bool:
+    """Whether the tensor memory accelerator is there (None: ask the device) and can read all of these tensors."""
+    there = copy_engine(loaded[0].pointer.device) if there is None else there
+    return there and all(map(_described, loaded))
 
 
 def _described(rows: Rows) -> bool:

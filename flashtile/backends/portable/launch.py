@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,10 +39,31 @@ from flashtile.tuning.portable import PortableConfig, Tiles, smaller
 _fitting: dict[Any, Tiles] = {}  # what was found to fit, by all that a kernel is compiled for
 
 
+def on_device(kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Launches on the device of the first tensor."""
+    device = arguments[0].pointer.device
+    guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with guard:
+        # Memory for the descriptors that kernels make.
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        kernel[(programs,)](*arguments, **options, num_warps=tiles.warps, num_stages=tiles.stages)
+
+
+class Machine(NamedTuple):
+    """Where launches go: to the device that holds the tensors, or to a compiler or an emulator that takes its place.
+
+    copy_engine: whether it has NVIDIA's tensor memory accelerator; None: as the tensors' device.
+    """
+
+    launch: Callable[[Any, int, Tiles, tuple[Any, ...], dict[str, Any]], None] = on_device
+    copy_engine: bool | None = None
+
+
 @dataclass(frozen=True)
 class Call:
     """What all launches of one pass share."""
 
+    machine: Machine
     inputs: Inputs
     problem: Problem
     place: Region
@@ -53,7 +74,9 @@ class Call:
     functions: dict[str, Any]
 
     @classmethod
-    def of(cls, inputs: Inputs, problem: Problem, totals: Sequence[Tensor | None] | None = None) -> "Call":
+    def of(
+        cls, machine: Machine, inputs: Inputs, problem: Problem, totals: Sequence[Tensor | None] | None = None
+    ) -> "Call":
         """`totals`: where gradients of captured tensors go; None: this is a forward pass."""
         place = region(problem.mask)
         key = problem.score_mod
@@ -65,6 +88,7 @@ class Call:
             functions["DERIVATIVE"] = derivative and derivative.function
         arguments = [hook and (hook.arguments or None) for hook in (score, derivative, mask)]
         return cls(
+            machine,
             inputs,
             problem,
             place,
@@ -87,11 +111,11 @@ class Call:
         problem, inputs = self.problem, self.inputs
         heads = problem.heads_kv if keys else problem.heads
         total = (inputs.k if keys else inputs.q).shape[-3]
-        tma = by_copy_engine(tensors[:4])
+        tma = by_copy_engine(tensors[:4], self.machine.copy_engine)
 
         def attempt(tiles: Tiles) -> None:
             packing, count = packing_of(self.bounds, total, tiles.tile_kv if keys else tiles.tile_q, keys)
-            run(
+            self.run(
                 kernel,
                 count * heads * (1 if problem.varlen else problem.batch),
                 tiles,
@@ -110,6 +134,11 @@ class Call:
             )
 
         self.fit(kernel, tiles, attempt, meta_of(problem, tiles, self.listed, keys, tma))
+
+    def run(self, kernel: Any, programs: int, tiles: Tiles, *arguments: Any, **options: Any) -> None:
+        """Nothing to do is no launch."""
+        if programs > 0:
+            self.machine.launch(kernel, programs, tiles, arguments, options)
 
     def fit(self, kernel: Any, tiles: Tiles, attempt: Callable[[Tiles], None], *compiled_for: Any) -> None:
         """Launches with these tiles, or the largest smaller ones that fit into the device's shared memory."""
@@ -139,22 +168,12 @@ class Call:
         return torch.full(shape, fill, dtype=torch.float32, device=self.inputs.q.device)
 
 
-def run(kernel: Any, programs: int, tiles: Tiles, *arguments: Any, **options: Any) -> None:
-    """Launches on the device of the first tensor; nothing to do is no launch."""
-    if programs == 0:
-        return
-    device = arguments[0].pointer.device
-    guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with guard:
-        # Memory for the descriptors that kernels make.
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-        kernel[(programs,)](*arguments, **options, num_warps=tiles.warps, num_stages=tiles.stages)
-
-
-def forward(inputs: Inputs, problem: Problem, config: PortableConfig) -> tuple[Tensor, Tensor]:
+def forward(
+    inputs: Inputs, problem: Problem, config: PortableConfig, machine: Machine = Machine()
+) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q = inputs.q
-    call = Call.of(inputs, problem)
+    call = Call.of(machine, inputs, problem)
     # Rows between packed sequences belong to no program.
     make = torch.zeros if problem.varlen else torch.empty
     out = make((*q.shape[:-1], problem.headdim_v), dtype=problem.out_dtype, device=q.device)
@@ -172,10 +191,11 @@ def backward(
     lse: Tensor,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
+    machine: Machine = Machine(),
 ) -> Gradients:
     """The gradients that `problem.wanted` names, and those of q, k and v."""
     grads = zero_grads(inputs, problem)
-    call = Call.of(inputs, problem, grads.score)
+    call = Call.of(machine, inputs, problem, grads.score)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     delta = _delta(call, config, out, grad_out, grad_lse)
     tensors = [rows_of(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out)]
@@ -203,7 +223,7 @@ def _delta(call: Call, config: PortableConfig, out: Tensor, grad_out: Tensor, gr
     problem, tiles = call.problem, config.query
     delta = call.stats(0.0)
     packing, count = packing_of(call.bounds, call.inputs.q.shape[-3], tiles.tile_q, False)
-    run(
+    call.run(
         delta_kernel,
         count * problem.heads * (1 if problem.varlen else problem.batch),
         tiles,
@@ -252,7 +272,7 @@ def _bias_gradient(call: Call, tiles: Tiles, saved: tuple[Any, ...], total: Tens
         tiles_q, tiles_k = -(-longest_q // tiles.tile_q), -(-longest_k // tiles.tile_kv)
         count = tiles_q if sum_keys else tiles_k if sum_queries else tiles_q * tiles_k
         packing, _ = packing_of(call.bounds, len(inputs.q), tiles.tile_q, False)
-        run(
+        call.run(
             bias_kernel,
             count * partial.shape[0] * partial.shape[1],
             tiles,
