@@ -30,6 +30,13 @@ _CALLS = (
     "__rmul__",
 )
 _LISTS = (list, tuple, torch.nn.ModuleList, torch.nn.ParameterList, torch.nn.Sequential)
+_COMPILED = (
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+    torch.jit.ScriptFunction,
+)
 _DICTS = (dict, torch.nn.ModuleDict, torch.nn.ParameterDict)
 
 
@@ -41,10 +48,16 @@ OPAQUE = _Opaque()
 
 
 class Leaf(NamedTuple):
-    """A tensor, constant or code object that a function reaches."""
+    """A tensor, constant, code object or library function that a function reaches."""
 
     path: Path
     value: Any
+
+
+class Again(NamedTuple):
+    """Stands for an object that was reached before, by that path."""
+
+    path: Path
 
 
 def fetch(function: Any, path: Path) -> Any:
@@ -92,6 +105,8 @@ def content(found: list[Leaf]) -> tuple[Any, ...] | None:
             parts.append((path, type(value), value))
         elif value is OPAQUE:
             return None
+        elif isinstance(value, Again) or _itself(value):
+            parts.append((path, value))
         else:
             parts.append((path, type(value)))
     return tuple(parts)
@@ -105,20 +120,21 @@ class _Walk:
 
     def __init__(self, names: set[str], root: Any, through_modules: bool) -> None:
         self.names, self.root, self.through_modules = names, root, through_modules
-        self.seen: dict[int, Any] = {}  # kept alive: the id of a bound method that is gone would go to the next
+        # The objects are kept alive: the id of a bound method that is gone would go to the next.
+        self.seen: dict[int, tuple[Any, Path]] = {}
         self.looked, self.incomplete = False, False
 
     def over(self, value: Any, path: Path, depth: int) -> Iterator[Leaf]:
-        if isinstance(value, (*_SCALARS, Tensor)):
+        if isinstance(value, (*_SCALARS, Tensor)) or _itself(value):
             yield Leaf(path, value)
             return
-        own = isinstance(value, (types.ModuleType, type)) and _foreign(value)
-        if own or isinstance(value, types.BuiltinFunctionType) or id(value) in self.seen:
+        if id(value) in self.seen:
+            yield Leaf(path, Again(self.seen[id(value)][1]))
             return
         if depth == 0 or _opaque(value):
             yield Leaf(path, OPAQUE)
             return
-        self.seen[id(value)] = value
+        self.seen[id(value)] = value, path
         body = code(value)
         if body is not None and self._called(value):
             fresh = _names(body) - self.names
@@ -174,6 +190,15 @@ def _foreign(value: Any) -> bool:
     name = value.__globals__.get("__name__") if isinstance(value, types.FunctionType) else None
     name = name or (value.__name__ if isinstance(value, types.ModuleType) else value.__module__)
     return str(name).partition(".")[0] in _LIBRARIES
+
+
+def _itself(value: Any) -> bool:
+    """Libraries' modules and classes, and what is written in C: which object it is says what it computes."""
+    if isinstance(value, types.BuiltinFunctionType):
+        return value.__self__ is None or isinstance(value.__self__, types.ModuleType)
+    if isinstance(value, (types.ModuleType, type)):
+        return _foreign(value)
+    return isinstance(value, _COMPILED)
 
 
 def _opaque(value: Any) -> bool:

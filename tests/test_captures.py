@@ -2,6 +2,8 @@
 
 import enum
 import functools
+import math
+import operator
 import types
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtile import captures
+from flashtile import attention, captures
 
 GLOBAL_TABLE = torch.arange(3.0)
 
@@ -132,6 +134,46 @@ def test_content_knows_which_tensors_are_one() -> None:
     assert same != apart
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.abs, torch.tan),
+        (torch.Tensor.abs, torch.Tensor.tan),
+        (torch.ops.aten.abs, torch.ops.aten.tan),
+        (torch.ops.aten.abs.default, torch.ops.aten.tan.default),
+        (torch.nn.functional.relu, torch.nn.functional.silu),
+        (operator.add, operator.mul),
+        (math, torch),
+        (int, float),
+    ],
+)
+def test_content_tells_library_functions_apart(one: Any, other: Any) -> None:
+    def content(value: Any) -> Any:
+        return captures.content(captures.leaves(over(value)))
+
+    assert content(one) is not None
+    assert content(one) == content(one)
+    assert content(one) != content(other)
+
+
+def test_library_functions_compute_what_they_are() -> None:
+    q = torch.randn(1, 8, 1, 16)
+
+    def result(function: Any) -> Tensor:
+        return attention(q, q, q, score_mod=lambda score, b, h, q_idx, k_idx: function(score))
+
+    for function in (torch.abs, torch.sin, torch.ops.aten.cos, torch.Tensor.exp):
+        weights = torch.softmax(function(q[0, :, 0] @ q[0, :, 0].T / 4), -1)
+        assert torch.allclose(result(function)[0, :, 0], weights @ q[0, :, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda n: [n], lambda n: types.SimpleNamespace(width=n), lambda n: over(n)])
+def test_content_knows_which_objects_are_one(make: Callable[[int], Any]) -> None:
+    first, second = make(1), make(2)
+    one, other = (captures.content(captures.leaves(over([first, second, last]))) for last in (first, second))
+    assert one != other
+
+
 SETTINGS = types.ModuleType("settings")
 SETTINGS.width = 3
 
@@ -179,7 +221,7 @@ def test_modules_are_entered_only_where_they_are_called() -> None:
     assert any(leaf.value is holder.table for leaf in found)
 
 
-@pytest.mark.parametrize("value", [np.ones(2), {1, 2}, deque([1]), {object(): 1}])
+@pytest.mark.parametrize("value", [np.ones(2), {1, 2}, deque([1]), {object(): 1}, [1].index])
 def test_values_without_a_digest_have_no_content(value: Any) -> None:
     assert captures.content(captures.leaves(over(value))) is None
 
