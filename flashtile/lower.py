@@ -9,8 +9,9 @@ import hashlib
 import json
 import linecache
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,14 +21,15 @@ import triton.language as tl
 from torch import Tensor, fx
 
 from flashtile import trace
-from flashtile.lower_rules import ARITHMETIC, BOUNDS, COMPARE, FLOATING, HELPERS, TRUTH, WHOLE, Bounds
+from flashtile.lower_rules import ARITHMETIC, BOUNDS, COMPARE, FLOATING, HELPERS, OMITTED, SAME, TRUTH, WHOLE, Bounds
 from flashtile.scalar_graph import Traced
 from flashtile.spans import FULL, PARTIAL
 
 _INT32: Bounds = (-(2**31), 2**31 - 1)
 _INT64: Bounds = (-(2**63), 2**63 - 1)
-_INDICES: dict[str, Bounds] = {"b": (0, 2**22), "h": (0, 2**22), "q": (0, 2**24), "k": (0, 2**24)}
-"""Largest indices for which integer steps are known to fit into 32 bits."""
+LONGEST = 2**24
+_INDICES: dict[str, Bounds] = {"b": (0, 2**31 - 1), "h": (0, 2**31 - 1), "q": (0, LONGEST), "k": (0, LONGEST)}
+"""What indices can be, from which follows whether an integer step fits into 32 bits."""
 
 
 class Hook(NamedTuple):
@@ -121,7 +123,8 @@ def _score_inputs(traced: Traced) -> list["_Value"]:
 
 
 def _mask_inputs(traced: Traced, first: int) -> list["_Value"]:
-    captures = (_Value("", c.meta["val"].dtype, capture=first + i) for i, c in enumerate(traced.captures))
+    examples = [node.meta["val"] for node in traced.captures]
+    captures = [_Value("", t.dtype, capture=first + i, ndim=t.ndim) for i, t in enumerate(examples)]
     return [*_index_values(), *captures]
 
 
@@ -172,7 +175,7 @@ _BOTH = frozenset("qk")
 class _Value:
     """A value in the text: its name, PyTorch's type, bounds of an integer, the indices among q and k it depends on.
 
-    `number`: it is this constant. `capture`: it is this captured tensor.
+    `number`: it is this constant. `capture`: it is this captured tensor, of `ndim` dimensions.
     """
 
     name: str
@@ -181,6 +184,7 @@ class _Value:
     axes: frozenset[str] = frozenset()
     number: float | None = None
     capture: int | None = None
+    ndim: int = 0
 
     @property
     def kind(self) -> str:
@@ -251,30 +255,42 @@ class _Writer:
         raise Unsupported("its graph has no end")
 
     def values(self, parts: Sequence[Any]) -> list[_Value]:
+        if not all(isinstance(part, (_Value, bool, int, float)) for part in parts):
+            raise Unsupported(f"there is no Triton for a step with the arguments {parts}")
         return [part if isinstance(part, _Value) else _constant(part) for part in parts]
 
     def step(self, node: fx.Node, arguments: Sequence[Any]) -> _Value:
         """One step, by its name in the tables."""
-        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
+        name = _name(node)
+        _single(node, name)
         dtype = node.meta["val"].dtype
         if name == "index":
-            return self.read(arguments[0], self.values(arguments[1]))
+            return self.read(arguments[0], self.places(arguments[1]))
+        if name == "select":
+            return self.read(arguments[0], self.places(arguments[2:]))
         if name in _MAKERS:
             return _constant(_MAKERS[name](arguments), dtype)
         if name == "clamp":
             return self.clamp([*arguments, None][:3], dtype)
-        values = self.values([part for part in arguments if isinstance(part, (_Value, bool, int, float))])
+        values = self.values(arguments[:1] if name in SAME else arguments)
         if name in ("where", "masked_fill"):
             condition, a, b = values if name == "where" else (values[1], values[2], values[0])
             return self.choose(condition, a, b, dtype)
-        if name in ("add", "sub") and "alpha" in node.kwargs:
+        if node.kwargs.get("alpha", 1) != 1:
             values[1] = self.apply("mul", [values[1], _constant(node.kwargs["alpha"])], dtype)
         rounding = node.kwargs.get("rounding_mode")
         if rounding == "floor":
             name = "floor_divide"
         elif rounding is not None:
-            raise Unsupported(f"division with rounding_mode={rounding!r}")
+            raise Unsupported(f"there is no Triton for division with rounding_mode={rounding!r}")
         return self.apply(name, values, dtype)
+
+    def places(self, parts: Sequence[Any]) -> list[_Value]:
+        """The indices of one element."""
+        places = self.values(parts)
+        if any(place.dtype.is_floating_point or place.dtype is torch.bool for place in places):
+            raise Unsupported("there is no Triton for an index that is not an integer")
+        return places
 
     def clamp(self, arguments: Sequence[Any], dtype: torch.dtype) -> _Value:
         value, low, high = arguments
@@ -288,7 +304,10 @@ class _Writer:
         one, other = self.text(a, kind), self.text(b, kind)
         if a.number is not None and b.number is not None:
             one = f"tl.full([1, 1], {one}, {_TYPES[kind]})"
-        text = f"tl.where({self.text(condition, 'b')}, {one}, {other})"
+        chosen = self.text(condition, "b")
+        if condition.number is not None:
+            chosen = f"tl.full([1, 1], {chosen}, tl.int1)"
+        text = f"tl.where({chosen}, {one}, {other})"
         return self.bind(text, dtype, condition.axes | a.axes | b.axes, bounds)
 
     def apply(self, name: str, values: list[_Value], dtype: torch.dtype) -> _Value:
@@ -296,27 +315,36 @@ class _Writer:
         axes = frozenset().union(*(value.axes for value in values))
         if name == "pow" and values[1].number == 2:
             name, values = "square", values[:1]
+        missing = OMITTED.get(name, ())[len(values) - 1 :]
+        values = [*values, *map(_constant, missing)]
+        half = _half(values)
+        if half is not None and name in COMPARE:
+            values = [value if value.number is None else _in_half(value, half) for value in values]
         template, kind, bounds = self._template(name, values, dtype)
-        texts = [self.text(value, kind) for value in values]
-        if all(value.number is not None for value in values):
-            texts[0] = f"tl.full([1, 1], {texts[0]}, {_TYPES[kind]})"
-        return self.bind(template.format(*texts), dtype, axes, bounds)
+        if len(values) != len(set(re.findall(r"{(\d)}", template))):
+            raise Unsupported(f"there is no Triton for {name} with {len(values)} operands")
+        texts = [_rounded(self.text(value, kind), value, half) for value in values]
+        # Functions of tensors take no plain number, and something must be one where all operands are numbers.
+        for position in range(len(values) if name == "pow" else 1):
+            if values[position].number is not None:
+                texts[position] = f"tl.full([1, 1], {texts[position]}, {_TYPES[kind]})"
+        text = template.format(*texts, T=_TYPES[kind])
+        wrapped = _wrapped(bounds, dtype)
+        if wrapped is not None:
+            text, bounds = wrapped[0].format(text), wrapped[1]
+        elif kind == "i64" and _Value("", dtype, bounds).kind == "i32":
+            text = f"({text}).to(tl.int32)"
+        return self.bind(text, dtype, axes, bounds)
 
     def _template(self, name: str, values: list[_Value], dtype: torch.dtype) -> tuple[str, str, Bounds]:
         """(text, kind of the operands, bounds of the result)."""
         if name in COMPARE:
             promoted = torch.float32 if any(value.dtype.is_floating_point for value in values) else torch.int64
             return COMPARE[name], self._integer("where", [values[0], values[-1]], promoted)[0], _INT64
-        if name in TRUTH or (dtype is torch.bool and name.startswith("bitwise_")):
-            return TRUTH.get(name) or WHOLE[name], "b", _INT64
-        if dtype.is_floating_point and name == "floor_divide":
-            return "tl.floor({0} / {1})", "f", _INT64
-        if dtype.is_floating_point and name == "remainder":
-            return "({0} - tl.floor({0} / {1}) * {1})", "f", _INT64
-        if name in FLOATING and dtype.is_floating_point:
-            return FLOATING[name], "f", _INT64
-        table = ARITHMETIC if name in ARITHMETIC else WHOLE
-        if name not in table or (table is WHOLE and dtype.is_floating_point):
+        if name.startswith("logical_") or (dtype is torch.bool and name in TRUTH):
+            return TRUTH[name], "b", _INT64
+        table = ARITHMETIC if name in ARITHMETIC else FLOATING if dtype.is_floating_point else WHOLE
+        if name not in table or dtype is torch.bool:
             raise Unsupported(f"there is no Triton for {name} on {str(dtype).removeprefix('torch.')}")
         kind, bounds = self._integer(name, values, dtype)
         return table[name], kind, bounds
@@ -331,10 +359,6 @@ class _Writer:
         operands = [(0, 1) if value.dtype is torch.bool else value.bounds for value in values]
         bounds = rule(*operands) if rule is not None else _INT64
         bounds = (max(bounds[0], _INT64[0]), min(bounds[1], _INT64[1]))
-        if dtype is not torch.int64:
-            limits = torch.iinfo(dtype)
-            if bounds[0] < limits.min or bounds[1] > limits.max:
-                raise Unsupported(f"{name} may leave the range of {str(dtype).removeprefix('torch.')}")
         wide = any(_Value("", torch.int64, one).kind == "i64" for one in (*operands, bounds))
         return ("i64" if wide else "i32"), bounds
 
@@ -342,11 +366,13 @@ class _Writer:
         """One element of a captured tensor for each element of the tile."""
         if tensor.capture is None:
             raise Unsupported("it indexes a tensor that it has computed")
+        if len(at) != tensor.ndim:
+            raise Unsupported("it computes with a whole captured tensor")
         offset = self.offset(tensor.capture, at, strided=True)
         loaded = f"tl.load(arguments[{tensor.capture}][0] + {offset})"
         axes = frozenset().union(*(index.axes for index in at)) if at else frozenset()
         if tensor.dtype.is_floating_point:
-            return self.bind(f"{loaded}.to(tl.float32)", torch.float32, axes)
+            return replace(self.bind(f"{loaded}.to(tl.float32)", torch.float32, axes), dtype=tensor.dtype)
         if tensor.dtype is torch.bool:
             return self.bind(f"({loaded} != 0)", torch.bool, axes)
         limits = torch.iinfo(tensor.dtype)
@@ -389,6 +415,58 @@ class _Writer:
         names: dict[str, Any] = {"__name__": __name__, "triton": triton, "tl": tl, **HELPERS}
         exec(compile(text, place, "exec"), names)
         return names[name]
+
+
+def _name(node: fx.Node) -> str:
+    """The step's name; one in place is the plain one, for nobody reads what it overwrote."""
+    name: str = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
+    if not name.endswith("_") or name.endswith("__"):
+        return name
+    overwritten: Any = node.args[0]
+    if any(user is not node and user > node for user in overwritten.users):
+        raise Unsupported(f"{name} overwrites what is read again")
+    return name[:-1]
+
+
+def _single(node: fx.Node, name: str) -> None:
+    """A step must take numbers to a number, but for reads, and say nothing that no rule here understands."""
+    sources = [] if name in ("index", "select") else node.all_input_nodes
+    if any(step.op != "placeholder" and step.meta["val"].ndim for step in (node, *sources) if "val" in step.meta):
+        raise Unsupported(f"{name} computes with vectors")
+    unknown = set(node.kwargs) - _UNDERSTOOD - ({"alpha"} if name in ("add", "sub") else set())
+    if unknown:
+        raise Unsupported(f"there is no Triton for {name} with {', '.join(sorted(unknown))}")
+
+
+_UNDERSTOOD = {"rounding_mode", "dtype", "device", "layout", "pin_memory", "memory_format", "non_blocking"}
+
+
+def _half(values: Sequence[_Value]) -> torch.dtype | None:
+    """The half-precision type, if any, that all operands are taken to before they are computed with."""
+    floating = {value.dtype for value in values if value.dtype.is_floating_point and value.number is None}
+    half = floating.pop() if len(floating) == 1 else None
+    return half if half in (torch.float16, torch.bfloat16) else None
+
+
+def _in_half(value: _Value, half: torch.dtype) -> _Value:
+    return _constant(torch.tensor(value.number, dtype=half).item())
+
+
+def _rounded(text: str, value: _Value, half: torch.dtype | None) -> str:
+    """An integer beside half precision rounds to it, a plain number does not."""
+    if half is None or value.dtype.is_floating_point or value.number is not None:
+        return text
+    return f"{text}.to(tl.{str(half).removeprefix('torch.')}).to(tl.float32)"
+
+
+def _wrapped(bounds: Bounds, dtype: torch.dtype) -> tuple[str, Bounds] | None:
+    """(template, bounds) for an integer that may leave the range of its type, and then comes in at the other end."""
+    if dtype.is_floating_point or dtype in (torch.bool, torch.int64):
+        return None
+    limits = torch.iinfo(dtype)
+    if bounds[0] >= limits.min and bounds[1] <= limits.max:
+        return None
+    return f"({{}}).to(tl.{str(dtype).removeprefix('torch.')}).to(tl.int32)", (limits.min, limits.max)
 
 
 def _replaced(arguments: Any, known: dict[fx.Node, _Value]) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
 
 @triton.jit
 def tanh(x):
@@ -60,6 +62,20 @@ def power(x, exponent):
 
 
 @triton.jit
+def softplus(x, beta, threshold):
+    """log(1 + exp(beta x)) / beta, and x itself where that is as good as equal."""
+    scaled = x * beta
+    curve = (tl.maximum(scaled, 0.0, NAN) + log1p(tl.exp(-tl.abs(scaled)))) / beta
+    return tl.where(scaled > threshold, x, curve)
+
+
+@triton.jit
+def silu_backward(grad, x):
+    gate = 1.0 / (1.0 + tl.exp(-x))
+    return grad * gate * (1.0 + x * (1.0 - gate))
+
+
+@triton.jit
 def round_half_even(x):
     low = tl.floor(x)
     rest = x - low
@@ -77,14 +93,21 @@ def wrapped(index, size):
 
 HELPERS = {
     function.__name__: function
-    for function in (tanh, log1p, expm1, floor_divide, remainder, power, round_half_even, wrapped)
-}
+    for function in (
+        *(tanh, log1p, expm1, power, softplus, silu_backward, round_half_even),
+        *(floor_divide, remainder, wrapped),
+    )
+} | {"NAN": NAN}
 
-_SAME = ("clone", "alias", "detach", "lift_fresh_copy", "_to_copy", "view", "expand", "squeeze", "sum", "mean")
+SAME = ("clone", "alias", "detach", "lift_fresh_copy", "_to_copy", "view", "expand", "squeeze", "sum", "mean")
+"""Steps that give a number back, in the result's type; what else they are told says nothing about a number."""
 
-# Steps on one type, that of the result. {0}, {1}, ... are the operands.
+OMITTED: dict[str, tuple[float, ...]] = {"softplus": (1.0, 20.0)}
+"""What the last operands of a step are if not given."""
+
+# Steps on one type, {T}, that of the result. {0}, {1}, ... are the operands. PyTorch's extrema pass NaN on.
 ARITHMETIC: dict[str, str] = {
-    **dict.fromkeys(_SAME, "{0}"),
+    **dict.fromkeys(SAME, "{0}"),
     "add": "({0} + {1})",
     "sub": "({0} - {1})",
     "rsub": "({1} - {0})",
@@ -92,13 +115,13 @@ ARITHMETIC: dict[str, str] = {
     "neg": "(-{0})",
     "abs": "tl.abs({0})",
     "square": "({0} * {0})",
-    "minimum": "tl.minimum({0}, {1})",
-    "maximum": "tl.maximum({0}, {1})",
-    "clamp_min": "tl.maximum({0}, {1})",
-    "clamp_max": "tl.minimum({0}, {1})",
-    "relu": "tl.maximum({0}, 0)",
-    "sign": "tl.where({0} > 0, 1, tl.where({0} < 0, -1, 0))",
-    "sgn": "tl.where({0} > 0, 1, tl.where({0} < 0, -1, 0))",
+    "minimum": "tl.minimum({0}, {1}, NAN)",
+    "maximum": "tl.maximum({0}, {1}, NAN)",
+    "clamp_min": "tl.maximum({0}, {1}, NAN)",
+    "clamp_max": "tl.minimum({0}, {1}, NAN)",
+    "relu": "tl.maximum({0}, 0, NAN)",
+    "sign": "tl.where({0} > 0, 1, tl.where({0} < 0, -1, 0)).to({T})",
+    "sgn": "tl.where({0} > 0, 1, tl.where({0} < 0, -1, 0)).to({T})",
 }
 
 FLOATING: dict[str, str] = {
@@ -123,9 +146,11 @@ FLOATING: dict[str, str] = {
     "trunc": "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))",
     "round": "round_half_even({0})",
     "pow": "power({0}, {1})",
-    "softplus": "(tl.maximum({0}, 0.0) + log1p(tl.exp(-tl.abs({0}))))",
+    "softplus": "softplus({0}, {1}, {2})",
     "tanh_backward": "({0} * (1.0 - {1} * {1}))",
     "sigmoid_backward": "({0} * {1} * (1.0 - {1}))",
+    "silu_backward": "silu_backward({0}, {1})",
+    "softplus_backward": "tl.where({1} * {2} > {3}, {0}, {0} / (1.0 + tl.exp(-{1} * {2})))",
     "threshold_backward": "tl.where({1} <= {2}, 0.0, {0})",
 }
 
@@ -157,11 +182,13 @@ COMPARE: dict[str, str] = {
 }
 
 TRUTH: dict[str, str] = {
-    "logical_and": "({0} & {1})",
-    "logical_or": "({0} | {1})",
-    "logical_xor": "({0} ^ {1})",
-    "logical_not": "(~{0})",
+    **dict.fromkeys(("logical_and", "bitwise_and", "__and__", "mul", "minimum"), "({0} & {1})"),
+    **dict.fromkeys(("logical_or", "bitwise_or", "__or__", "add", "maximum"), "({0} | {1})"),
+    **dict.fromkeys(("logical_xor", "bitwise_xor", "__xor__"), "({0} ^ {1})"),
+    **dict.fromkeys(("logical_not", "bitwise_not"), "(~{0})"),
+    **dict.fromkeys(SAME, "{0}"),
 }
+"""Steps whose result is a boolean, on booleans."""
 
 Bounds = tuple[int, int]
 
@@ -172,7 +199,7 @@ def _product(a: Bounds, b: Bounds) -> Bounds:
 
 
 BOUNDS: dict[str, Callable[..., Bounds]] = {
-    **dict.fromkeys(_SAME, lambda a, *_: a),
+    **dict.fromkeys(SAME, lambda a, *_: a),
     "add": lambda a, b: (a[0] + b[0], a[1] + b[1]),
     "sub": lambda a, b: (a[0] - b[1], a[1] - b[0]),
     "rsub": lambda a, b: (b[0] - a[1], b[1] - a[0]),
@@ -184,6 +211,7 @@ BOUNDS: dict[str, Callable[..., Bounds]] = {
     "maximum": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
     "clamp_max": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
     "clamp_min": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
+    **dict.fromkeys(("sign", "sgn"), lambda a: (-1, 1)),
     "relu": lambda a: (max(a[0], 0), max(a[1], 0)),
     "floor_divide": lambda a, b: (-max(abs(a[0]), abs(a[1])) - 1, max(abs(a[0]), abs(a[1])) + 1),
     "remainder": lambda a, b: (-max(abs(b[0]), abs(b[1])), max(abs(b[0]), abs(b[1]))),

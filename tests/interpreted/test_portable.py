@@ -80,3 +80,9 @@ def test_gradients_of_captured_tensors_are_refused_when_they_must_repeat() -> No
             deterministic=True,
             backend="portable",
         ).sum().backward()
+
+
+def test_functions_of_very_far_positions_are_refused() -> None:
+    q = torch.empty(1, 1, 1, 16).expand(1, 2**24 + 1, 1, 16)
+    chosen = flashtile.explain(q, q, q, score_mod=lambda score, b, h, q_idx, kv_idx: score + q_idx)
+    assert "exact up to 16777216" in str(chosen)

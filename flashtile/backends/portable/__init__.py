@@ -52,6 +52,8 @@ def _functions(problem: Problem) -> str | None:
     from flashtile.backends.portable.arguments import region
 
     rest = region(problem.mask).rest
+    if (rest or problem.score_mod) and max(problem.seqlen_q, problem.seqlen_kv) > lower.LONGEST:
+        return f"functions of positions are exact up to {lower.LONGEST}"
     reason = lower.unsupported_mask(rest) if rest else None
     if reason is None and problem.score_mod:
         reason = lower.unsupported(problem.score_mod)

@@ -1,0 +1,54 @@
+"""Triton's compiler takes what `lower` writes: the interpreter, which computes it elsewhere, is less strict."""
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+
+from flashtile import lower, masks, trace
+from flashtile.backends.portable import aot
+from tests import functions, test_masks
+
+NVIDIA, AMD = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
+SIZES = {"ROWS": 16, "COLUMNS": 32}
+OUT = torch.empty(1)
+
+
+@pytest.mark.parametrize("name", [*functions.SCORES, *functions.BRAINS_SCORES])
+def test_a_score_function_and_its_derivative(name: str) -> None:
+    lifted = trace.lift((functions.SCORES | functions.BRAINS_SCORES)[name], "score")
+    totals = [torch.zeros(tensor.shape) if tensor.is_floating_point() else None for tensor in lifted.tensors]
+    score, derivative = lower.score_hook(lifted.key, lifted.tensors), lower.derivative_hook(lifted.key, totals)
+    arguments = {
+        "scores": OUT,
+        "grads": OUT,
+        "out": OUT,
+        "first_q": 5,
+        "first_k": 3,
+        "arguments": score.arguments or None,
+        "totals": derivative.arguments or None,
+        "DERIVATIVE": derivative.function,
+        "SCORE": score.function,
+        **SIZES,
+        "TURNED": False,
+    }
+    for kernel in (functions.score_kernel, functions.derivative_kernel):
+        assert aot.build(kernel, arguments, NVIDIA, enable_fp_fusion=True).asm["cubin"]
+
+
+@pytest.mark.parametrize("name", functions.MASKS)
+def test_a_mask_function(name: str) -> None:
+    _compile_mask(masks.custom(functions.MASKS[name]))
+
+
+def test_every_mask_in_one() -> None:
+    whole = masks.full()
+    for kind in test_masks.KINDS:
+        whole = whole & kind.mask()
+    _compile_mask(whole)
+
+
+def _compile_mask(mask: masks.Mask) -> None:
+    hook = lower.mask_hook(mask.token, mask.tensors)
+    arguments = {"out": OUT, "first_q": 5, "first_k": 3, "shift": 7, "arguments": hook.arguments or None}
+    for target in (NVIDIA, AMD):
+        assert aot.build(functions.mask_kernel, {**arguments, "MASK": hook.function, **SIZES}, target)
