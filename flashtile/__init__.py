@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flashtile import masks, reference
-    from flashtile.api import attention, attention_varlen, explain
+    from flashtile.api import attention, attention_varlen, builds, explain, warmup
     from flashtile.dropout import dropout_mask
     from flashtile.masks import Mask
     from flashtile.state import State, merge
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "attention": "api",
     "attention_varlen": "api",
+    "builds": "api",
     "explain": "api",
+    "warmup": "api",
     "merge": "state",
     "State": "state",
     "Mask": "masks",
@@ -33,11 +35,13 @@ __all__ = [
     "State",
     "attention",
     "attention_varlen",
+    "builds",
     "dropout_mask",
     "explain",
     "masks",
     "merge",
     "reference",
+    "warmup",
 ]
 
 

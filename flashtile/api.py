@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import autograd
+from flashtile import autograd, plan
 from flashtile.masks import Alignment, Mask
 from flashtile.plan import Plan
 from flashtile.request import Arguments, Packing, build, described
@@ -248,3 +248,82 @@ def explain(
     chosen = autograd.planned(*build(q, k, v, arguments, packing))
     print(chosen)
     return chosen
+
+
+def warmup(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Mask | Tensor | Callable[..., Any] | None = None,
+    block_mask: Any = None,
+    score_mod: Callable[..., Any] | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    alignment: Alignment = "bottom_right",
+    out_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> int:
+    """Builds every kernel that a call with these arguments runs, and those of its backward pass if one requires it.
+
+    Takes the arguments of `attention`; with cu_seqlens_q and cu_seqlens_k, those of `attention_varlen`. The call is
+    run once, its results are thrown away, `grad` fields stay untouched. Later calls that differ only in batch size,
+    lengths and numbers build nothing, with two exceptions: tensors that stop or begin to be aligned to 16 bytes or
+    elements, and tensors that outgrow 2^31 elements.
+
+    Returns:
+        int: how many kernels were built (see `builds`); 0 if all were there.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention` would.
+    """
+    arguments = Arguments(
+        causal=causal,
+        window=window,
+        mask=mask,
+        block_mask=block_mask,
+        score_mod=score_mod,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        alignment=alignment,
+        out_dtype=out_dtype,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        backend=backend,
+    )
+    packing = described(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    before = builds()
+    autograd.rehearse(*build(q, k, v, arguments, packing))
+    return builds() - before
+
+
+def builds() -> int:
+    """How many kernels this process has compiled, or loaded from Triton's cache, for all backends and devices."""
+    return plan.builds()

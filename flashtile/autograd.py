@@ -245,3 +245,11 @@ def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources):
         return _Eager.apply(inputs, options, _asked(inputs), *sources)
     return _run_forward(inputs, options)
+
+
+def rehearse(inputs: Inputs, options: Options) -> None:
+    """Runs the call, and its backward pass if anything wants a gradient, and throws the results away."""
+    with torch.no_grad():
+        output = _run_forward(inputs, options)
+        if any(tensor is not None and tensor.requires_grad for tensor in _sources(inputs)):
+            _run_backward(inputs, options, output, (torch.zeros_like(output[0]), None), _asked(inputs))

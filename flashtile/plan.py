@@ -80,3 +80,8 @@ def kernel(plan: Plan) -> Kernel:
     """The kernel that a Plan names."""
     kernels: tuple[Kernel, ...] = backends.load(plan.backend).KERNELS
     return next(candidate for candidate in kernels if candidate.name == plan.kernel)
+
+
+def builds() -> int:
+    """Kernels compiled so far, by all backends that can run here."""
+    return sum(backends.load(name).builds() for name, missing in available() if missing is None)

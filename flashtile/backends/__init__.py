@@ -1,8 +1,9 @@
 """The backends, fastest first, and the contract that each one fulfils.
 
-A backend is a module `flashtile.backends.<name>` with two names: `unavailable() -> str | None` (why it cannot run on
-this machine) and `KERNELS`, a tuple of `Kernel`s, fastest first. The planner asks each kernel in turn whether it
-takes a Problem; the first that gives no reason against it runs. No backend imports another.
+A backend is a module `flashtile.backends.<name>` with three names: `unavailable() -> str | None` (why it cannot run on
+this machine), `builds() -> int` (how many kernels it has compiled) and `KERNELS`, a tuple of `Kernel`s, fastest first.
+The planner asks each kernel in turn whether it takes a Problem; the first that gives no reason against it runs. No
+backend imports another.
 """
 
 from collections.abc import Callable, Sequence

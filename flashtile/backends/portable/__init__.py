@@ -28,6 +28,12 @@ def unavailable() -> str | None:
     return None
 
 
+def builds() -> int:
+    """Each kernel keeps what it was compiled to, by device; interpreted ones are not compiled."""
+    caches = (getattr(kernel, "device_caches", {}) for kernel in _launch().KERNELS)
+    return sum(len(device[0]) for cache in caches for device in cache.values())
+
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST = 512
 

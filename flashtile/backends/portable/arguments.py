@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile.backends.portable.sweep import Dropout, Grid, Modifiers, Packing, Rows, Size, Stats, Window
+from flashtile.backends.portable.sweep import Dropout, Grid, Modifiers, Packing, Rows, Size, Stats, Window, odd
 from flashtile.problem import Inputs, Problem
 from flashtile.tuning.portable import Tiles
 
@@ -49,7 +49,7 @@ class Region(NamedTuple):
 
     @property
     def window(self) -> Window:
-        return Window(self.left, self.right)
+        return Window(*(None if limit is None else odd(limit) for limit in (self.left, self.right)))
 
 
 @lru_cache(maxsize=1024)
@@ -111,12 +111,12 @@ def rows_of(tensor: Tensor) -> Rows:
 
 def grid_of(tensor: Tensor) -> Grid:
     """A contiguous (batch, heads, rows, columns) tensor."""
-    return Grid(tensor, tensor.stride(0), tensor.stride(1), *tensor.shape[2:])
+    return Grid(tensor, *map(odd, (*tensor.stride()[:2], *tensor.shape[2:])))
 
 
 def stats_of(tensor: Tensor) -> Stats:
     """A contiguous dense (batch, heads, seqlen) or packed (heads, total) tensor."""
-    return Stats(tensor, tensor.stride(0) if tensor.ndim == 3 else 0, tensor.stride(-2))
+    return Stats(tensor, odd(tensor.stride(0) if tensor.ndim == 3 else 0), odd(tensor.stride(-2)))
 
 
 class Bounds(NamedTuple):
@@ -158,7 +158,7 @@ def packing_of(bounds: Bounds | None, total: int, tile: int, keys: bool) -> tupl
 
 def size_of(problem: Problem, heads: int, tiles: int) -> Size:
     lengths = (0, 0) if problem.varlen else (problem.seqlen_q, problem.seqlen_kv)
-    return Size(*lengths, heads, tiles)
+    return Size(*map(odd, (*lengths, heads, tiles)))
 
 
 def modifiers_of(inputs: Inputs, problem: Problem, score: Any, totals: Any, mask: Any) -> Modifiers:

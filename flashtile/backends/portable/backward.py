@@ -23,7 +23,9 @@ from flashtile.backends.portable.sweep import (
     load_tile,
     locate,
     modify,
+    number_of,
     open_tiles,
+    program_of,
     query_range,
     query_span,
     stats_pointers,
@@ -566,7 +568,7 @@ def key_kernel(
     store_rows(dv, i_batch, i_head_kv, first_k, o_key, seqlen_k, b_dv, META.headdim_v, META.block_dv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "batches", "tiles_q", "tiles_k"])
 def bias_kernel(
     q,
     k,
@@ -599,10 +601,7 @@ def bias_kernel(
     """
     TILE_Q: tl.constexpr = META.tile_q
     TILE_KV: tl.constexpr = META.tile_kv
-    i_program = tl.program_id(0)
-    i_tile = i_program % size.tiles
-    i_head_grad = (i_program // size.tiles) % size.heads
-    i_batch_grad = i_program // (size.tiles * size.heads)
+    i_batch_grad, i_head_grad, i_tile = program_of(size)
     across = 1 if SUM_KEYS else tiles_k
     i_tile_q = i_tile // across
     i_tile_k = i_tile % across
@@ -663,13 +662,16 @@ def bias_kernel(
                     False,
                 )
                 b_sum += b_outer
-    base = grad.pointer + i_batch_grad.to(tl.int64) * grad.batch + i_head_grad.to(tl.int64) * grad.head
+    rows = number_of(grad.rows)
+    columns = number_of(grad.columns)
+    base = grad.pointer + i_batch_grad.to(tl.int64) * number_of(grad.batch)
+    base += i_head_grad.to(tl.int64) * number_of(grad.head)
     o_query = i_tile_q * TILE_Q + tl.arange(0, TILE_Q)
     o_key = i_tile_k * TILE_KV + tl.arange(0, TILE_KV)
     if SUM_QUERIES:
-        tl.store(base + o_key, tl.sum(b_sum, 0), mask=o_key < grad.columns)
+        tl.store(base + o_key, tl.sum(b_sum, 0), mask=o_key < columns)
     elif SUM_KEYS:
-        tl.store(base + o_query, tl.sum(b_sum, 1), mask=o_query < grad.rows)
+        tl.store(base + o_query, tl.sum(b_sum, 1), mask=o_query < rows)
     else:
-        pointers = base + o_query.to(tl.int64)[:, None] * grad.columns + o_key[None, :]
-        tl.store(pointers, b_sum, mask=(o_query < grad.rows)[:, None] & (o_key < grad.columns)[None, :])
+        pointers = base + o_query.to(tl.int64)[:, None] * columns + o_key[None, :]
+        tl.store(pointers, b_sum, mask=(o_query < rows)[:, None] & (o_key < columns)[None, :])

@@ -36,6 +36,8 @@ from flashtile.problem import Inputs, Problem
 from flashtile.scores import four_dimensions, zero_grads
 from flashtile.tuning.portable import PortableConfig, Tiles, smaller
 
+KERNELS = (forward_kernel, delta_kernel, query_kernel, key_kernel, bias_kernel)
+
 _fitting: dict[Any, Tiles] = {}  # what was found to fit, by all that a kernel is compiled for
 
 

@@ -4,7 +4,8 @@ In kernel code a prefix says what a name is: i_ an index, o_ offsets, m_ a mask,
 Scores meet the exponential in base 2 (exp2 is one instruction); the log-sum-exp is natural outside of the kernels.
 
 Tuples group the arguments. A field that is None is known to be None when a kernel is compiled, so `is not None` is a
-compile-time switch: what a call does not use costs nothing.
+compile-time switch: what a call does not use costs nothing. Triton compiles anew where an integer becomes 1 or a
+multiple of 16; those that follow from lengths come as `odd` numbers, which are neither: one kernel serves all lengths.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ class Rows(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """One number a query, (batch, head, row), rows side by side. Packed: batch stride 0."""
+    """One number a query, (batch, head, row), rows side by side; strides `odd`. Packed: batch stride 0."""
 
     pointer: Any
     batch: Any
@@ -46,7 +47,7 @@ class Packing(NamedTuple):
 
 
 class Size(NamedTuple):
-    """A dense problem's lengths, or 0; programs a head (query tiles, key tiles or entries of the work list)."""
+    """A dense problem's lengths, or 0; programs a head (query or key tiles, or entries of the work list). All `odd`."""
 
     seqlen_q: Any
     seqlen_k: Any
@@ -55,7 +56,7 @@ class Size(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A contiguous (batch, head, row, column) tensor; strides of the first two, sizes of the last two."""
+    """A contiguous (batch, head, row, column) tensor; strides of the first two, sizes of the last two, `odd`."""
 
     pointer: Any
     batch: Any
@@ -65,14 +66,17 @@ class Grid(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The keys from `left` before the diagonal to `right` behind it; None: no limit."""
+    """The keys from `left` before the diagonal to `right` behind it, `odd`; None: no limit."""
 
     left: Any
     right: Any
 
 
 class Visits(NamedTuple):
-    """Which tiles a tile meets, those that need the mask first: counts (batch, head, tile, 2), tiles (.., tile, n)."""
+    """Which tiles a tile meets, those that need the mask first: counts (batch, head, tile, 2), tiles (.., tile, n).
+
+    `length`, n, and the strides are `odd`.
+    """
 
     counts: Any
     tiles: Any
@@ -108,13 +112,23 @@ class Dropout(NamedTuple):
     factor: Any
 
 
+def odd(number: int) -> int:
+    """An integer that Triton tells apart from no other (see above); at least 0. `number_of` undoes it in a kernel."""
+    return 2 * number + 3
+
+
+@triton.jit
+def number_of(odd):
+    return (odd - 3) >> 1
+
+
 @triton.jit
 def lengths_of(packing, size, i_batch):
     """(first query, first key, seqlen_q, seqlen_k) of a batch entry or packed sequence."""
     first_q = i_batch * 0
     first_k = i_batch * 0
-    seqlen_q = size.seqlen_q
-    seqlen_k = size.seqlen_k
+    seqlen_q = number_of(size.seqlen_q)
+    seqlen_k = number_of(size.seqlen_k)
     if packing is not None:
         first_q = tl.load(packing.first_q + i_batch)
         first_k = tl.load(packing.first_k + i_batch)
@@ -124,17 +138,23 @@ def lengths_of(packing, size, i_batch):
 
 
 @triton.jit
+def program_of(size):
+    """(batch entry, head, tile): tiles run fastest."""
+    i_program = tl.program_id(0)
+    tiles = number_of(size.tiles)
+    heads = number_of(size.heads)
+    return i_program // (tiles * heads), (i_program // tiles) % heads, i_program % tiles
+
+
+@triton.jit
 def locate(packing, size, REVERSED: tl.constexpr):
     """(batch entry, head, tile, first query, first key, seqlen_q, seqlen_k) of this program.
 
     REVERSED: later tiles have more to do (causal masks), so they start first.
     """
-    i_program = tl.program_id(0)
-    i_tile = i_program % size.tiles
-    i_head = (i_program // size.tiles) % size.heads
-    i_batch = i_program // (size.tiles * size.heads)
+    i_batch, i_head, i_tile = program_of(size)
     if REVERSED:
-        i_tile = size.tiles - 1 - i_tile
+        i_tile = number_of(size.tiles) - 1 - i_tile
     if packing is not None:
         entry = packing.work + 2 * i_tile
         i_batch = tl.load(entry)
@@ -209,7 +229,8 @@ def store_rows(rows, i_batch, i_head, first, o_rows, end, b_rows, DIM: tl.conste
 
 @triton.jit
 def stats_pointers(stats, i_batch, i_head, first, o_rows):
-    return stats.pointer + i_batch.to(tl.int64) * stats.batch + i_head.to(tl.int64) * stats.head + first + o_rows
+    row = i_batch.to(tl.int64) * number_of(stats.batch) + i_head.to(tl.int64) * number_of(stats.head) + first
+    return stats.pointer + row + o_rows
 
 
 @triton.jit
@@ -218,9 +239,9 @@ def key_range(window, diagonal, first_row, last_row, seqlen_k):
     begin = seqlen_k * 0
     end = seqlen_k
     if window.left is not None:
-        begin = tl.maximum(first_row + diagonal - window.left, 0)
+        begin = tl.maximum(first_row + diagonal - number_of(window.left), 0)
     if window.right is not None:
-        end = tl.minimum(last_row + diagonal + window.right + 1, seqlen_k)
+        end = tl.minimum(last_row + diagonal + number_of(window.right) + 1, seqlen_k)
     return begin, end
 
 
@@ -230,9 +251,9 @@ def query_range(window, diagonal, first_key, last_key, seqlen_q):
     begin = seqlen_q * 0
     end = seqlen_q
     if window.right is not None:
-        begin = tl.maximum(first_key - diagonal - window.right, 0)
+        begin = tl.maximum(first_key - diagonal - number_of(window.right), 0)
     if window.left is not None:
-        end = tl.minimum(last_key - diagonal + window.left + 1, seqlen_q)
+        end = tl.minimum(last_key - diagonal + number_of(window.left) + 1, seqlen_q)
     return begin, end
 
 
@@ -265,9 +286,9 @@ def query_span(window, diagonal, first_key, last_key, seqlen_q, TILE: tl.constex
 @triton.jit
 def visited(visits, i_batch, i_head, i_tile):
     """(how many tiles need the mask, how many tiles in all, where their list begins)."""
-    row = i_batch.to(tl.int64) * visits.batch + i_head.to(tl.int64) * visits.head + i_tile
+    row = i_batch.to(tl.int64) * number_of(visits.batch) + i_head.to(tl.int64) * number_of(visits.head) + i_tile
     partial = tl.load(visits.counts + 2 * row)
-    return partial, partial + tl.load(visits.counts + 2 * row + 1), visits.tiles + row * visits.length
+    return partial, partial + tl.load(visits.counts + 2 * row + 1), visits.tiles + row * number_of(visits.length)
 
 
 @triton.jit
@@ -275,9 +296,9 @@ def allowed(window, modifiers, i_batch, i_head, o_query, o_key, diagonal, seqlen
     """What the mask allows; `o_query` and `o_key` broadcast to the tile, either way round."""
     m_tile = (o_key < seqlen_k) & (o_query < seqlen_q)
     if window.right is not None:
-        m_tile &= o_key <= o_query + diagonal + window.right
+        m_tile &= o_key <= o_query + diagonal + number_of(window.right)
     if window.left is not None:
-        m_tile &= o_key >= o_query + diagonal - window.left
+        m_tile &= o_key >= o_query + diagonal - number_of(window.left)
     if MASK is not None:
         m_tile &= MASK(i_batch, i_head, o_query, o_key, seqlen_k - seqlen_q, modifiers.mask)
     return m_tile

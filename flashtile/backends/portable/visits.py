@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashtile import mask_nodes
-from flashtile.backends.portable.sweep import Visits
+from flashtile.backends.portable.sweep import Visits, odd
 from flashtile.problem import Inputs, Problem
 from flashtile.spans import FULL, PARTIAL, Tiling
 from flashtile.tuning.portable import Tiles
@@ -50,4 +50,5 @@ def _make(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Visits:
     listed = order.sort(dim=-1, stable=True).indices.to(torch.int32).contiguous()
     counts = torch.stack(((state == PARTIAL).sum(-1), (state == FULL).sum(-1)), dim=-1).to(torch.int32).contiguous()
     batch, heads, rows, columns = listed.shape
-    return Visits(counts, listed, columns, heads * rows if batch > 1 else 0, rows if heads > 1 else 0)
+    steps = (columns, heads * rows if batch > 1 else 0, rows if heads > 1 else 0)
+    return Visits(counts, listed, *map(odd, steps))

@@ -13,6 +13,11 @@ def unavailable() -> str | None:
     return None
 
 
+def builds() -> int:
+    """PyTorch's operations are compiled already."""
+    return 0
+
+
 KERNELS = (
     Kernel("aten_flash", native.refuses, sweep.configure, *packed.over_sequences(native.forward, native.backward)),
     Kernel("tiled", sweep.refuses, sweep.configure, *packed.over_sequences(sweep.forward, sweep.backward)),

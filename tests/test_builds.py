@@ -1,0 +1,108 @@
+"""One kernel serves all lengths: what Triton would compile anew for, counted without a GPU."""
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from flashtile.autograd import _asked, _wanted
+from flashtile.backends.portable import launch
+from flashtile.problem import describe
+from flashtile.request import Arguments, Packing, build
+from flashtile.tuning.portable import portable_config
+
+LENGTHS = (1, 2, 15, 16, 17, 48, 100, 256, 1000)
+
+
+@functools.cache
+def _binder(kernel: Any) -> Any:
+    """Triton's own function from arguments to what it specialises on."""
+    return create_function_from_signature(
+        inspect.signature(kernel.fn), kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+    )
+
+
+class Counter:
+    """A machine that launches nothing and notes what each kernel would be compiled for."""
+
+    def __init__(self) -> None:
+        self.found: defaultdict[str, set[str]] = defaultdict(set)
+
+    def launch(
+        self, kernel: Any, programs: int, tiles: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        given = {name: value for name, value in options.items() if name != "enable_fp_fusion"}
+        _, specialization, _ = _binder(kernel)(*arguments, **given)
+        self.found[kernel.fn.__name__].add(str(specialization))
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None, **given: Any) -> None:
+        """One forward and one backward pass."""
+        usual = dict.fromkeys(Arguments.__dataclass_fields__)
+        usual |= {"causal": False, "dropout_p": 0.0, "alignment": "bottom_right", "return_lse": False}
+        inputs, options = build(q, k, v, Arguments(**{**usual, **given}), packing)  # type: ignore[arg-type]
+        machine = launch.Machine(self.launch, True)
+        problem = describe(inputs, options)
+        config = portable_config(64, 16, bool(problem.bias or problem.score_mod))
+        out, lse = launch.forward(inputs, problem, config, machine)
+        problem = describe(inputs, options, backward=True, wanted=_wanted(_asked(inputs)))
+        launch.backward(inputs, problem, config, out, lse, out, None, machine)
+
+
+def _tensors(batch: int, seqlen_q: int, seqlen_kv: int) -> Iterable[Tensor]:
+    return (torch.zeros(batch, length, 2, 64, dtype=torch.bfloat16) for length in (seqlen_q, seqlen_kv, seqlen_kv))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"dropout_p": 0.5},
+        {"mask": lambda b, h, q_idx, kv_idx: (q_idx - kv_idx) % 3 == 0},
+        {"score_mod": lambda score, b, h, q_idx, kv_idx: score * 2 + q_idx},
+        {"softcap": 3.0, "alibi_slopes": torch.ones(2)},
+    ],
+    ids=str,
+)
+def test_one_build_serves_all_lengths(options: dict[str, Any]) -> None:
+    counter = Counter()
+    for batch in (1, 2, 3):
+        for seqlen_q in LENGTHS:
+            for seqlen_kv in {seqlen_q, 64, 33}:
+                counter.call(*_tensors(batch, seqlen_q, seqlen_kv), **options)
+    assert {name: len(found) for name, found in counter.found.items()} == dict.fromkeys(counter.found, 1)
+    assert len(counter.found) == 4
+
+
+def test_one_build_serves_all_windows() -> None:
+    counter = Counter()
+    for size in (0, 1, 15, 16, 31, 512):
+        counter.call(*_tensors(1, 64, 64), window=(size, size))
+    assert {len(found) for found in counter.found.values()} == {1}
+
+
+def test_one_build_serves_all_packings() -> None:
+    counter = Counter()
+    for lengths in ((1,), (16, 16), (5, 0, 100), (64, 64, 64, 64, 1)):
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        rows = (torch.zeros(sum(lengths), 2, 64, dtype=torch.bfloat16) for _ in range(3))
+        counter.call(*rows, Packing(offsets, offsets, None, None, None, None), causal=True)
+    assert {len(found) for found in counter.found.values()} == {1}
+
+
+def test_a_bias_adds_few() -> None:
+    """Strides follow lengths, one batch entry has none: loads are wider where they are multiples of 16."""
+    counter = Counter()
+    for batch in (1, 2):
+        for seqlen in LENGTHS:
+            bias = torch.zeros(batch, 2, seqlen, seqlen, requires_grad=True)
+            counter.call(*_tensors(batch, seqlen, seqlen), bias=bias)
+    assert max(len(found) for found in counter.found.values()) <= 6
