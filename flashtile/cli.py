@@ -101,7 +101,7 @@ def _add_bench(commands: Any) -> None:
         "suites",
         nargs="*",
         metavar="suite",
-        help="dense, masks, memory, error, on a GPU also grid and functions (default: all of these), or report",
+        help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity (default: all), or report",
     )
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
     command.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes; default %(default)s")

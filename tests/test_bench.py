@@ -73,7 +73,7 @@ class TestCases:
         )
         torch.testing.assert_close(dense.transpose(1, 2), reference.attention(q, k, v, **cases.options(case)).out)
 
-    @pytest.mark.parametrize("feature", ["causal", "window", "document", "causal document"])
+    @pytest.mark.parametrize("feature", [name for name, feature in cases.FEATURES.items() if feature.rule])
     @pytest.mark.parametrize("seqlen", [96, 1500])
     def test_pairs_are_those_that_the_mask_allows(self, feature: str, seqlen: int) -> None:
         case = replace(SMALL, feature=feature, seqlen=seqlen)
@@ -82,9 +82,29 @@ class TestCases:
         assert cases.pairs(case) == int(mask.sum())
 
     def test_documents_are_several_in_order(self) -> None:
-        steps = cases.document_ids(8192).diff()
+        steps = cases.document_ids(Case("document", seqlen=8192)).diff()
         assert set(steps.unique().tolist()) == {0, 1}
         assert int(steps.sum()) >= 8
+
+    def test_packed_lengths_have_a_long_tail(self) -> None:
+        lengths = cases.lengths(Case("packed causal", seqlen=32768))
+        assert int(lengths.sum()) == 32768
+        assert int(lengths.min()) > 0
+        assert float(lengths.max()) > 3 * float(lengths.float().mean())
+
+    @pytest.mark.parametrize("name", ["flashtile", "sdpa_padded"])
+    def test_packed_peers_compute_the_same(self, name: str) -> None:
+        case = Case("packed causal", seqlen=300, heads=4, heads_kv=2, headdim=16)
+        q, k, v, _ = cases.tensors(case)
+        expected = reference.attention(q, k, v, **cases.options(case)).out
+        torch.testing.assert_close(PEERS[name].prepare(case)(q, k, v), expected.float(), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("feature", ["window", "causal document softcap"])
+    def test_functions_say_what_options_say(self, feature: str) -> None:
+        case = Case(feature, seqlen=600, heads=2, heads_kv=2, headdim=16)
+        q, k, v, _ = cases.tensors(case)
+        found = PEERS["flashtile_functions"].prepare(case)(q, k, v)
+        torch.testing.assert_close(found, PEERS["flashtile"].prepare(case)(q, k, v), rtol=1e-4, atol=1e-5)
 
     def test_flops_of_plain_attention(self) -> None:
         case = Case(seqlen=100, heads=2, heads_kv=2, headdim=8)
@@ -290,7 +310,7 @@ class TestRecords:
     def test_errors_of_every_feature_and_dtype(self, results: Path) -> None:
         rows = rows_of(results, "error")
         ours = [entry for entry in rows if entry["peer"] == "flashtile"]
-        assert len(ours) == 3 * len(cases.FEATURES)
+        assert len(ours) == 3 * sum(feature.common for feature in cases.FEATURES.values())
         assert all(entry["passed"] for entry in ours)
         refused = {entry["case"]["feature"] for entry in rows if entry["status"] == "refused"}
         assert refused == {"softcap", "sinks"}
@@ -313,6 +333,24 @@ class TestRecords:
 
 
 class TestReport:
+    def test_sparsity_and_a_gpu_s_columns(self, tmp_path: Path) -> None:
+        """Measured on the CPU, told as a GPU's: what is drawn and written, not the figures."""
+        settings = replace(TINY, effort=Effort(seconds=0.0, least=1, most=1))
+        features = ("plain", "causal", "window", "blocks 1/2")
+        rows = [
+            entry
+            for feature in features
+            for entry in suite._timed(settings.case(feature, 200, "float32"), settings, ("flashtile",), print)
+        ]
+        for entry in rows:
+            entry["case"]["device"], entry["host_us"] = "cuda", 12.0
+        record, _ = suite.run("dense", replace(settings, seqlens=(64,), peers=("flashtile",)), tmp_path / "other")
+        records.write({**record, "suite": "sparsity", "rows": rows}, tmp_path / "results")
+        page, plot = report.write(tmp_path / "results", tmp_path)
+        assert "TFLOP/s" in page.read_text()
+        assert "host time a call forward 12 µs, backward 12 µs" in page.read_text()
+        assert plot.stat().st_size > 10_000
+
     def test_writes_the_page_and_the_plots(self, results: Path, tmp_path: Path) -> None:
         written = report.write(results, tmp_path)
         page = written[0].read_text()

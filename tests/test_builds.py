@@ -70,7 +70,7 @@ def _tensors(batch: int, seqlen_q: int, seqlen_kv: int) -> Iterable[Tensor]:
         {"score_mod": lambda score, b, h, q_idx, kv_idx: score * 2 + q_idx},
         {"softcap": 3.0, "alibi_slopes": torch.ones(2)},
     ],
-    ids=str,
+    ids=("plain", "causal", "dropout", "mask_mod", "score_mod", "softcap_alibi"),
 )
 def test_one_build_serves_all_lengths(options: dict[str, Any]) -> None:
     counter = Counter()

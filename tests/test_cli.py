@@ -169,8 +169,11 @@ class TestBench:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (["speed"], "suite: got 'speed', need one of dense, masks, grid, functions, memory, error"),
-            (["--peers", "nobody"], "--peers: got 'nobody', need one of flashtile, textbook, sdpa"),
+            (
+                ["speed"],
+                "suite: got 'speed', need one of dense, masks, grid, functions, packed, sparsity, memory, error",
+            ),
+            (["--peers", "nobody"], "--peers: got 'nobody', need one of flashtile, flashtile_functions, textbook"),
             (["--heads", "8", "--heads-kv", "3"], "--heads-kv: got 3, need a divisor of 8 heads"),
             (["--device", "nowhere"], "--device: got 'nowhere'"),
             (["report", "--results", "no-such-folder"], "no-such-folder: got no record"),

@@ -5,7 +5,7 @@ a dense bool mask; `added`, a tensor that joins the scores). With `dense` False 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from flashtile import masks
 
 WINDOW = 512
 """Keys to the left that the windowed feature sees."""
+
+SOFTCAP = 5.0
 
 DOCUMENT = 700
 """Mean length of the packed documents; lengths are drawn from a fixed seed."""
@@ -68,12 +70,13 @@ class Tensors(NamedTuple):
 
 @dataclass(frozen=True)
 class Feature:
-    """How to ask for it; see the module's description."""
+    """How to ask for it; see the module's description. `common`: errors are measured of it too."""
 
     options: Callable[[Case], dict[str, Any]] = lambda case: {}
     rule: Callable[[Case, Tensor, Tensor], Tensor] | None = None
     added: Callable[[Case], Tensor] | None = None
     dense: bool = True
+    common: bool = True
 
 
 def tensors(case: Case) -> Tensors:
@@ -86,21 +89,85 @@ def tensors(case: Case) -> Tensors:
 
 
 @lru_cache(maxsize=16)
-def document_ids(seqlen: int) -> Tensor:
-    """Ids of packed documents whose lengths are drawn evenly between a fifth and nine fifths of `DOCUMENT`."""
+def document_lengths(seqlen: int) -> Tensor:
+    """Lengths of packed documents, drawn evenly between a fifth and nine fifths of `DOCUMENT`."""
     generator = torch.Generator().manual_seed(seqlen)
     mean = min(DOCUMENT, max(5, seqlen // 4))
-    lengths = torch.randint(mean // 5, mean * 9 // 5 + 1, (seqlen,), generator=generator)
-    return torch.repeat_interleave(torch.arange(seqlen), lengths)[:seqlen]
+    return _cut(torch.randint(mean // 5, mean * 9 // 5 + 1, (seqlen,), generator=generator), seqlen)
+
+
+@lru_cache(maxsize=16)
+def packed_lengths(seqlen: int) -> Tensor:
+    """Long-tailed lengths of sequences that share a batch: log-normal, the longest several times the mean."""
+    generator = torch.Generator().manual_seed(seqlen)
+    drawn = torch.exp(torch.randn(seqlen, generator=generator)) * max(1, seqlen // 32)
+    return _cut(drawn.long().clamp(min=1, max=max(1, seqlen // 4)), seqlen)
+
+
+def _cut(lengths: Tensor, seqlen: int) -> Tensor:
+    """The first of these lengths, the last one cut, so that they add up to seqlen."""
+    begins = lengths.cumsum(0) - lengths
+    kept = begins < seqlen
+    return torch.minimum(lengths[kept], seqlen - begins[kept])
+
+
+def lengths(case: Case) -> Tensor:
+    """Of the documents or sequences that the feature packs; one for all others."""
+    if "packed" in case.feature:
+        return packed_lengths(case.seqlen)
+    return document_lengths(case.seqlen) if "document" in case.feature else torch.tensor([case.seqlen])
+
+
+def document_ids(case: Case) -> Tensor:
+    """The document of each token."""
+    found = lengths(case)
+    return torch.repeat_interleave(torch.arange(len(found)), found).to(case.device)
 
 
 def _documents(case: Case) -> masks.Mask:
-    return masks.document(document_ids(case.seqlen).to(case.device))
+    return masks.document(document_ids(case))
 
 
 def _same_document(case: Case, query: Tensor, key: Tensor) -> Tensor:
-    ids = document_ids(case.seqlen).to(case.device)
+    ids = document_ids(case)
     return ids[query] == ids[key]
+
+
+def _causal_document(case: Case, query: Tensor, key: Tensor) -> Tensor:
+    return _same_document(case, query, key) & (key <= query)
+
+
+BLOCK = 128
+
+
+def block_table(case: Case) -> Tensor:
+    """bool (blocks, blocks): the diagonal, and of the others a share, such as the 1/8 in `blocks 1/8`, at random."""
+    count = -(-case.seqlen // BLOCK)
+    share = 1 / int(case.feature.partition("/")[2])
+    generator = torch.Generator().manual_seed(case.seqlen)
+    chosen = (torch.rand(count, count, generator=generator) < share) | torch.eye(count, dtype=torch.bool)
+    return chosen.to(case.device)
+
+
+def _in_blocks(case: Case, query: Tensor, key: Tensor) -> Tensor:
+    return block_table(case)[query // BLOCK, key // BLOCK]
+
+
+def _blocks(case: Case) -> dict[str, Any]:
+    return {"mask": masks.block(block_table(case)[None, None], (BLOCK, BLOCK))}
+
+
+def _reach(case: Case) -> int:
+    """Keys that a window sees to the left: `window 2048`, or the usual `window`."""
+    return int(case.feature.removeprefix("window") or WINDOW)
+
+
+def _in_window(case: Case, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) & (key >= query - _reach(case))
+
+
+def _window(case: Case) -> dict[str, Any]:
+    return {"causal": True, "window": (_reach(case), 0)}
 
 
 def slopes(case: Case) -> Tensor:
@@ -126,35 +193,53 @@ def _sinks(case: Case) -> Tensor:
 FEATURES: dict[str, Feature] = {
     "plain": Feature(),
     "causal": Feature(options=lambda case: {"causal": True}, rule=lambda case, query, key: key <= query),
-    "window": Feature(
-        options=lambda case: {"causal": True, "window": (WINDOW, 0)},
-        rule=lambda case, query, key: (key <= query) & (key >= query - WINDOW),
-    ),
+    "window": Feature(options=_window, rule=_in_window),
     "document": Feature(options=lambda case: {"mask": _documents(case)}, rule=_same_document),
-    "causal document": Feature(
-        options=lambda case: {"causal": True, "mask": _documents(case)},
-        rule=lambda case, query, key: _same_document(case, query, key) & (key <= query),
-    ),
+    "causal document": Feature(options=lambda case: {"causal": True, "mask": _documents(case)}, rule=_causal_document),
     "alibi": Feature(options=lambda case: {"alibi_slopes": slopes(case)}, added=_distances),
     "bias": Feature(options=lambda case: {"bias": _bias(case)}, added=_bias),
-    "softcap": Feature(options=lambda case: {"softcap": 5.0}, dense=False),
+    "softcap": Feature(options=lambda case: {"softcap": SOFTCAP}, dense=False),
     "sinks": Feature(options=lambda case: {"sinks": _sinks(case)}, dense=False),
+    "causal document softcap": Feature(
+        options=lambda case: {"causal": True, "mask": _documents(case), "softcap": SOFTCAP}, dense=False, common=False
+    ),
+    "packed causal": Feature(
+        options=lambda case: {"causal": True, "mask": _documents(case)}, rule=_causal_document, common=False
+    ),
+    **{f"window {size}": Feature(options=_window, rule=_in_window, common=False) for size in (1024, 2048, 4096)},
+    **{f"blocks 1/{n}": Feature(options=_blocks, rule=_in_blocks, common=False) for n in (2, 4, 8, 16)},
 }
+
+
+SPARSE = (
+    *("plain", "causal", "window 4096", "window 2048", "window 1024", "window"),
+    *("document", "causal document", "blocks 1/2", "blocks 1/4", "blocks 1/8", "blocks 1/16"),
+)
+"""Features by which a mask leaves less and less of the keys."""
 
 
 def functions(case: Case) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
     """(mask_mod, score_mod) that say the feature in FlexAttention's way."""
-    ids = document_ids(case.seqlen).to(case.device)
+    ids = document_ids(case)
     steep = slopes(case)
+
+    def same(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (ids[q_idx] == ids[kv_idx]) & (kv_idx <= q_idx)
+
+    def capped(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return SOFTCAP * torch.tanh(score / SOFTCAP)
+
     mask_mods: dict[str, Callable[..., Any]] = {
         "causal": lambda b, h, q_idx, kv_idx: kv_idx <= q_idx,
         "window": lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (kv_idx >= q_idx - WINDOW),
         "document": lambda b, h, q_idx, kv_idx: ids[q_idx] == ids[kv_idx],
-        "causal document": lambda b, h, q_idx, kv_idx: (ids[q_idx] == ids[kv_idx]) & (kv_idx <= q_idx),
+        "causal document": same,
+        "causal document softcap": same,
     }
     score_mods: dict[str, Callable[..., Any]] = {
         "alibi": lambda score, b, h, q_idx, kv_idx: score - steep[h] * (q_idx - kv_idx).abs(),
-        "softcap": lambda score, b, h, q_idx, kv_idx: 5.0 * torch.tanh(score / 5.0),
+        "softcap": capped,
+        "causal document softcap": capped,
     }
     return mask_mods.get(case.feature), score_mods.get(case.feature)
 
@@ -182,12 +267,14 @@ def added(case: Case) -> Tensor | None:
 
 def pairs(case: Case) -> int:
     """(query, key) pairs of one head that attend: what the work is proportional to."""
-    lengths = torch.bincount(document_ids(case.seqlen)) if "document" in case.feature else torch.tensor([case.seqlen])
-    if "causal" in case.feature:
-        return int((lengths * (lengths + 1) // 2).sum())
-    if case.feature == "window":
-        return int(torch.arange(1, case.seqlen + 1).clamp(max=WINDOW + 1).sum())
-    return int((lengths * lengths).sum())
+    if case.feature.startswith("window"):
+        return int(torch.arange(1, case.seqlen + 1).clamp(max=_reach(case) + 1).sum())
+    if case.feature.startswith("blocks"):
+        sizes = torch.full((-(-case.seqlen // BLOCK),), BLOCK)
+        sizes[-1] -= int(sizes.sum()) - case.seqlen
+        return int(sizes @ block_table(replace(case, device="cpu")).long() @ sizes)
+    found = lengths(case)
+    return int((found * (found + 1) // 2 if "causal" in case.feature else found * found).sum())
 
 
 def flops(case: Case, backward: bool) -> int:

@@ -10,6 +10,7 @@ The function is called once per case, outside every timing: build masks and plan
 q, k, v in the layout that it asked for, contiguous, so that each peer is given its own best layout.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,8 +121,32 @@ def _dense(case: Case) -> tuple[Tensor | None, Tensor | None]:
 
 @peer("flashtile", title="flashtile")
 def _flashtile(case: Case) -> Attend:
+    if "packed" in case.feature:
+        return _packed(case)
     options: dict[str, Any] = cases.options(case)
     return lambda q, k, v: flashtile.attention(q, k, v, **options)
+
+
+def _packed(case: Case) -> Attend:
+    """Sequences side by side, told of their lengths."""
+    lengths = cases.lengths(case)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(case.device, torch.int32)
+    options: dict[str, Any] = {"causal": "causal" in case.feature, "max_seqlen_q": int(lengths.max())}
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = flashtile.attention_varlen(q[0], k[0], v[0], offsets, offsets, **options)
+        return out[None]
+
+    return call
+
+
+@peer("flashtile_functions", title="flashtile, functions")
+def _flashtile_functions(case: Case) -> Attend:
+    """The feature as a user would write it, where `flashtile` has it built in."""
+    mask_mod, score_mod = cases.functions(case)
+    if mask_mod is None and score_mod is None:
+        raise Refused(f"{case.feature} has no function")
+    return lambda q, k, v: flashtile.attention(q, k, v, mask=mask_mod, score_mod=score_mod)
 
 
 # In a training step it keeps the weights, and makes their gradient and that of the scores: three matrices at a time.
@@ -168,6 +193,46 @@ def _sdpa_flash(case: Case) -> Attend:
 @peer("sdpa_cudnn", title="SDPA cuDNN", layout="bhsd", devices=("cuda",))
 def _sdpa_cudnn(case: Case) -> Attend:
     return _by_one_backend(case, SDPBackend.CUDNN_ATTENTION)
+
+
+@peer("sdpa_padded", title="padding and SDPA", layout="bshd", devices=("cuda",))
+def _sdpa_padded(case: Case) -> Attend:
+    """Packed sequences copied apart to the length of the longest, and back."""
+    if case.feature != "packed causal":
+        raise Refused(f"it has no {case.feature}")
+    lengths = cases.lengths(case)
+    longest = int(lengths.max())
+    # Padding comes last, and the causal flag hides it from all that counts.
+    inside = (torch.arange(longest) < lengths[:, None]).to(case.device)
+    places = inside.flatten().nonzero()[:, 0]
+
+    def padded(tensor: Tensor) -> Tensor:
+        apart = tensor.new_zeros(len(lengths) * longest, *tensor.shape[2:]).index_copy(0, places, tensor[0])
+        return apart.unflatten(0, (len(lengths), longest)).transpose(1, 2)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gqa = case.group > 1
+        out = scaled_dot_product_attention(padded(q), padded(k), padded(v), is_causal=True, enable_gqa=gqa)
+        return out.transpose(1, 2).flatten(0, 1)[places][None]
+
+    return call
+
+
+@peer("fa4", title="FlashAttention-4", devices=("cuda",))
+def _fa4(case: Case) -> Attend:
+    if case.feature not in ("plain", "causal"):
+        raise Refused(f"it has no {case.feature}")
+    try:
+        function = importlib.import_module("flash_attn.cute").flash_attn_func
+    except ImportError as error:
+        raise Refused("flash_attn.cute is not installed") from error
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = function(q, k, v, causal=case.feature == "causal")
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out
+
+    return call
 
 
 @peer("flex", title="FlexAttention", layout="bhsd", devices=("cuda",))

@@ -30,6 +30,10 @@ def row(case: Case, peer: str, status: str = "ok", reason: str = "", **figures: 
     return {"case": asdict(case), "peer": peer, "status": status, "reason": reason, **figures}
 
 
+def on_gpu(rows: list[Row]) -> bool:
+    return bool(rows) and rows[0]["case"]["device"].startswith("cuda")
+
+
 def write(record: Record, folder: Path) -> Path:
     """Writes the record to its place under `folder`."""
     path = folder / record["machine"]["slug"] / f"{record['suite']}.json"

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from flashtile.bench import plots, records, tables
+from flashtile.bench import cases, plots, records, tables
 from flashtile.bench.memory import gib
 from flashtile.bench.records import Record, Row
 
@@ -100,8 +100,28 @@ def _draw_time(record: Record, path: Path) -> Path | None:
     rows = _measured(record)
     if not rows:
         return None
+    if record["suite"] == "sparsity":
+        return _draw_sparsity(rows, path)
     seqlens = sorted({entry["case"]["seqlen"] for entry in rows})
     return _draw_lines(rows, seqlens, path) if len(seqlens) > 1 else _draw_bars(rows, path)
+
+
+def _draw_sparsity(rows: list[Row], path: Path) -> Path:
+    """Time against the share of the pairs that the mask leaves, both relative to no mask; ideal is the diagonal."""
+    drawing = plots.figure(9.2, 3.8)
+    for axes, which in zip(drawing.subplots(1, 2), ("forward", "backward"), strict=True):
+        found = {entry["case"]["feature"]: entry for entry in rows if entry["pass"] == which}
+        whole = found["plain"]
+        plots.style(axes, f"{which}, seqlen {whole['case']['seqlen']}", "time / time of no mask", "pairs / all pairs")
+        axes.plot([0.01, 1], [0.01, 1], color=plots.QUIET, linewidth=1, linestyle=":")
+        for feature, entry in found.items():
+            share = cases.pairs(records.case_of(entry)) / cases.pairs(records.case_of(whole))
+            height = entry["ms"]["median"] / whole["ms"]["median"]
+            axes.plot(share, height, "o", color=plots.color(entry["peer"]), markersize=5)
+            axes.annotate(feature, (share, height), xytext=(5, -8), textcoords="offset points", fontsize=7)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    return plots.save(drawing, path)
 
 
 def _panels(rows: list[Row]) -> tuple[list[tuple[str, str]], list[str]]:

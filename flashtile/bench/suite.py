@@ -118,14 +118,30 @@ def _grid(settings: Settings, note: Note) -> Iterator[Row]:
             for seqlen in (1024, 4096, 16384):
                 heads = HIDDEN // headdim
                 case = Case(feature, TOKENS // seqlen, seqlen, heads, heads, headdim, "bfloat16", settings.device)
-                yield from _timed(case, settings, ("sdpa_flash", "sdpa_cudnn", "flashtile"), note)
+                yield from _timed(case, settings, ("sdpa_flash", "sdpa_cudnn", "fa4", "flashtile"), note)
 
 
 @suite("functions", "Masks and score functions beside compiled FlexAttention", "time", devices=("cuda",))
 def _functions(settings: Settings, note: Note) -> Iterator[Row]:
-    for feature in ("causal", "window", "document", "causal document", "alibi", "softcap"):
+    for feature in ("causal", "window", "document", "causal document", "alibi", "softcap", "causal document softcap"):
         case = Case(feature, 2, 8192, 16, 16, 128, "bfloat16", settings.device)
-        yield from _timed(case, settings, ("flex", "flashtile"), note)
+        yield from _timed(case, settings, ("flex", "flashtile_functions", "flashtile"), note)
+
+
+@suite("packed", "Packed sequences of long-tailed lengths", "time", devices=("cuda",))
+def _packed(settings: Settings, note: Note) -> Iterator[Row]:
+    for headdim in (64, 128):
+        for seqlen in (8192, 32768):
+            heads = HIDDEN // headdim
+            case = Case("packed causal", 1, seqlen, heads, heads, headdim, "bfloat16", settings.device)
+            yield from _timed(case, settings, ("sdpa_padded", "flashtile"), note)
+
+
+@suite("sparsity", "Time against the share of the keys that a mask leaves", "time", devices=("cuda",))
+def _sparsity(settings: Settings, note: Note) -> Iterator[Row]:
+    for feature in cases.SPARSE:
+        case = Case(feature, 1, 16384, 16, 16, 128, "bfloat16", settings.device)
+        yield from _timed(case, settings, ("flashtile",), note)
 
 
 @suite("memory", "Extra memory of a call", "memory")
@@ -141,7 +157,7 @@ def _memory(settings: Settings, note: Note) -> Iterator[Row]:
 def _error(settings: Settings, note: Note) -> Iterator[Row]:
     few = replace(settings, heads=min(settings.heads, 4), heads_kv=min(settings.heads_kv, 4))
     for dtype in ("float32", "bfloat16", "float16"):
-        for feature in cases.FEATURES:
+        for feature in (name for name, found in cases.FEATURES.items() if found.common):
             case = few.case(feature, settings.error_seqlen, dtype)
             yield from _errors(case, settings, ("flashtile", "sdpa", "sdpa_math"), note)
 
@@ -191,7 +207,8 @@ def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -
         for which in timing.PASSES:
             ms = timing.summary(samples[name].of(which))
             gflops = cases.flops(case, which == "backward") / ms["median"] / 1e6
-            yield records.row(case, name, **{"pass": which}, ms=ms, gflops=gflops, gate=gates[name])
+            waits: dict[str, Any] = {"host_us": samples[name].host_us(which), "first_call_s": known[name]}
+            yield records.row(case, name, **{"pass": which}, ms=ms, gflops=gflops, gate=gates[name], **waits)
 
 
 def _gate(truth: accuracy.Truth, bound: Bound) -> tuple[str, str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Records as tables of text: one shape for the terminal and for markdown."""
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -71,6 +72,7 @@ def _time(record: Record, spread: bool) -> list[Table]:
         peers = _peers(rows)
         columns = ["attention", "seqlen", "pass", *map(title_of, peers), "best / flashtile"]
         figures = "median (20th–80th percentile)" if spread else "median"
+        figures += ", TFLOP/s" if records.on_gpu(rows) else ""
         table = Table(f"{record['title']}, {dtype}: milliseconds, {figures}", columns)
         ratios: dict[str, list[float]] = {}
         for cell in records.cells(rows):
@@ -80,8 +82,27 @@ def _time(record: Record, spread: bool) -> list[Table]:
             table.notes.append(
                 f"{which}: {mean:.2f} × the speed of the best peer, geometric mean of {len(values)} cells"
             )
+        table.notes += _waits(rows, peers)
         tables.append(table)
     return tables
+
+
+def _waits(rows: list[Row], peers: list[str]) -> list[str]:
+    """What the host does on a GPU: launching, and building kernels at first."""
+    if not records.on_gpu(rows):
+        return []
+    notes = []
+    for peer in peers:
+        own = [entry for entry in rows if entry["peer"] == peer and entry["status"] == "ok"]
+        host = {which: [e["host_us"] for e in own if e["pass"] == which] for which in ("forward", "backward")}
+        firsts = [e["first_call_s"] for e in own if e["pass"] == "forward"]
+        if firsts:
+            launches = ", ".join(f"{which} {min(found):.0f} µs" for which, found in host.items() if found)
+            notes.append(
+                f"{title_of(peer)}: host time a call {launches} (the least of all cells); first forward and backward "
+                f"pass of a cell, kernels built and result compared, {statistics.median(firsts):.1f} s (median)"
+            )
+    return notes
 
 
 def _time_row(cell: list[Row], peers: list[str], ratios: dict[str, list[float]], spread: bool) -> list[str]:
@@ -102,7 +123,8 @@ def _time_cell(entry: Row, spread: bool) -> str:
         return _excuse(entry)
     figures = entry["ms"]
     around = f" ({ms(figures['p20'])}–{ms(figures['p80'])})" if spread else ""
-    return ms(figures["median"]) + around
+    speed = f", {entry['gflops'] / 1e3:.0f}" if records.on_gpu([entry]) else ""
+    return ms(figures["median"]) + around + speed
 
 
 def _memory(record: Record, spread: bool) -> list[Table]:

@@ -31,13 +31,18 @@ class Effort:
 
 @dataclass
 class Samples:
-    """Seconds of every round of one peer."""
+    """Seconds of every round of one peer; on a GPU also those that the host took to launch it."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
+    host: dict[str, list[float]] = field(default_factory=lambda: {which: [] for which in PASSES})
 
     def of(self, which: str) -> list[float]:
         return self.forward if which == "forward" else self.backward
+
+    def host_us(self, which: str) -> float | None:
+        """Microseconds of host time a call, the shortest; None where the device is the host."""
+        return 1e6 * min(self.host[which]) if self.host[which] else None
 
 
 def summary(samples: list[float]) -> dict[str, Any]:
@@ -91,18 +96,20 @@ def _one_round_on_gpu(bound: Bound, samples: Samples) -> float:
     """The same by the GPU's clock; each figure is the mean of `REPEATS` calls in a row."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def seconds(call: Callable[[], Any]) -> float:
+    def seconds(which: str, call: Callable[[], Any]) -> float:
         torch.cuda.synchronize()
         begin.record()
+        start = time.perf_counter()
         for _ in range(REPEATS):
             call()
+        samples.host[which].append((time.perf_counter() - start) / REPEATS)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / REPEATS
 
     out = bound.forward()
-    samples.forward.append(seconds(bound.forward))
-    samples.backward.append(seconds(lambda: bound.backward(out, keep=True)))
+    samples.forward.append(seconds("forward", bound.forward))
+    samples.backward.append(seconds("backward", lambda: bound.backward(out, keep=True)))
     return (samples.forward[-1] + samples.backward[-1]) * REPEATS
 
 
