@@ -1,6 +1,7 @@
 """A call in the kernels' words: tensors as tuples of pointer and strides, the mask as a window or lists of tiles."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile.backends.portable.sweep import Dropout, Grid, Modifiers, Packing, Rows, Size, Stats, Window, odd
+from flashtile.backends.portable.sweep import Dropout, Grid, Modifiers, Packing, Rows, Rules, Size, Stats, Window, odd
 from flashtile.problem import Inputs, Problem
 from flashtile.tuning.portable import Tiles
 
@@ -161,8 +162,14 @@ def size_of(problem: Problem, heads: int, tiles: int) -> Size:
     return Size(*map(odd, (*lengths, heads, tiles)))
 
 
-def modifiers_of(inputs: Inputs, problem: Problem, score: Any, totals: Any, mask: Any) -> Modifiers:
+def rules_of(inputs: Inputs, problem: Problem, score: Any, totals: Any, mask: Any) -> Rules:
     """`score`, `totals` and `mask`: arguments of the functions that the kernel calls, or None."""
+    factor = math.log2(math.e) * (1.0 if modified(problem) else problem.scale)
+    modifiers = _modifiers(inputs, problem, score, totals, mask)
+    return Rules(region(problem.mask).window, modifiers, _dropout(inputs, problem), factor, problem.scale)
+
+
+def _modifiers(inputs: Inputs, problem: Problem, *functions: Any) -> Modifiers:
     bias = inputs.bias
     strides: list[Any] = [None, None, None, None]
     if bias is not None:
@@ -173,11 +180,10 @@ def modifiers_of(inputs: Inputs, problem: Problem, score: Any, totals: Any, mask
     if slopes is not None:
         slopes = slopes.contiguous()
         slopes_batch = slopes.stride(0) if slopes.ndim == 2 and len(slopes) > 1 else 0
-    functions = (score, totals, mask)
     return Modifiers(*(problem.softcap or None, bias, *strides, slopes, slopes_batch, *functions))
 
 
-def dropout_of(inputs: Inputs, problem: Problem) -> Dropout | None:
+def _dropout(inputs: Inputs, problem: Problem) -> Dropout | None:
     if inputs.seed is None or not problem.dropout_p:
         return None
     return Dropout(inputs.seed, round(problem.dropout_p * 2**32), 1 / (1 - problem.dropout_p))

@@ -5,17 +5,20 @@ import triton.language as tl
 
 from flashtile.backends.portable.sweep import (
     allowed,
+    diagonal_of,
     kept,
     key_range,
     key_span,
-    load_rows,
+    load_queries,
     load_tile,
     locate,
+    masked_in,
     modify,
-    open_tiles,
+    open_keys,
     stats_pointers,
+    steps_of,
     store_rows,
-    visited,
+    tile_at,
 )
 
 
@@ -37,70 +40,32 @@ def online_softmax(b_out, b_max, b_sum, b_scores, factor, EXACT: tl.constexpr):
 
 @triton.jit
 def forward_sweep(
-    b_out,
-    b_max,
-    b_sum,
-    b_q,
-    k,
-    v,
-    k_tiles,
-    v_tiles,
-    window,
-    modifiers,
-    dropout,
-    i_batch,
-    i_head,
-    o_query,
-    begin_key,
-    end_key,
-    seqlen_q,
-    seqlen_k,
-    factor,
-    scale,
-    p_list,
-    begin,
-    end,
-    full_begin,
-    full_end,
-    META: tl.constexpr,
-    SCORE: tl.constexpr,
-    MASK: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Key tiles [begin, end), of the list at `p_list` if there is one.
-
-    MASKED: the mask is evaluated "always", "never", or at the "edges": outside of [full_begin, full_end).
-    """
+    b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
+    META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The key tiles that `steps` names. MASKED: the mask is evaluated "always", "never", or at the "edges"."""
     TILE: tl.constexpr = META.tile_kv
     o_rows = o_query[:, None]
-    for i_step in tl.range(begin, end):
-        i_tile = i_step
-        if p_list is not None:
-            i_tile = tl.load(p_list + i_step)
+    for i_step in tl.range(steps.begin, steps.end):
+        i_tile = tile_at(steps, i_step, META.masked == "lists")
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
-        b_k = load_tile(k_tiles, k, i_tile, begin_key, end_key, META.headdim, TILE, META.block_d, META.tma)
-        b_v = load_tile(v_tiles, v, i_tile, begin_key, end_key, META.headdim_v, TILE, META.block_dv, META.tma)
+        b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
+        b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
         if META.modified:
-            shift = 0 if META.alibi_top_left else seqlen_k - seqlen_q
-            b_scores, _, _ = modify(
-                b_scores * scale, modifiers, i_batch, i_head, o_rows, o_columns, shift, seqlen_q, seqlen_k, SCORE
-            )
-        diagonal = 0 if META.window_top_left else seqlen_k - seqlen_q
+            b_scores, _, _ = modify(b_scores * rules.scale, place, rules, o_rows, o_columns, META, SCORE)
         if MASKED == "edges":
-            if (i_step < full_begin) | (i_step >= full_end):
-                m_tile = allowed(
-                    window, modifiers, i_batch, i_head, o_rows, o_columns, diagonal, seqlen_q, seqlen_k, MASK
-                )
+            if (i_step < steps.full_begin) | (i_step >= steps.full_end):
+                m_tile = allowed(place, rules, o_rows, o_columns, META, MASK)
                 b_scores = tl.where(m_tile, b_scores, -float("inf"))
         if MASKED == "always":
-            m_tile = allowed(window, modifiers, i_batch, i_head, o_rows, o_columns, diagonal, seqlen_q, seqlen_k, MASK)
+            m_tile = allowed(place, rules, o_rows, o_columns, META, MASK)
             b_scores = tl.where(m_tile, b_scores, -float("inf"))
             # A weight of 0 does not stop NaN: what no row sees must not be in the product.
             b_v = tl.where(tl.max(m_tile.to(tl.int32), 0)[:, None] > 0, b_v, 0.0)
-        b_out, b_max, b_sum, b_weights = online_softmax(b_out, b_max, b_sum, b_scores, factor, META.modified)
-        if dropout is not None:
-            b_weights = tl.where(kept(dropout, i_batch, i_head, o_query, i_tile * TILE, TILE), b_weights, 0.0)
+        b_out, b_max, b_sum, b_weights = online_softmax(b_out, b_max, b_sum, b_scores, rules.factor, META.modified)
+        if rules.dropout is not None:
+            b_weights = tl.where(kept(rules.dropout, place, o_query, i_tile * TILE, TILE), b_weights, 0.0)
         b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out, input_precision=META.precision)
     return b_out, b_max, b_sum
 
@@ -119,120 +84,44 @@ def before_any_key(sinks, i_head, unit, TILE: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    packing,
-    size,
-    window,
-    visits,
-    modifiers,
-    dropout,
-    sinks,
-    factor,
-    scale,
-    META: tl.constexpr,
-    SCORE: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """One program a query tile and head. `factor` takes scores to base 2; `scale` is used where scores are modified."""
+    q, k, v, out, lse, packing, size, rules, visits, sinks,
+    META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """One program a query tile and head."""
     TILE: tl.constexpr = META.tile_q
-    BLOCK_DV: tl.constexpr = META.block_dv
-    i_batch, i_head, i_tile, first_q, first_k, seqlen_q, seqlen_k = locate(packing, size, META.reversed)
-    o_query = i_tile * TILE + tl.arange(0, TILE)
-    b_q = load_rows(q, i_batch, i_head, first_q, o_query, 0, seqlen_q, META.headdim, META.block_d)
-    b_out = tl.zeros([TILE, BLOCK_DV], tl.float32)
-    unit = 1.0 if META.modified else scale  # the maximum is kept as scores, or as dot products that nothing modifies
-    b_max, b_sum = before_any_key(sinks, i_head, unit, TILE)
+    LISTS: tl.constexpr = META.masked == "lists"
+    place = locate(packing, size, META.reversed)
+    first_row = place.tile * TILE
+    o_query = first_row + tl.arange(0, TILE)
+    b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
+    b_out = tl.zeros([TILE, META.block_dv], tl.float32)
+    unit = (
+        1.0 if META.modified else rules.scale
+    )  # the maximum is kept as scores, or as dot products if nothing modifies
+    b_max, b_sum = before_any_key(sinks, place.head, unit, TILE)
 
-    diagonal = 0 if META.window_top_left else seqlen_k - seqlen_q
-    first_row = i_tile * TILE
-    last_row = tl.minimum(first_row + TILE, seqlen_q) - 1
-    begin_key, end_key = key_range(window, diagonal, first_row, last_row, seqlen_k)
-    i_head_kv = i_head // META.group
-    k_tiles = open_tiles(
-        k, i_batch, i_head_kv, first_k, begin_key, end_key, META.headdim, META.tile_kv, META.block_d, META.tma
+    diagonal = diagonal_of(place, META.window_top_left)
+    last_row = tl.minimum(first_row + TILE, place.seqlen_q) - 1
+    begin_key, end_key = key_range(rules.window, diagonal, first_row, last_row, place.seqlen_k)
+    keys, values = open_keys(k, v, place, begin_key, end_key, META)
+    begin, full_begin, full_end, end = key_span(
+        rules.window, diagonal, first_row, last_row, place.seqlen_k, META.tile_kv
     )
-    v_tiles = open_tiles(
-        v, i_batch, i_head_kv, first_k, begin_key, end_key, META.headdim_v, META.tile_kv, META.block_dv, META.tma
-    )
-    begin, full_begin, full_end, end = key_span(window, diagonal, first_row, last_row, seqlen_k, META.tile_kv)
-    p_list = None
-    if META.masked == "lists":
-        end, every, p_list = visited(visits, i_batch, i_head, i_tile)
-        begin = 0
-    b_out, b_max, b_sum = forward_sweep(
-        b_out,
-        b_max,
-        b_sum,
-        b_q,
-        k,
-        v,
-        k_tiles,
-        v_tiles,
-        window,
-        modifiers,
-        dropout,
-        i_batch,
-        i_head,
-        o_query,
-        begin_key,
-        end_key,
-        seqlen_q,
-        seqlen_k,
-        factor,
-        scale,
-        p_list,
-        begin,
-        end,
-        full_begin,
-        full_end,
-        META,
-        SCORE,
-        MASK,
-        "edges" if META.masked == "edges" else "always",
-    )
-    if META.masked == "lists":
+    for PHASE in tl.static_range(2 if LISTS else 1):
+        steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
         b_out, b_max, b_sum = forward_sweep(
-            b_out,
-            b_max,
-            b_sum,
-            b_q,
-            k,
-            v,
-            k_tiles,
-            v_tiles,
-            window,
-            modifiers,
-            dropout,
-            i_batch,
-            i_head,
-            o_query,
-            begin_key,
-            end_key,
-            seqlen_q,
-            seqlen_k,
-            factor,
-            scale,
-            p_list,
-            end,
-            every,
-            full_begin,
-            full_end,
-            META,
-            SCORE,
-            MASK,
-            "never",
-        )
+            b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
+            META, SCORE, MASK, masked_in(META.masked, PHASE),
+        )  # fmt: skip
 
     # The sum is 0 where a row saw no key: out 0, lse -inf. NaN is not 0 and stays.
     m_empty = b_sum == 0.0
     b_base = tl.where(b_max == -float("inf"), 0.0, b_max)
     b_lse = tl.where(m_empty, -float("inf"), b_base * unit + tl.log(b_sum))
     b_out = b_out / tl.where(m_empty, 1.0, b_sum)[:, None]
-    if dropout is not None:
-        b_out *= dropout.factor
-    store_rows(out, i_batch, i_head, first_q, o_query, seqlen_q, b_out, META.headdim_v, META.block_dv)
-    tl.store(stats_pointers(lse, i_batch, i_head, first_q, o_query), b_lse, mask=o_query < seqlen_q)
+    if rules.dropout is not None:
+        b_out *= rules.dropout.factor
+    store_rows(
+        out, place.batch, place.head, place.first_q, o_query, place.seqlen_q, b_out, META.headdim_v, META.block_dv
+    )
+    tl.store(stats_pointers(lse, place, o_query), b_lse, mask=o_query < place.seqlen_q)

@@ -1,6 +1,5 @@
 """Launches: what a forward and a backward pass run, on which grid, into which memory."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,23 +14,21 @@ from flashtile.backends import Gradients
 from flashtile.backends.portable import visits
 from flashtile.backends.portable.arguments import (
     Bounds,
-    Region,
     bounds_of,
     by_copy_engine,
-    dropout_of,
     grid_of,
     meta_of,
     modified,
-    modifiers_of,
     packing_of,
     region,
     rows_of,
+    rules_of,
     size_of,
     stats_of,
 )
 from flashtile.backends.portable.backward import bias_kernel, delta_kernel, key_kernel, query_kernel
 from flashtile.backends.portable.forward import forward_kernel
-from flashtile.backends.portable.sweep import Dropout, Modifiers
+from flashtile.backends.portable.sweep import Rules
 from flashtile.problem import Inputs, Problem
 from flashtile.scores import four_dimensions, zero_grads
 from flashtile.tuning.portable import PortableConfig, Tiles, smaller
@@ -68,11 +65,9 @@ class Call:
     machine: Machine
     inputs: Inputs
     problem: Problem
-    place: Region
     listed: bool
     bounds: Bounds | None
-    modifiers: Modifiers
-    dropout: Dropout | None
+    rules: Rules
     functions: dict[str, Any]
 
     @classmethod
@@ -80,11 +75,11 @@ class Call:
         cls, machine: Machine, inputs: Inputs, problem: Problem, totals: Sequence[Tensor | None] | None = None
     ) -> "Call":
         """`totals`: where gradients of captured tensors go; None: this is a forward pass."""
-        place = region(problem.mask)
+        rest = region(problem.mask).rest
         key = problem.score_mod
         score = lower.score_hook(key, inputs.score) if key else None
         derivative = lower.derivative_hook(key, totals) if key and totals is not None else None
-        mask = lower.mask_hook(place.rest, inputs.mask) if place.rest else None
+        mask = lower.mask_hook(rest, inputs.mask) if rest else None
         functions = {"SCORE": score and score.function, "MASK": mask and mask.function}
         if totals is not None:
             functions["DERIVATIVE"] = derivative and derivative.function
@@ -93,20 +88,11 @@ class Call:
             machine,
             inputs,
             problem,
-            place,
-            bool(place.rest) and visits.possible(inputs, problem),
+            bool(rest) and visits.possible(inputs, problem),
             bounds_of(inputs),
-            modifiers_of(inputs, problem, *arguments),
-            dropout_of(inputs, problem),
+            rules_of(inputs, problem, *arguments),
             functions,
         )
-
-    def scales(self) -> dict[str, float]:
-        """`scale` takes dot products to scores; `factor` scores, or dot products that nothing modifies, to base 2."""
-        return {
-            "factor": math.log2(math.e) * (1.0 if modified(self.problem) else self.problem.scale),
-            "scale": self.problem.scale,
-        }
 
     def launch(self, kernel: Any, tiles: Tiles, tensors: Sequence[Any], keys: bool = False, **more: Any) -> None:
         """One program a tile and head: of queries, or with `keys` of keys."""
@@ -124,11 +110,8 @@ class Call:
                 *tensors,
                 packing,
                 size_of(problem, heads, count),
-                self.place.window,
+                self.rules,
                 visits.of(inputs, problem, tiles, keys) if self.listed else None,
-                self.modifiers,
-                self.dropout,
-                **self.scales(),
                 **self.functions,
                 **more,
                 META=meta_of(problem, tiles, self.listed, keys, tma),
@@ -282,10 +265,7 @@ def _bias_gradient(call: Call, tiles: Tiles, saved: tuple[Any, ...], total: Tens
             grid_of(partial),
             packing,
             size_of(problem, partial.shape[1], count),
-            call.place.window,
-            call.modifiers,
-            call.dropout,
-            **call.scales(),
+            call.rules,
             heads=problem.heads // partial.shape[1],
             batches=problem.batch // partial.shape[0],
             tiles_q=tiles_q,

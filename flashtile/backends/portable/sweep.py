@@ -112,6 +112,50 @@ class Dropout(NamedTuple):
     factor: Any
 
 
+class Rules(NamedTuple):
+    """What happens to scores. `factor` takes scores (or dot products that nothing modifies) to base 2, `scale` dot
+    products to scores."""
+
+    window: Any
+    modifiers: Any
+    dropout: Any
+    factor: Any
+    scale: Any
+
+
+class Place(NamedTuple):
+    """What a program works on: a tile of a head of a batch entry or packed sequence, and where that lies."""
+
+    batch: Any
+    head: Any
+    tile: Any
+    first_q: Any
+    first_k: Any
+    seqlen_q: Any
+    seqlen_k: Any
+
+
+class Source(NamedTuple):
+    """What a sweep reads tile by tile: rows [begin, end) of one head; `tiles`: a descriptor for the copy engine, or a
+    pointer to row 0."""
+
+    rows: Any
+    tiles: Any
+    begin: Any
+    end: Any
+
+
+class Steps(NamedTuple):
+    """The tiles [begin, end) of a sweep, by number, or by their place in the list at `tiles`; [full_begin, full_end)
+    need no mask at the edges."""
+
+    tiles: Any
+    begin: Any
+    end: Any
+    full_begin: Any
+    full_end: Any
+
+
 def odd(number: int) -> int:
     """An integer that Triton tells apart from no other (see above); at least 0. `number_of` undoes it in a kernel."""
     return 2 * number + 3
@@ -148,10 +192,7 @@ def program_of(size):
 
 @triton.jit
 def locate(packing, size, REVERSED: tl.constexpr):
-    """(batch entry, head, tile, first query, first key, seqlen_q, seqlen_k) of this program.
-
-    REVERSED: later tiles have more to do (causal masks), so they start first.
-    """
+    """The `Place` of this program. REVERSED: later tiles have more to do (causal masks), so they start first."""
     i_batch, i_head, i_tile = program_of(size)
     if REVERSED:
         i_tile = number_of(size.tiles) - 1 - i_tile
@@ -160,7 +201,19 @@ def locate(packing, size, REVERSED: tl.constexpr):
         i_batch = tl.load(entry)
         i_tile = tl.load(entry + 1)
     first_q, first_k, seqlen_q, seqlen_k = lengths_of(packing, size, i_batch)
-    return i_batch, i_head, i_tile, first_q, first_k, seqlen_q, seqlen_k
+    return Place(i_batch, i_head, i_tile, first_q, first_k, seqlen_q, seqlen_k)
+
+
+@triton.jit
+def with_head(place, i_head):
+    """The same tile of another head."""
+    return Place(place.batch, i_head, place.tile, place.first_q, place.first_k, place.seqlen_q, place.seqlen_k)
+
+
+@triton.jit
+def diagonal_of(place, TOP_LEFT: tl.constexpr):
+    """The key position of query 0's diagonal."""
+    return 0 if TOP_LEFT else place.seqlen_k - place.seqlen_q
 
 
 @triton.jit
@@ -178,42 +231,48 @@ def load_rows(rows, i_batch, i_head, first, o_rows, begin, end, DIM: tl.constexp
 
 
 @triton.jit
-def open_tiles(
-    rows,
-    i_batch,
-    i_head,
-    first,
-    begin,
-    end,
-    DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """What `load_tile` reads rows [begin, end) of one head from: a descriptor for the copy engine, or a pointer."""
+def load_queries(rows, place, o_query, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    return load_rows(rows, place.batch, place.head, place.first_q, o_query, 0, place.seqlen_q, DIM, BLOCK)
+
+
+@triton.jit
+def open_tiles(rows, i_batch, i_head, first, begin, end, DIM: tl.constexpr, SHAPE: tl.constexpr, TMA: tl.constexpr):
+    """The `Source` of rows [begin, end) of one head. SHAPE: rows and columns of a tile."""
     base = rows.pointer + i_batch.to(tl.int64) * rows.batch + i_head.to(tl.int64) * rows.head
     tiles = base + first.to(tl.int64) * rows.row
     if TMA:
         tiles += begin.to(tl.int64) * rows.row
         length = tl.maximum(end - begin, 0)
-        tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
-    return tiles
+        tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], SHAPE)
+    return Source(rows, tiles, begin, end)
 
 
 @triton.jit
-def load_tile(
-    tiles, rows, i_tile, begin, end, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
-):
+def open_keys(keys, values, place, begin, end, META: tl.constexpr):
+    """The `Source`s of keys and values."""
+    i_head = place.head // META.group
+    k = open_tiles(
+        keys, place.batch, i_head, place.first_k, begin, end, META.headdim, [META.tile_kv, META.block_d], META.tma
+    )
+    v = open_tiles(
+        values, place.batch, i_head, place.first_k, begin, end, META.headdim_v, [META.tile_kv, META.block_dv], META.tma
+    )
+    return k, v
+
+
+@triton.jit
+def load_tile(source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
     """Rows of tile `i_tile`, with zeros outside of [begin, end) and beyond DIM columns."""
     first_row = i_tile * TILE
     if TMA:
         # The descriptor begins at `begin`: rows before it have negative coordinates and come as zeros.
-        b_rows = tiles.load([first_row - begin, 0])
+        b_rows = source.tiles.load([first_row - source.begin, 0])
     else:
         o_rows = tl.arange(0, TILE)
         o_columns = tl.arange(0, BLOCK)[None, :]
-        pointers = tiles + first_row.to(tl.int64) * rows.row + o_rows[:, None] * rows.row + o_columns
-        m_tile = ((first_row + o_rows >= begin) & (first_row + o_rows < end))[:, None]
+        stride = source.rows.row
+        pointers = source.tiles + first_row.to(tl.int64) * stride + o_rows[:, None] * stride + o_columns
+        m_tile = ((first_row + o_rows >= source.begin) & (first_row + o_rows < source.end))[:, None]
         if DIM != BLOCK:
             m_tile &= o_columns < DIM
         b_rows = tl.load(pointers, mask=m_tile, other=0.0)
@@ -228,9 +287,9 @@ def store_rows(rows, i_batch, i_head, first, o_rows, end, b_rows, DIM: tl.conste
 
 
 @triton.jit
-def stats_pointers(stats, i_batch, i_head, first, o_rows):
-    row = i_batch.to(tl.int64) * number_of(stats.batch) + i_head.to(tl.int64) * number_of(stats.head) + first
-    return stats.pointer + row + o_rows
+def stats_pointers(stats, place, o_query):
+    row = place.batch.to(tl.int64) * number_of(stats.batch) + place.head.to(tl.int64) * number_of(stats.head)
+    return stats.pointer + row + place.first_q + o_query
 
 
 @triton.jit
@@ -284,64 +343,90 @@ def query_span(window, diagonal, first_key, last_key, seqlen_q, TILE: tl.constex
 
 
 @triton.jit
-def visited(visits, i_batch, i_head, i_tile):
+def visited(visits, place):
     """(how many tiles need the mask, how many tiles in all, where their list begins)."""
-    row = i_batch.to(tl.int64) * number_of(visits.batch) + i_head.to(tl.int64) * number_of(visits.head) + i_tile
+    row = place.batch.to(tl.int64) * number_of(visits.batch) + place.head.to(tl.int64) * number_of(visits.head)
+    row += place.tile
     partial = tl.load(visits.counts + 2 * row)
     return partial, partial + tl.load(visits.counts + 2 * row + 1), visits.tiles + row * number_of(visits.length)
 
 
 @triton.jit
-def allowed(window, modifiers, i_batch, i_head, o_query, o_key, diagonal, seqlen_q, seqlen_k, MASK: tl.constexpr):
+def steps_of(visits, place, begin, full_begin, full_end, end, LISTS: tl.constexpr, PHASE: tl.constexpr):
+    """What a sweep walks. With LISTS that is, in PHASE 0, the tiles that need the mask, and in PHASE 1 the others."""
+    tiles = begin
+    if LISTS:
+        partial, every, tiles = visited(visits, place)
+        begin = 0 if PHASE == 0 else partial
+        end = partial if PHASE == 0 else every
+    return Steps(tiles, begin, end, full_begin, full_end)
+
+
+@triton.constexpr_function
+def masked_in(masked, phase):
+    """Where a sweep evaluates the mask, by `Meta.masked`: of lists, those of phase 1 need none."""
+    return masked if masked != "lists" else "always" if phase == 0 else "never"
+
+
+@triton.jit
+def tile_at(steps, i_step, LISTS: tl.constexpr):
+    return tl.load(steps.tiles + i_step) if LISTS else i_step
+
+
+@triton.jit
+def allowed(place, rules, o_query, o_key, META: tl.constexpr, MASK: tl.constexpr):
     """What the mask allows; `o_query` and `o_key` broadcast to the tile, either way round."""
-    m_tile = (o_key < seqlen_k) & (o_query < seqlen_q)
-    if window.right is not None:
-        m_tile &= o_key <= o_query + diagonal + number_of(window.right)
-    if window.left is not None:
-        m_tile &= o_key >= o_query + diagonal - number_of(window.left)
+    m_tile = (o_key < place.seqlen_k) & (o_query < place.seqlen_q)
+    diagonal = diagonal_of(place, META.window_top_left)
+    if rules.window.right is not None:
+        m_tile &= o_key <= o_query + diagonal + number_of(rules.window.right)
+    if rules.window.left is not None:
+        m_tile &= o_key >= o_query + diagonal - number_of(rules.window.left)
     if MASK is not None:
-        m_tile &= MASK(i_batch, i_head, o_query, o_key, seqlen_k - seqlen_q, modifiers.mask)
+        shift = place.seqlen_k - place.seqlen_q
+        m_tile &= MASK(place.batch, place.head, o_query, o_key, shift, rules.modifiers.mask)
     return m_tile
 
 
 @triton.jit
-def bias_pointers(modifiers, i_batch, i_head, o_query, o_key):
-    base = i_batch.to(tl.int64) * modifiers.bias_batch + i_head.to(tl.int64) * modifiers.bias_head
+def bias_pointers(modifiers, place, o_query, o_key):
+    base = place.batch.to(tl.int64) * modifiers.bias_batch + place.head.to(tl.int64) * modifiers.bias_head
     tile = o_query.to(tl.int64) * modifiers.bias_query + o_key.to(tl.int64) * modifiers.bias_key
     return modifiers.bias + base + tile
 
 
 @triton.jit
-def alibi_distance(o_query, o_key, shift):
-    return tl.abs(o_query + shift - o_key).to(tl.float32)
+def alibi_distance(place, o_query, o_key, META: tl.constexpr):
+    return tl.abs(o_query + diagonal_of(place, META.alibi_top_left) - o_key).to(tl.float32)
 
 
 @triton.jit
-def modify(b_scores, modifiers, i_batch, i_head, o_query, o_key, shift, seqlen_q, seqlen_k, SCORE: tl.constexpr):
+def modify(b_scores, place, rules, o_query, o_key, META: tl.constexpr, SCORE: tl.constexpr):
     """(modified scores, scores between softcap and the rest, scores before SCORE), natural base."""
+    modifiers = rules.modifiers
     if modifiers.softcap is not None:
         b_scores = modifiers.softcap * tanh(b_scores / modifiers.softcap)
     b_capped = b_scores
     if modifiers.bias is not None:
-        m_tile = (o_query < seqlen_q) & (o_key < seqlen_k)
-        pointers = bias_pointers(modifiers, i_batch, i_head, o_query, o_key)
+        m_tile = (o_query < place.seqlen_q) & (o_key < place.seqlen_k)
+        pointers = bias_pointers(modifiers, place, o_query, o_key)
         b_scores += tl.load(pointers, mask=m_tile, other=0.0).to(tl.float32)
     if modifiers.slopes is not None:
-        slope = tl.load(modifiers.slopes + i_batch * modifiers.slopes_batch + i_head).to(tl.float32)
-        b_scores -= slope * alibi_distance(o_query, o_key, shift)
+        slope = tl.load(modifiers.slopes + place.batch * modifiers.slopes_batch + place.head).to(tl.float32)
+        b_scores -= slope * alibi_distance(place, o_query, o_key, META)
     b_plain = b_scores
     if SCORE is not None:
-        b_scores = SCORE(b_scores, i_batch, i_head, o_query, o_key, modifiers.score)
+        b_scores = SCORE(b_scores, place.batch, place.head, o_query, o_key, modifiers.score)
     return b_scores, b_capped, b_plain
 
 
 @triton.jit
-def kept(dropout, i_batch, i_head, o_query, first_key, TILE: tl.constexpr):
+def kept(dropout, place, o_query, first_key, TILE: tl.constexpr):
     """Which entries dropout keeps, (queries, TILE keys): four keys share one counter (see `flashtile.dropout`)."""
     seed = tl.load(dropout.seed)
     o_groups = first_key // 4 + tl.arange(0, TILE // 4)
     zeros = tl.zeros_like(o_query[:, None] + o_groups[None, :])
     c0, c1 = zeros + o_groups[None, :], zeros + o_query[:, None]
-    r0, r1, r2, r3 = tl.philox(seed, c0, c1, zeros + i_head, zeros + i_batch, 7)
+    r0, r1, r2, r3 = tl.philox(seed, c0, c1, zeros + place.head, zeros + place.batch, 7)
     lanes = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(o_query.shape[0], TILE)
     return lanes >= dropout.threshold.to(tl.uint32)
