@@ -1,5 +1,6 @@
 """What all tests share: one thread, fixed seeds, hypothesis without timing or chance, and small tiles on request."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -11,7 +12,10 @@ from flashtile import plan
 from flashtile.tuning import cpu
 
 # Triton decides once per process whether it interprets kernels; those tests run by themselves (see the Makefile).
-collect_ignore_glob = ["test_*.py", "gpu/*"] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = ["test_*.py", "gpu/*", "emulated/*"] if interpreted else ["interpreted/*"]
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob.append("emulated/*")
 
 settings.register_profile(
     "repeatable",

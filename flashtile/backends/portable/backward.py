@@ -163,13 +163,14 @@ def query_kernel(
     """dQ, and each query's part of its slope's gradient; gradients of captured tensors are added on the way."""
     TILE: tl.constexpr = META.tile_q
     LISTS: tl.constexpr = META.masked == "lists"
+    BLOCK_D: tl.constexpr = META.block_d
     place = locate(packing, size, META.reversed)
     first_row = place.tile * TILE
     o_query = first_row + tl.arange(0, TILE)
     b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
     b_grad_out = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv).to(b_q.dtype)
     b_lse, b_delta = load_stats(lse, delta, place, o_query)
-    b_dq = tl.zeros([TILE, META.block_d], tl.float32)
+    b_dq = tl.zeros([TILE, BLOCK_D], tl.float32)
     b_slope = tl.zeros([TILE], tl.float32)
 
     diagonal = diagonal_of(place, META.window_top_left)
@@ -225,12 +226,20 @@ def key_sweep(
 def open_queries(q, grad_out, place, begin, end, META: tl.constexpr):
     """The `Source`s of queries and of their outputs' gradients."""
     queries = open_tiles(
-        q, place.batch, place.head, place.first_q, begin, end, META.headdim, [META.tile_q, META.block_d], META.tma
+        q, place.batch, place.head, place.first_q, begin, end, META.headdim, META.tile_q, META.block_d, META.tma
     )
     grads = open_tiles(
-        grad_out, place.batch, place.head, place.first_q, begin, end, META.headdim_v, [META.tile_q, META.block_dv],
+        grad_out,
+        place.batch,
+        place.head,
+        place.first_q,
+        begin,
+        end,
+        META.headdim_v,
+        META.tile_q,
+        META.block_dv,
         META.tma,
-    )  # fmt: skip
+    )
     return queries, grads
 
 
@@ -242,6 +251,8 @@ def key_kernel(
     """dK and dV of a key tile, from all query heads that share it."""
     TILE: tl.constexpr = META.tile_kv
     LISTS: tl.constexpr = META.masked == "lists"
+    BLOCK_D: tl.constexpr = META.block_d
+    BLOCK_DV: tl.constexpr = META.block_dv
     shared = locate(packing, size, False)  # its head is one of the keys'
     seqlen_q, seqlen_k = shared.seqlen_q, shared.seqlen_k
     first_key = shared.tile * TILE
@@ -251,8 +262,8 @@ def key_kernel(
     seen, unseen = key_range(rules.window, diagonal, 0, seqlen_q - 1, seqlen_k)
     b_k = load_rows(k, shared.batch, shared.head, shared.first_k, o_key, seen, unseen, META.headdim, META.block_d)
     b_v = load_rows(v, shared.batch, shared.head, shared.first_k, o_key, seen, unseen, META.headdim_v, META.block_dv)
-    b_dk = tl.zeros([TILE, META.block_d], tl.float32)
-    b_dv = tl.zeros([TILE, META.block_dv], tl.float32)
+    b_dk = tl.zeros([TILE, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([TILE, BLOCK_DV], tl.float32)
 
     begin_row, end_row = query_range(rules.window, diagonal, first_key, last_key, seqlen_q)
     begin, full_begin, full_end, end = query_span(rules.window, diagonal, first_key, last_key, seqlen_q, META.tile_q)

@@ -90,11 +90,12 @@ def forward_kernel(
     """One program a query tile and head."""
     TILE: tl.constexpr = META.tile_q
     LISTS: tl.constexpr = META.masked == "lists"
+    BLOCK_DV: tl.constexpr = META.block_dv
     place = locate(packing, size, META.reversed)
     first_row = place.tile * TILE
     o_query = first_row + tl.arange(0, TILE)
     b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
-    b_out = tl.zeros([TILE, META.block_dv], tl.float32)
+    b_out = tl.zeros([TILE, BLOCK_DV], tl.float32)
     unit = (
         1.0 if META.modified else rules.scale
     )  # the maximum is kept as scores, or as dot products if nothing modifies

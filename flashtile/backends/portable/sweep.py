@@ -236,14 +236,17 @@ def load_queries(rows, place, o_query, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def open_tiles(rows, i_batch, i_head, first, begin, end, DIM: tl.constexpr, SHAPE: tl.constexpr, TMA: tl.constexpr):
-    """The `Source` of rows [begin, end) of one head. SHAPE: rows and columns of a tile."""
+def open_tiles(
+    rows, i_batch, i_head, first, begin, end,
+    DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The `Source` of rows [begin, end) of one head."""
     base = rows.pointer + i_batch.to(tl.int64) * rows.batch + i_head.to(tl.int64) * rows.head
     tiles = base + first.to(tl.int64) * rows.row
     if TMA:
         tiles += begin.to(tl.int64) * rows.row
         length = tl.maximum(end - begin, 0)
-        tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], SHAPE)
+        tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
     return Source(rows, tiles, begin, end)
 
 
@@ -252,10 +255,10 @@ def open_keys(keys, values, place, begin, end, META: tl.constexpr):
     """The `Source`s of keys and values."""
     i_head = place.head // META.group
     k = open_tiles(
-        keys, place.batch, i_head, place.first_k, begin, end, META.headdim, [META.tile_kv, META.block_d], META.tma
+        keys, place.batch, i_head, place.first_k, begin, end, META.headdim, META.tile_kv, META.block_d, META.tma
     )
     v = open_tiles(
-        values, place.batch, i_head, place.first_k, begin, end, META.headdim_v, [META.tile_kv, META.block_dv], META.tma
+        values, place.batch, i_head, place.first_k, begin, end, META.headdim_v, META.tile_kv, META.block_dv, META.tma
     )
     return k, v
 
