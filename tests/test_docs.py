@@ -55,6 +55,16 @@ def test_code_is_marked_as_python() -> None:
                 )
 
 
+def test_quoted_lines_are_those_of_the_kernels() -> None:
+    page = (ROOT / "docs" / "portable.md").read_text()
+    folder = ROOT / "flashtile" / "backends" / "portable"
+    source = {line.strip() for path in folder.glob("*.py") for line in path.read_text().splitlines()}
+    blocks = [match.group(2) for match in FENCE.finditer(page) if match.group(1) == "text"]
+    quoted = [line.strip() for block in blocks for line in block.splitlines()]
+    assert len(quoted) > 10
+    assert [line for line in quoted if line and line not in source] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = FENCE.sub("", page.read_text())
