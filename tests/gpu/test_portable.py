@@ -1,6 +1,7 @@
 """The portable backend on a GPU: every problem, races, large tensors, compilation, graphs, streams."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 
 import flashtile
 from flashtile import masks
+from flashtile.backends.portable import visits
+from flashtile.problem import Inputs, Options, describe
+from flashtile.tuning.portable import portable_config
 from tests import conformance
 from tests.oracle import assert_equal_bits
 from tests.problems import CASES, Case
@@ -174,3 +178,30 @@ def test_block_mask_lists_follow_their_tensors() -> None:
         wanted = flashtile.attention(q, q, q, mask=masks.document(ids), backend="pytorch")
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
         ids += torch.arange(512, device="cuda") // 256
+
+
+def test_nothing_is_built_after_warming_up() -> None:
+    options = {"causal": True, "softcap": 4.0, "backend": "portable"}
+    tensors = [_random(1, 64, 4, 48, seed=seed).requires_grad_() for seed in range(3)]
+    assert flashtile.warmup(*tensors, **options) > 0  # type: ignore[arg-type]
+    assert all(tensor.grad is None for tensor in tensors)
+    built = flashtile.builds()
+    for batch, length in ((1, 1), (2, 17), (1, 128), (3, 500), (1, 1024)):
+        _results([_random(batch, length, 4, 48, seed=seed) for seed in range(3)], causal=True, softcap=4.0)
+    assert flashtile.builds() == built
+
+
+def test_the_lists_of_a_mask_of_128k_tokens_are_made_in_5_ms() -> None:
+    tokens = 131072
+    ids = torch.arange(tokens, device="cuda") // 3000
+    mask = masks.causal() & masks.document(ids)
+    inputs = Inputs(*(torch.empty(1, tokens, 1, 64, device="cuda", dtype=torch.bfloat16),) * 3, mask=mask.tensors)
+    problem = describe(inputs, Options(mask=mask.token, scale=0.1, out_dtype=torch.bfloat16))
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        visits._make(inputs, problem, portable_config(64, 16, False).forward, False)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    assert min(times) < 5e-3, times
