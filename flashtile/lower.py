@@ -21,7 +21,19 @@ import triton.language as tl
 from torch import Tensor, fx
 
 from flashtile import trace
-from flashtile.lower_rules import ARITHMETIC, BOUNDS, COMPARE, FLOATING, HELPERS, OMITTED, SAME, TRUTH, WHOLE, Bounds
+from flashtile.lower_rules import (
+    ARITHMETIC,
+    BOUNDS,
+    COMPARE,
+    FLOATING,
+    HELPERS,
+    OMITTED,
+    SAME,
+    TRUTH,
+    WHOLE,
+    Bounds,
+    without_ones,
+)
 from flashtile.scalar_graph import Traced
 from flashtile.spans import FULL, PARTIAL
 
@@ -52,8 +64,8 @@ def derivative_hook(key: str, totals: Sequence[Tensor | None]) -> Hook:
     """`function(b_scores, i_batch, i_head, o_query, o_key, score_arguments, arguments, b_grad, m_valid, COLLECT)`.
 
     It returns the score's gradient; `score_arguments` are those of `score_hook`. If COLLECT, what the tile gives to the
-    gradients of captured tensors is added to `totals`, contiguous float32 tensors in their shapes (None: not wanted),
-    where `m_valid`; in no fixed order.
+    gradients of captured tensors is added to `totals`, contiguous float32 or float64 tensors in their shapes (None: not
+    wanted), where `m_valid`; in no fixed order.
     """
     wanted = tuple(total is not None for total in totals)
     return Hook(_derivative_function(key, wanted), tuple(total for total in totals if total is not None))
@@ -105,7 +117,7 @@ def _arguments(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     places = []
     for tensor in tensors:
         sizes = [n for pair in zip(tensor.shape, tensor.stride(), strict=True) for n in pair]
-        places.append((tensor.detach().to(device), *sizes))
+        places.append((tensor.detach().to(device), *without_ones(*sizes)))
     return tuple(places)
 
 
@@ -384,7 +396,7 @@ class _Writer:
         """Where an element lies: by the tensor's strides, or in a contiguous tensor of the same shape."""
         terms = []
         for dim, index in enumerate(at):
-            size, stride = (f"arguments[{capture}][{1 + 2 * dim + part}]" for part in range(2))
+            size, stride = (f"whole(arguments[{capture}][{1 + 2 * dim + part}])" for part in range(2))
             if index.number is not None:
                 place = f"{index.number}" if index.number >= 0 else f"({size} + {index.number})"
             else:
@@ -512,7 +524,7 @@ class _MaskWriter(_Writer):
         index, shape = self.next, self.shapes[self.next]
         self.next += 1
         terms = [
-            f"wrapped({place}, arguments[{index}][{1 + 2 * dim}]) * arguments[{index}][{2 + 2 * dim}]"
+            f"wrapped({place}, whole(arguments[{index}][{1 + 2 * dim}])) * whole(arguments[{index}][{2 + 2 * dim}])"
             for dim, place in enumerate(at[len(at) - len(shape) :])
             if shape[dim] > 1
         ]

@@ -84,6 +84,12 @@ def round_half_even(x):
 
 
 @triton.jit
+def whole(number):
+    """A size or stride, where None stands for 1 (Triton 3.6 loses a constant 1 inside of tuples in tuples)."""
+    return 1 if number is None else number
+
+
+@triton.jit
 def wrapped(index, size):
     """An index as PyTorch takes it, from the end where negative; kept inside, as tiles reach beyond the end."""
     index = index.to(tl.int64)
@@ -91,11 +97,16 @@ def wrapped(index, size):
     return tl.maximum(tl.minimum(index, size - 1), 0)
 
 
+def without_ones(*numbers: int) -> tuple[int | None, ...]:
+    """What `whole` reads."""
+    return tuple(None if number == 1 else number for number in numbers)
+
+
 HELPERS = {
     function.__name__: function
     for function in (
         *(tanh, log1p, expm1, power, softplus, silu_backward, round_half_even),
-        *(floor_divide, remainder, wrapped),
+        *(floor_divide, remainder, whole, wrapped),
     )
 } | {"NAN": NAN}
 

@@ -14,11 +14,19 @@ class Tiles(NamedTuple):
 
 
 class PortableConfig(NamedTuple):
-    """Tiles of the forward kernel, and of the two backward kernels: query tiles outermost, key tiles outermost."""
+    """Tiles of the forward kernel, and of the two backward kernels: query tiles outermost, key tiles outermost.
+
+    value: tiles of a launch for dV alone, `key` then being for dK alone; None: one launch gives both.
+    """
 
     forward: Tiles
     query: Tiles
     key: Tiles
+    value: Tiles | None = None
+
+    def passes_over_keys(self) -> dict[str, Tiles]:
+        """What each launch of the second backward kernel gives, and its tiles."""
+        return {"both": self.key} if self.value is None else {"dk": self.key, "dv": self.value}
 
 
 HALF: tuple[tuple[int, PortableConfig], ...] = (

@@ -45,6 +45,15 @@ def test_matches_reference(case: Case, dtype: torch.dtype) -> None:
     conformance.check_case(case, dtype, "portable")
 
 
+@pytest.mark.parametrize("name", ["gqa", "dropout", "score_mod", "varlen"])
+def test_dk_and_dv_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = TILES._replace(value=portable.Tiles(32, 16, 4, 1))
+    for table in ("HALF", "SINGLE", "MODIFIED"):
+        monkeypatch.setattr(portable, table, ((10**6, apart),))
+    plan.choose.cache_clear()
+    conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
+
+
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 33, 64, 65])
 @pytest.mark.parametrize("shift", [-120.0, 120.0])
 def test_awkward_lengths_with_shifted_logits(length: int, shift: float) -> None:

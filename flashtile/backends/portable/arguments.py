@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtile.backends.portable.sweep import Dropout, Grid, Modifiers, Packing, Rows, Rules, Size, Stats, Window, odd
+from flashtile.lower_rules import without_ones
 from flashtile.problem import Inputs, Problem
 from flashtile.tuning.portable import Tiles
 
@@ -21,6 +22,7 @@ class Meta:
 
     masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
     tma: tiles come through NVIDIA's tensor memory accelerator.
+    gives: what the kernel of key tiles computes, "dk", "dv" or "both".
     """
 
     tile_q: int
@@ -38,6 +40,7 @@ class Meta:
     masked: str
     tma: bool
     slope_gradient: bool
+    gives: str
 
 
 class Region(NamedTuple):
@@ -175,11 +178,12 @@ def _modifiers(inputs: Inputs, problem: Problem, *functions: Any) -> Modifiers:
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
         strides = [stride if size > 1 else 0 for stride, size in zip(bias.stride(), bias.shape, strict=True)]
+        strides = [*without_ones(*strides)]
     slopes = inputs.alibi_slopes
     slopes_batch = None
     if slopes is not None:
         slopes = slopes.contiguous()
-        slopes_batch = slopes.stride(0) if slopes.ndim == 2 and len(slopes) > 1 else 0
+        (slopes_batch,) = without_ones(slopes.stride(0) if slopes.ndim == 2 and len(slopes) > 1 else 0)
     return Modifiers(*(problem.softcap or None, bias, *strides, slopes, slopes_batch, *functions))
 
 
@@ -195,8 +199,8 @@ def modified(problem: Problem) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool) -> Meta:
-    """`listed`: tiles come from lists; `keys`: the kernel walks the queries of a key tile; `tma`: see `Meta`."""
+def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool, gives: str = "both") -> Meta:
+    """`listed`: tiles come from lists; `keys`: the kernel walks the queries of a key tile; the rest: see `Meta`."""
     place = region(problem.mask)
     # Where a function has a derivative, that may be infinite under the mask: it must know the mask everywhere.
     always = bool(place.rest) or (problem.backward and bool(problem.score_mod))
@@ -216,6 +220,7 @@ def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool)
         masked="lists" if listed else "always" if always else "edges",
         tma=tma,
         slope_gradient=problem.wanted.alibi_slopes,
+        gives=gives,
     )
 
 

@@ -5,7 +5,8 @@ With P = exp(S - lse) recomputed tile by tile and delta = rowsum(dO * O) - dlse,
     dP = dO V^T,  dS = P * (dP - delta),  dQ = scale dS K,  dV = P^T dO,  dK = scale dS^T Q.
 
 One kernel walks the key tiles of a query tile and gives dQ; one walks the query tiles of a key tile, of all the query
-heads that share it, and gives dK and dV. Every sum has a fixed order: results repeat bit for bit.
+heads that share it, and gives dK and dV, or in two launches one after the other, where both do not fit into registers.
+Every sum has a fixed order: results repeat bit for bit.
 """
 
 import triton
@@ -205,20 +206,24 @@ def key_sweep(
         i_tile = tile_at(steps, i_step, META.masked == "lists")
         o_query = i_tile * TILE + tl.arange(0, TILE)
         b_q = load_tile(queries, i_tile, META.headdim, TILE, META.block_d, META.tma)
-        b_grad_out = load_tile(grads, i_tile, META.headdim_v, TILE, META.block_dv, META.tma).to(b_v.dtype)
+        b_grad_out = load_tile(grads, i_tile, META.headdim_v, TILE, META.block_dv, META.tma).to(b_k.dtype)
         b_lse, b_delta = load_stats(lse, delta, place, o_query)
         m_kept = None
         if rules.dropout is not None:
             m_kept = tl.trans(kept(rules.dropout, place, o_query, first_key, META.tile_kv))
         b_dots = tl.dot(b_k, tl.trans(b_q), input_precision=META.precision)
-        b_grad_weights = tl.dot(b_v, tl.trans(b_grad_out), input_precision=META.precision)
+        b_grad_weights = b_dots  # for dV alone nobody asks for it
+        if META.gives != "dv":
+            b_grad_weights = tl.dot(b_v, tl.trans(b_grad_out), input_precision=META.precision)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_weights, b_grad, _ = grad_scores(
             b_dots, b_grad_weights, b_lse[None, :], b_delta[None, :], m_kept, m_edge, o_query[None, :], o_columns,
             place, rules, META, SCORE, DERIVATIVE, MASK, MASKED, False,
         )  # fmt: skip
-        b_dv = tl.dot(b_weights.to(b_grad_out.dtype), b_grad_out, b_dv, input_precision=META.precision)
-        b_dk = tl.dot(b_grad.to(b_q.dtype), b_q, b_dk, input_precision=META.precision)
+        if META.gives != "dk":
+            b_dv = tl.dot(b_weights.to(b_grad_out.dtype), b_grad_out, b_dv, input_precision=META.precision)
+        if META.gives != "dv":
+            b_dk = tl.dot(b_grad.to(b_q.dtype), b_q, b_dk, input_precision=META.precision)
     return b_dk, b_dv
 
 
@@ -248,7 +253,7 @@ def key_kernel(
     q, k, v, grad_out, lse, delta, dk, dv, packing, size, rules, visits,
     META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a key tile, from all query heads that share it."""
+    """dK and dV of a key tile, or one of them, from all query heads that share it."""
     TILE: tl.constexpr = META.tile_kv
     LISTS: tl.constexpr = META.masked == "lists"
     BLOCK_D: tl.constexpr = META.block_d
@@ -276,9 +281,11 @@ def key_kernel(
                 b_dk, b_dv, b_k, b_v, queries, grads, lse, delta, place, rules, steps,
                 META, SCORE, DERIVATIVE, MASK, masked_in(META.masked, PHASE),
             )  # fmt: skip
-    b_dk *= rules.scale
-    store_rows(dk, shared.batch, shared.head, shared.first_k, o_key, seqlen_k, b_dk, META.headdim, META.block_d)
-    store_rows(dv, shared.batch, shared.head, shared.first_k, o_key, seqlen_k, b_dv, META.headdim_v, META.block_dv)
+    if META.gives != "dv":
+        b_dk *= rules.scale
+        store_rows(dk, shared.batch, shared.head, shared.first_k, o_key, seqlen_k, b_dk, META.headdim, META.block_d)
+    if META.gives != "dk":
+        store_rows(dv, shared.batch, shared.head, shared.first_k, o_key, seqlen_k, b_dv, META.headdim_v, META.block_dv)
 
 
 @triton.jit

@@ -94,9 +94,10 @@ class Call:
             functions,
         )
 
-    def launch(self, kernel: Any, tiles: Tiles, tensors: Sequence[Any], keys: bool = False, **more: Any) -> None:
-        """One program a tile and head: of queries, or with `keys` of keys."""
+    def launch(self, kernel: Any, tiles: Tiles, tensors: Sequence[Any], gives: str | None = None, **more: Any) -> None:
+        """One program a tile and head: of queries, or of keys for a kernel that `gives` dK, dV or both."""
         problem, inputs = self.problem, self.inputs
+        keys = gives is not None
         heads = problem.heads_kv if keys else problem.heads
         total = (inputs.k if keys else inputs.q).shape[-3]
         tma = by_copy_engine(tensors[:4], self.machine.copy_engine)
@@ -114,11 +115,11 @@ class Call:
                 visits.of(inputs, problem, tiles, keys) if self.listed else None,
                 **self.functions,
                 **more,
-                META=meta_of(problem, tiles, self.listed, keys, tma),
+                META=meta_of(problem, tiles, self.listed, keys, tma, gives or "both"),
                 enable_fp_fusion=self.fused(),
             )
 
-        self.fit(kernel, tiles, attempt, meta_of(problem, tiles, self.listed, keys, tma))
+        self.fit(kernel, tiles, attempt, meta_of(problem, tiles, self.listed, keys, tma, gives or "both"))
 
     def run(self, kernel: Any, programs: int, tiles: Tiles, *arguments: Any, **options: Any) -> None:
         """Nothing to do is no launch."""
@@ -180,7 +181,10 @@ def backward(
 ) -> Gradients:
     """The gradients that `problem.wanted` names, and those of q, k and v."""
     grads = zero_grads(inputs, problem)
-    call = Call.of(machine, inputs, problem, grads.score)
+    # Added up in any order: in float64, where the other sums are as good as float32.
+    exact = torch.float64 if problem.dtype is torch.float32 else torch.float32
+    totals = [None if total is None else total.to(exact) for total in grads.score]
+    call = Call.of(machine, inputs, problem, totals)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     delta = _delta(call, config, out, grad_out, grad_lse)
     tensors = [rows_of(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out)]
@@ -189,7 +193,8 @@ def backward(
     dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (inputs.q, inputs.k, inputs.v))
     slope = call.stats(0.0) if grads.alibi_slopes is not None else lse
     call.launch(query_kernel, config.query, (*saved, rows_of(dq), stats_of(slope)))
-    call.launch(key_kernel, config.key, (*saved, rows_of(dk), rows_of(dv)), keys=True)
+    for gives, tiles in config.passes_over_keys().items():
+        call.launch(key_kernel, tiles, (*saved, rows_of(dk), rows_of(dv)), gives)
     if grads.bias is not None:
         _bias_gradient(call, config.query, saved, grads.bias)
     if inputs.alibi_slopes is not None and grads.alibi_slopes is not None:
@@ -200,7 +205,7 @@ def backward(
         rows, deltas = (tensor.flatten(1) for tensor in heads_last)
         weights = torch.exp(inputs.sinks.float()[:, None] - torch.where(rows == -torch.inf, torch.inf, rows))
         grads.sinks -= (weights * deltas).sum(1)
-    return Gradients(dq, dk, dv, grads.bias, grads.alibi_slopes, grads.sinks, grads.score)
+    return Gradients(dq, dk, dv, grads.bias, grads.alibi_slopes, grads.sinks, totals)
 
 
 def _delta(call: Call, config: PortableConfig, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashtile.lower_rules import tanh
+from flashtile.lower_rules import tanh, whole
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -88,7 +88,8 @@ class Visits(NamedTuple):
 class Modifiers(NamedTuple):
     """What changes scores: softcap; bias with strides (batch, head, query, key); slopes; arguments of functions.
 
-    `score`, `mask`: what the functions of that name get, `totals`: where gradients of the first go (see `lower`).
+    Strides are as `whole` reads them. `score`, `mask`: what the functions of that name get, `totals`: where gradients
+    of the first go (see `lower`).
     """
 
     softcap: Any
@@ -393,8 +394,8 @@ def allowed(place, rules, o_query, o_key, META: tl.constexpr, MASK: tl.constexpr
 
 @triton.jit
 def bias_pointers(modifiers, place, o_query, o_key):
-    base = place.batch.to(tl.int64) * modifiers.bias_batch + place.head.to(tl.int64) * modifiers.bias_head
-    tile = o_query.to(tl.int64) * modifiers.bias_query + o_key.to(tl.int64) * modifiers.bias_key
+    base = place.batch.to(tl.int64) * whole(modifiers.bias_batch) + place.head.to(tl.int64) * whole(modifiers.bias_head)
+    tile = o_query.to(tl.int64) * whole(modifiers.bias_query) + o_key.to(tl.int64) * whole(modifiers.bias_key)
     return modifiers.bias + base + tile
 
 
@@ -415,7 +416,7 @@ def modify(b_scores, place, rules, o_query, o_key, META: tl.constexpr, SCORE: tl
         pointers = bias_pointers(modifiers, place, o_query, o_key)
         b_scores += tl.load(pointers, mask=m_tile, other=0.0).to(tl.float32)
     if modifiers.slopes is not None:
-        slope = tl.load(modifiers.slopes + place.batch * modifiers.slopes_batch + place.head).to(tl.float32)
+        slope = tl.load(modifiers.slopes + place.batch * whole(modifiers.slopes_batch) + place.head).to(tl.float32)
         b_scores -= slope * alibi_distance(place, o_query, o_key, META)
     b_plain = b_scores
     if SCORE is not None:
@@ -432,4 +433,4 @@ def kept(dropout, place, o_query, first_key, TILE: tl.constexpr):
     c0, c1 = zeros + o_groups[None, :], zeros + o_query[:, None]
     r0, r1, r2, r3 = tl.philox(seed, c0, c1, zeros + place.head, zeros + place.batch, 7)
     lanes = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(o_query.shape[0], TILE)
-    return lanes >= dropout.threshold.to(tl.uint32)
+    return lanes >= whole(dropout.threshold).to(tl.uint32)
