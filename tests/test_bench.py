@@ -168,6 +168,15 @@ class TestGate:
         record, _ = suite.run("masks", replace(TINY, peers=("choosy",)), tmp_path)
         assert {entry["reason"] for entry in record["rows"]} == {"it likes nothing"}
 
+    def test_a_peer_may_crash(self, registry: dict[str, Peer], tmp_path: Path) -> None:
+        @peers.peer("broken", title="broken")
+        def _broken(case: Case) -> peers.Attend:
+            raise RuntimeError("no such symbol")
+
+        record, _ = suite.run("dense", replace(TINY, seqlens=(48,), peers=("broken", "textbook")), tmp_path)
+        found = {(entry["peer"], entry["status"], entry["reason"]) for entry in record["rows"]}
+        assert found == {("broken", "failed", "RuntimeError: no such symbol"), ("textbook", "ok", "")}
+
     def test_a_peer_of_another_device_is_refused(self, registry: dict[str, Peer]) -> None:
         peers.peer("far", title="far", devices=("cuda",))(lambda case: textbook.attention)
         with pytest.raises(Refused, match="does not run on cpu"):

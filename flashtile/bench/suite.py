@@ -196,6 +196,8 @@ def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -
                 known[peer.name] = timing.clock(case.device) - begin
         except Refused as refusal:
             status, reason = "refused", str(refusal)
+        except Exception as error:  # one peer's crash must not take the others' figures with it
+            status, reason = "failed", f"{type(error).__name__}: {error}"[:500]
         if status == "ok":
             bounds[peer.name] = bound
             continue
