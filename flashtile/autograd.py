@@ -164,6 +164,11 @@ def _asked(inputs: Inputs) -> list[bool]:
     return [tensor is not None and tensor.requires_grad for tensor in _sources(inputs)[3:]]
 
 
+def wanted_of(inputs: Inputs) -> Wanted:
+    """The gradients that the tensors of a call ask for."""
+    return _wanted(_asked(inputs))
+
+
 def _save(ctx: Any, inputs: Inputs, options: Options, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.options, ctx.counts = options, (len(inputs.mask), len(inputs.score))

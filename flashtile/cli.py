@@ -1,4 +1,4 @@
-"""The command `flashtile`: doctor, explain, demo, bench. Torch is imported once a command runs, not before."""
+"""The command `flashtile`: doctor, explain, demo, bench, compile. Torch is imported once a command runs, not before."""
 
 import argparse
 import importlib.util
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_demo(commands)
     _add_bench(commands)
+    _add_compile(commands)
     return top
 
 
@@ -114,6 +115,16 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--peers", nargs="+", metavar="peer", help="default: those that each suite names")
     command.add_argument("--seconds", type=float, default=10.0, help="time for each peer and case; default %(default)s")
     command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
+
+
+def _add_compile(commands: Any) -> None:
+    text = "compile the portable backend's kernels for GPUs that need not be there; exit code 1 where a limit is broken"
+    command = _add(commands, "compile", _compile, text)
+    command.add_argument("--arch", nargs="+", default=["sm_90a"], metavar="ARCH", help="sm_80, gfx942, ... or all")
+    command.add_argument("--headdim", nargs="+", type=int, default=[64, 128, 256], metavar="N")
+    command.add_argument("--dtype", nargs="+", choices=DTYPES[:3], default=["bfloat16"])
+    command.add_argument("--variant", nargs="+", metavar="NAME", help="plain, causal, bias, ...; default: all")
+    command.add_argument("--report", choices=("table", "json"), default="table")
 
 
 def _limit(text: str) -> int | None:
@@ -301,6 +312,24 @@ def _bench(given: argparse.Namespace) -> int:
     _need_device(given.device)
     settings = _bench_settings(given)
     return show.run(given.suites or usual(settings.device), settings, given.results)
+
+
+def _compile(given: argparse.Namespace) -> int:
+    _need_extras()
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("triton is not installed; try pip install triton")
+    from flashtile.compiling import matrix, show
+    from flashtile.compiling.targets import TARGETS
+
+    names = {"sm_90": "sm_90a"}
+    targets = list(TARGETS) if given.arch == ["all"] else [names.get(arch, arch) for arch in given.arch]
+    variants = given.variant or list(matrix.VARIANTS)
+    for what, chosen, known in (("--arch", targets, TARGETS), ("--variant", variants, matrix.VARIANTS)):
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            raise UsageError(f"{what}: got {unknown[0]!r}, need one of {', '.join(known)}")
+    entries = list(matrix.entries(targets, given.headdim, given.dtype, variants))
+    return show.run(entries, as_json=given.report == "json")
 
 
 def _bench_settings(given: argparse.Namespace) -> Any:

@@ -91,42 +91,19 @@ def check_score(function: Callable[..., Any], device: str, first_q: int = 5, fir
     tensors = [tensor.detach() for tensor in lifted.tensors]
     out = torch.full(scores.shape, 777.0, device=device)
     hook = lower.score_hook(lifted.key, [tensor.to(device) for tensor in tensors])
-    score_kernel[(BATCH, HEADS)](
-        scores.to(device),
-        out,
-        first_q,
-        first_k,
-        hook.arguments or None,
-        SCORE=hook.function,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-    )
+    shape = {"ROWS": ROWS, "COLUMNS": COLUMNS, **STEP_BY_STEP}
+    place = (out, first_q, first_k, hook.arguments or None)
+    score_kernel[(BATCH, HEADS)](scores.to(device), *place, SCORE=hook.function, **shape)
     _close(out, traced.evaluate(scores, *indices, tensors))
     # NaN and infinity are scores that no derivative needs to survive: they would fill every sum.
     scores, grads = scores.nan_to_num(1.5, 2.0, -3.0), torch.randn_like(scores)
     wanted = [tensor.is_floating_point() for tensor in tensors]
     expected, sums = traced.derivative(scores, *indices, tensors, grads, wanted)
     for turned in (False, True):
-        totals = [
-            torch.zeros(t.shape, device=device) if want else None for t, want in zip(tensors, wanted, strict=True)
-        ]
+        totals = [None if exact is None else torch.zeros(exact.shape, device=device) for exact in sums]
         derivative = lower.derivative_hook(lifted.key, totals)
-        derivative_kernel[(BATCH, HEADS)](
-            *(
-                scores.to(device),
-                grads.to(device),
-                out,
-                first_q,
-                first_k,
-                hook.arguments or None,
-                derivative.arguments or None,
-            ),
-            DERIVATIVE=derivative.function,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-            TURNED=turned,
-            **STEP_BY_STEP,
-        )
+        given = (scores.to(device), grads.to(device), *place, derivative.arguments or None)
+        derivative_kernel[(BATCH, HEADS)](*given, DERIVATIVE=derivative.function, TURNED=turned, **shape)
         _close(out, expected)
         for total, exact in zip(totals, sums, strict=True):
             if total is not None and exact is not None:

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from flashtile.autograd import _asked, _wanted
+from flashtile.autograd import wanted_of
 from flashtile.backends.portable import launch
 from flashtile.problem import describe
 from flashtile.request import Arguments, Packing, build
@@ -52,7 +52,7 @@ class Counter:
         problem = describe(inputs, options)
         config = portable_config(64, 16, bool(problem.bias or problem.score_mod))
         out, lse = launch.forward(inputs, problem, config, machine)
-        problem = describe(inputs, options, backward=True, wanted=_wanted(_asked(inputs)))
+        problem = describe(inputs, options, backward=True, wanted=wanted_of(inputs))
         launch.backward(inputs, problem, config, out, lse, out, None, machine)
 
 

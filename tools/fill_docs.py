@@ -62,7 +62,9 @@ def ladder() -> dict[str, str]:
 def bench() -> dict[str, str]:
     """For each device: the plots of its records, and its longest sequences as a table."""
     found = records.read(RESULTS) if RESULTS.exists() else []
-    devices = dict.fromkeys(record["machine"]["slug"] for record in found)
+    # GPUs first.
+    ordered = sorted(found, key=lambda record: record["machine"]["device"] == "cpu")
+    devices = dict.fromkeys(record["machine"]["slug"] for record in ordered)
     parts = [_device([record for record in found if record["machine"]["slug"] == slug]) for slug in devices]
     return {"bench": "\n\n".join(parts)} if parts else {}
 
@@ -95,8 +97,10 @@ def _lines(record: Record) -> Iterator[tuple[str, dict[str, str]]]:
         case = cell[0]["case"]
         if (case["seqlen"], case["dtype"]) == (longest, dtype):
             unit = "extra memory" if record["kind"] == "memory" else "ms"
-            label = f"{case['feature']}, {cell[0]['pass']}, {longest} tokens, {dtype}, {unit}"
-            yield label, {entry["peer"]: _figure(entry) for entry in cell}
+            label = f"{tables.label(cell[0])}, {cell[0]['pass']}, {longest} tokens, {dtype}, {unit}"
+            figures = {entry["peer"]: _figure(entry) for entry in cell if entry["status"] != "refused"}
+            if len(figures) > 1:
+                yield label, figures
 
 
 def _figure(entry: Row) -> str:

@@ -113,14 +113,17 @@ def _draw_sparsity(rows: list[Row], path: Path) -> Path:
         found = {entry["case"]["feature"]: entry for entry in rows if entry["pass"] == which}
         whole = found["plain"]
         plots.style(axes, f"{which}, seqlen {whole['case']['seqlen']}", "time / time of no mask", "pairs / all pairs")
-        axes.plot([0.01, 1], [0.01, 1], color=plots.QUIET, linewidth=1, linestyle=":")
-        for feature, entry in found.items():
-            share = cases.pairs(records.case_of(entry)) / cases.pairs(records.case_of(whole))
-            height = entry["ms"]["median"] / whole["ms"]["median"]
-            axes.plot(share, height, "o", color=plots.color(entry["peer"]), markersize=5)
-            axes.annotate(feature, (share, height), xytext=(5, -8), textcoords="offset points", fontsize=7)
+        axes.plot([0.02, 1], [0.02, 1], color=plots.QUIET, linewidth=1, linestyle=":")
+        every = cases.pairs(records.case_of(whole))
+        shares = {name: cases.pairs(records.case_of(entry)) / every for name, entry in found.items()}
+        for place, feature in enumerate(sorted(found, key=shares.__getitem__)):
+            height = found[feature]["ms"]["median"] / whole["ms"]["median"]
+            axes.plot(shares[feature], height, "o", color=plots.color(tables.SUBJECT), markersize=5)
+            look = {"xytext": (5, -9), "ha": "left"} if place % 2 else {"xytext": (-5, 4), "ha": "right"}
+            axes.annotate(feature, (shares[feature], height), textcoords="offset points", fontsize=7, **look)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.set_xlim(0.01, 1.3)
     return plots.save(drawing, path)
 
 

@@ -42,9 +42,16 @@ def title_of(peer: str) -> str:
 
 
 def _peers(rows: Iterable[Row]) -> list[str]:
-    """Peers in the order of their first appearance, flashtile last."""
-    found = list(dict.fromkeys(entry["peer"] for entry in rows))
+    """Peers in the order of their first appearance, flashtile last; none that took no case at all."""
+    found = list(dict.fromkeys(entry["peer"] for entry in rows if entry["status"] != "refused"))
     return sorted(found, key=lambda name: name == SUBJECT)
+
+
+def absent(rows: Iterable[Row]) -> list[str]:
+    """Who took no case at all, and why."""
+    rows = list(rows)
+    left = {entry["peer"]: entry["reason"] for entry in rows if entry["peer"] not in _peers(rows)}
+    return [f"{title_of(peer)} is not in this table: {reason}" for peer, reason in left.items()]
 
 
 def label(entry: Row) -> str:
@@ -82,7 +89,7 @@ def _time(record: Record, spread: bool) -> list[Table]:
             table.notes.append(
                 f"{which}: {mean:.2f} × the speed of the best peer, geometric mean of {len(values)} cells"
             )
-        table.notes += _waits(rows, peers)
+        table.notes += _waits(rows, peers) + absent(rows)
         tables.append(table)
     return tables
 

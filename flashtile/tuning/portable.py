@@ -32,7 +32,7 @@ class PortableConfig(NamedTuple):
 HALF: tuple[tuple[int, PortableConfig], ...] = (
     (64, PortableConfig(Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 4))),
     (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2))),
-    (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 1))),
+    (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2))),
     (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
 )
 """16-bit inputs: rows hold up to the head dimension named."""
@@ -62,6 +62,11 @@ def portable_config(headdim: int, bits: int, modified: bool) -> PortableConfig:
     """
     table = SINGLE if bits == 32 else MODIFIED if modified else HALF
     return next(config for limit, config in table if headdim <= limit)
+
+
+def spills_allowed(kernel: str, headdim: int, dtype: str) -> int:
+    """How many spilling instructions a kernel may have."""
+    return 0
 
 
 def smaller(tiles: Tiles) -> Iterator[Tiles]:

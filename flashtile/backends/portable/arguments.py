@@ -23,6 +23,7 @@ class Meta:
     masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
     tma: tiles come through NVIDIA's tensor memory accelerator.
     gives: what the kernel of key tiles computes, "dk", "dv" or "both".
+    packed: sequences lie side by side, so that another one's numbers follow the end of one.
     """
 
     tile_q: int
@@ -41,6 +42,7 @@ class Meta:
     tma: bool
     slope_gradient: bool
     gives: str
+    packed: bool
 
 
 class Region(NamedTuple):
@@ -118,9 +120,21 @@ def grid_of(tensor: Tensor) -> Grid:
     return Grid(tensor, *map(odd, (*tensor.stride()[:2], *tensor.shape[2:])))
 
 
-def stats_of(tensor: Tensor) -> Stats:
-    """A contiguous dense (batch, heads, seqlen) or packed (heads, total) tensor."""
-    return Stats(tensor, odd(tensor.stride(0) if tensor.ndim == 3 else 0), odd(tensor.stride(-2)))
+PADDED = 128
+"""Rows of `Stats` are padded to a multiple of this, which all tiles of queries divide: kernels may read them whole."""
+
+
+def empty_stats(shape: Sequence[int], fill: float, device: torch.device) -> Tensor:
+    """(..., rows), float32, with memory behind each row that holds `fill` too."""
+    rows = -(-shape[-1] // PADDED) * PADDED
+    return torch.full((*shape[:-1], rows), fill, dtype=torch.float32, device=device)[..., : shape[-1]]
+
+
+def stats_of(tensor: Tensor, fill: float = 0.0) -> Stats:
+    """A dense (batch, heads, seqlen) or packed (heads, total) tensor; copied if its rows are not padded."""
+    if tensor.stride(-1) != 1 or any(stride % PADDED for stride in tensor.stride()[:-1]):
+        tensor = empty_stats(tensor.shape, fill, tensor.device).copy_(tensor)
+    return Stats(tensor, tensor.stride(0) if tensor.ndim == 3 else 0, tensor.stride(-2))
 
 
 class Bounds(NamedTuple):
@@ -221,6 +235,7 @@ def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool,
         tma=tma,
         slope_gradient=problem.wanted.alibi_slopes,
         gives=gives,
+        packed=problem.varlen,
     )
 
 

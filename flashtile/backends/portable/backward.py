@@ -29,6 +29,7 @@ from flashtile.backends.portable.sweep import (
     masked_in,
     modify,
     number_of,
+    only,
     open_keys,
     open_tiles,
     program_of,
@@ -56,11 +57,16 @@ def delta_kernel(out, grad_out, grad_lse, delta, packing, size, META: tl.constex
 
 
 @triton.jit
-def load_stats(lse, delta, place, o_query):
+def load_stats(lse, delta, place, o_query, PACKED: tl.constexpr):
     """(lse, delta). Rows that saw no key or do not exist get lse inf: all their weights are 0."""
-    m_rows = o_query < place.seqlen_q
-    b_lse = tl.load(stats_pointers(lse, place, o_query), mask=m_rows, other=float("inf"))
-    b_delta = tl.load(stats_pointers(delta, place, o_query), mask=m_rows, other=0.0)
+    if PACKED:
+        m_rows = o_query < place.seqlen_q
+        b_lse = tl.load(stats_pointers(lse, place, o_query), mask=m_rows, other=float("inf"))
+        b_delta = tl.load(stats_pointers(delta, place, o_query), mask=m_rows, other=0.0)
+    else:
+        # The padding holds lse -inf and delta 0; without a mask several numbers come at once.
+        b_lse = tl.load(stats_pointers(lse, place, o_query))
+        b_delta = tl.load(stats_pointers(delta, place, o_query))
     return tl.where(b_lse == -float("inf"), float("inf"), b_lse), b_delta
 
 
@@ -95,8 +101,8 @@ def grad_scores(
         b_weights = tl.exp2(b_scores * rules.factor - b_lse * LOG2E)
     b_dropped = b_weights
     if rules.dropout is not None:
-        b_dropped = tl.where(m_kept, b_weights * rules.dropout.factor, 0.0)
-        b_grad_weights = tl.where(m_kept, b_grad_weights * rules.dropout.factor, 0.0)
+        b_dropped = only(m_kept, b_weights * rules.dropout.factor)
+        b_grad_weights = only(m_kept, b_grad_weights * rules.dropout.factor)
     b_grad = b_weights * (b_grad_weights - b_delta)
     if SCORE is not None:
         b_grad = DERIVATIVE(
@@ -170,7 +176,7 @@ def query_kernel(
     o_query = first_row + tl.arange(0, TILE)
     b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
     b_grad_out = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv).to(b_q.dtype)
-    b_lse, b_delta = load_stats(lse, delta, place, o_query)
+    b_lse, b_delta = load_stats(lse, delta, place, o_query, META.packed)
     b_dq = tl.zeros([TILE, BLOCK_D], tl.float32)
     b_slope = tl.zeros([TILE], tl.float32)
 
@@ -207,7 +213,7 @@ def key_sweep(
         o_query = i_tile * TILE + tl.arange(0, TILE)
         b_q = load_tile(queries, i_tile, META.headdim, TILE, META.block_d, META.tma)
         b_grad_out = load_tile(grads, i_tile, META.headdim_v, TILE, META.block_dv, META.tma).to(b_k.dtype)
-        b_lse, b_delta = load_stats(lse, delta, place, o_query)
+        b_lse, b_delta = load_stats(lse, delta, place, o_query, META.packed)
         m_kept = None
         if rules.dropout is not None:
             m_kept = tl.trans(kept(rules.dropout, place, o_query, first_key, META.tile_kv))
@@ -301,7 +307,7 @@ def bias_tile(
     b_grad_out = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv)
     b_k = load_rows(k, place.batch, i_head, place.first_k, o_key, begin_key, end_key, META.headdim, META.block_d)
     b_v = load_rows(v, place.batch, i_head, place.first_k, o_key, begin_key, end_key, META.headdim_v, META.block_dv)
-    b_lse, b_delta = load_stats(lse, delta, place, o_query)
+    b_lse, b_delta = load_stats(lse, delta, place, o_query, META.packed)
     m_kept = None
     if rules.dropout is not None:
         m_kept = kept(rules.dropout, place, o_query, first_key, META.tile_kv)

@@ -14,6 +14,7 @@ from flashtile.backends.portable.sweep import (
     locate,
     masked_in,
     modify,
+    only,
     open_keys,
     stats_pointers,
     steps_of,
@@ -65,7 +66,7 @@ def forward_sweep(
             b_v = tl.where(tl.max(m_tile.to(tl.int32), 0)[:, None] > 0, b_v, 0.0)
         b_out, b_max, b_sum, b_weights = online_softmax(b_out, b_max, b_sum, b_scores, rules.factor, META.modified)
         if rules.dropout is not None:
-            b_weights = tl.where(kept(rules.dropout, place, o_query, i_tile * TILE, TILE), b_weights, 0.0)
+            b_weights = only(kept(rules.dropout, place, o_query, i_tile * TILE, TILE), b_weights)
         b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out, input_precision=META.precision)
     return b_out, b_max, b_sum
 

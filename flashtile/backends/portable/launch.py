@@ -16,6 +16,7 @@ from flashtile.backends.portable.arguments import (
     Bounds,
     bounds_of,
     by_copy_engine,
+    empty_stats,
     grid_of,
     meta_of,
     modified,
@@ -36,6 +37,11 @@ from flashtile.tuning.portable import PortableConfig, Tiles, smaller
 KERNELS = (forward_kernel, delta_kernel, query_kernel, key_kernel, bias_kernel)
 
 _fitting: dict[Any, Tiles] = {}  # what was found to fit, by all that a kernel is compiled for
+
+
+def forget_fitting() -> None:
+    """For another device, which may hold more or less."""
+    _fitting.clear()
 
 
 def on_device(kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -151,7 +157,7 @@ class Call:
         problem = self.problem
         dense = (problem.batch, problem.heads, problem.seqlen_q)
         shape = (problem.heads, len(self.inputs.q)) if problem.varlen else dense
-        return torch.full(shape, fill, dtype=torch.float32, device=self.inputs.q.device)
+        return empty_stats(shape, fill, self.inputs.q.device)
 
 
 def forward(
@@ -166,7 +172,7 @@ def forward(
     lse = call.stats(-torch.inf)
     tensors = [rows_of(tensor) for tensor in (q, inputs.k, inputs.v, out)]
     call.launch(forward_kernel, config.forward, (*tensors, stats_of(lse)), sinks=inputs.sinks)
-    return out, lse
+    return out, lse.contiguous()
 
 
 def backward(
@@ -188,7 +194,7 @@ def backward(
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     delta = _delta(call, config, out, grad_out, grad_lse)
     tensors = [rows_of(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out)]
-    saved = (*tensors, stats_of(lse), stats_of(delta))
+    saved = (*tensors, stats_of(lse, -torch.inf), stats_of(delta))
     make = torch.zeros if problem.varlen else torch.empty
     dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (inputs.q, inputs.k, inputs.v))
     slope = call.stats(0.0) if grads.alibi_slopes is not None else lse
@@ -219,7 +225,7 @@ def _delta(call: Call, config: PortableConfig, out: Tensor, grad_out: Tensor, gr
         tiles,
         rows_of(out),
         rows_of(grad_out),
-        None if grad_lse is None else stats_of(grad_lse.contiguous()),
+        None if grad_lse is None else stats_of(grad_lse),
         stats_of(delta),
         packing,
         size_of(problem, problem.heads, count),

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """One number a query, (batch, head, row), rows side by side; strides `odd`. Packed: batch stride 0."""
+    """One number a query, (batch, head, row), rows side by side and padded (see `PADDED`). Packed: batch stride 0."""
 
     pointer: Any
     batch: Any
@@ -292,7 +292,7 @@ def store_rows(rows, i_batch, i_head, first, o_rows, end, b_rows, DIM: tl.conste
 
 @triton.jit
 def stats_pointers(stats, place, o_query):
-    row = place.batch.to(tl.int64) * number_of(stats.batch) + place.head.to(tl.int64) * number_of(stats.head)
+    row = place.batch.to(tl.int64) * stats.batch + place.head.to(tl.int64) * stats.head
     return stats.pointer + row + place.first_q + o_query
 
 
@@ -426,11 +426,20 @@ def modify(b_scores, place, rules, o_query, o_key, META: tl.constexpr, SCORE: tl
 
 @triton.jit
 def kept(dropout, place, o_query, first_key, TILE: tl.constexpr):
-    """Which entries dropout keeps, (queries, TILE keys): four keys share one counter (see `flashtile.dropout`)."""
+    """Which entries dropout keeps, (queries, TILE keys): four keys share one counter (see `flashtile.dropout`).
+
+    All bits of an int32 or none, for `only`: for AMD, Triton 3.9 fails to pass booleans on to a matrix product.
+    """
     seed = tl.load(dropout.seed)
     o_groups = first_key // 4 + tl.arange(0, TILE // 4)
     zeros = tl.zeros_like(o_query[:, None] + o_groups[None, :])
     c0, c1 = zeros + o_groups[None, :], zeros + o_query[:, None]
     r0, r1, r2, r3 = tl.philox(seed, c0, c1, zeros + place.head, zeros + place.batch, 7)
     lanes = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(o_query.shape[0], TILE)
-    return lanes >= whole(dropout.threshold).to(tl.uint32)
+    return ((whole(dropout.threshold).to(tl.int64) - 1 - lanes.to(tl.int64)) >> 63).to(tl.int32)
+
+
+@triton.jit
+def only(m_kept, b_values):
+    """float32 values, 0 where `kept` has no bits."""
+    return (b_values.to(tl.int32, bitcast=True) & m_kept).to(tl.float32, bitcast=True)

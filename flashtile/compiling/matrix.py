@@ -1,0 +1,75 @@
+"""Which calls are compiled: shapes, dtypes and variants."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashtile import api
+from flashtile.problem import Inputs, Options
+from flashtile.request import Arguments, Packing, build
+
+SEQLEN = 256
+HEADDIMS = (64, 128, 256)
+_TABLE = torch.linspace(-1.0, 1.0, 64)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One call, compiled forward and backward for one target."""
+
+    target: str
+    headdim: int
+    dtype: str
+    variant: str
+
+
+def _documents(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return (q_idx // 100 == kv_idx // 100) & (kv_idx <= q_idx)
+
+
+def _capped(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return 20.0 * torch.tanh(score / 20.0)
+
+
+def _relative(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return score + _TABLE[(q_idx - kv_idx) % 64]
+
+
+VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "plain": dict,
+    "causal": lambda: {"causal": True},
+    "window": lambda: {"window": (64, 0)},
+    "dropout": lambda: {"causal": True, "dropout_p": 0.1, "seed": 1},
+    "bias": lambda: {"bias": torch.zeros(2, SEQLEN, SEQLEN, requires_grad=True)},
+    "softcap": lambda: {"causal": True, "softcap": 20.0},
+    "score_mod": lambda: {"causal": True, "score_mod": _capped},
+    "table": lambda: {"score_mod": _relative},
+    "mask_mod": lambda: {"mask": _documents},
+    "varlen": lambda: {"causal": True},
+}
+"""Name -> the options of a call; `varlen` is a packed one."""
+
+
+def call(entry: Entry) -> tuple[Inputs, Options]:
+    """The inputs, on the CPU, and options of an entry; two query heads share a key head, but for a bias."""
+    heads = 2 if entry.variant == "bias" else 4
+    packing = None
+    if entry.variant == "varlen":
+        offsets = torch.tensor([0, 100, SEQLEN], dtype=torch.int32)
+        packing = Packing(offsets, offsets, None, None, None, None)
+    shape = (1, SEQLEN) if packing is None else (SEQLEN,)
+    q, k, v = (torch.zeros(*shape, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (heads, 2, 2))
+    known = inspect.signature(api.attention).parameters
+    defaults = {name: known[name].default for name in Arguments.__dataclass_fields__}
+    return build(q, k, v, Arguments(**{**defaults, **VARIANTS[entry.variant]()}), packing)
+
+
+def entries(targets: list[str], headdims: list[int], dtypes: list[str], variants: list[str]) -> Iterator[Entry]:
+    for target in targets:
+        for dtype in dtypes:
+            for headdim in headdims:
+                for variant in variants:
+                    yield Entry(target, headdim, dtype, variant)

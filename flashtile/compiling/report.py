@@ -1,0 +1,44 @@
+"""All entries, compiled side by side, as a table or JSON."""
+
+import importlib.metadata
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from flashtile.compiling import build
+from flashtile.compiling.build import Row
+from flashtile.compiling.matrix import Entry
+
+COLUMNS = ("target", "kernel", "dim", "variant", "tiles", "regs", "spills", "shared KB", "products", "s")
+"""tiles: queries x keys x warps x stages."""
+
+
+def compiled(entries: Sequence[Entry], note: Callable[[str], None]) -> Iterator[Row]:
+    """The rows of all entries; processes share the work, as Triton compiles on one core."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(len(entries), os.cpu_count() or 1), mp_context=context) as pool:
+        for entry, found in zip(entries, pool.map(build.rows, entries), strict=True):
+            note(f"{entry.target} headdim {entry.headdim} {entry.variant}")
+            yield from (Row(**row) for row in found)
+
+
+def record(rows: Sequence[Row]) -> dict[str, Any]:
+    """Ready for JSON."""
+    versions = {name: importlib.metadata.version(name) for name in ("flashtile", "triton", "torch")}
+    return {"versions": versions, "rows": [row.__dict__ for row in rows], "broken": broken(rows)}
+
+
+def broken(rows: Sequence[Row]) -> list[str]:
+    """One line for each limit that a row breaks."""
+    return [f"{row}: {reason}" for row in rows for reason in row.broken]
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table, in the order of `COLUMNS`."""
+    products = ", ".join(f"{count} {name}" for name, count in row.products.items())
+    shared = f"{row.shared / 1024:.0f} of {row.shared_limit / 1024:.0f}"
+    tiles = "x".join(map(str, row.tiles))
+    named = [row.target, row.kernel.removesuffix("_kernel"), str(row.headdim), row.variant, tiles]
+    return [*named, str(row.registers), str(row.spills), shared, products, f"{row.seconds:.1f}"]

@@ -1,0 +1,35 @@
+"""The GPUs that kernels are compiled for: data."""
+
+from typing import NamedTuple
+
+
+class Target(NamedTuple):
+    """backend, arch, warp: as Triton names them. shared: bytes of shared memory (LDS) that one program may have."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int
+
+    @property
+    def copy_engine(self) -> bool:
+        """Whether it has NVIDIA's tensor memory accelerator."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
+
+KB = 1024
+
+TARGETS: dict[str, Target] = {
+    "sm_80": Target("cuda", 80, 32, 163 * KB),
+    "sm_86": Target("cuda", 86, 32, 99 * KB),
+    "sm_89": Target("cuda", 89, 32, 99 * KB),
+    "sm_90a": Target("cuda", 90, 32, 227 * KB),
+    "sm_100": Target("cuda", 100, 32, 227 * KB),
+    "sm_120": Target("cuda", 120, 32, 99 * KB),
+    "gfx90a": Target("hip", "gfx90a", 64, 64 * KB),
+    "gfx942": Target("hip", "gfx942", 64, 64 * KB),
+    "gfx950": Target("hip", "gfx950", 64, 160 * KB),
+    "gfx1100": Target("hip", "gfx1100", 32, 64 * KB),
+    "gfx1201": Target("hip", "gfx1201", 32, 64 * KB),
+}
+"""NVIDIA: table of technical specifications in the CUDA C programming guide. AMD: LDS of a workgroup."""
