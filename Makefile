@@ -18,12 +18,12 @@ READY := $(VENV)/.ready
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal
 GPU_TESTS = $$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--ignore=tests/gpu")')
 
-.PHONY: help env demo test lint format types wheel check clean
+.PHONY: help env demo test oldest-triton lint format types wheel check clean
 
 help:
 	@echo "make demo    show what flashtile does on this machine"
 	@echo "make test    run the tests (those in tests/gpu only where there is a GPU)"
-	@echo "make check   lint, types, wheel and tests: what CI runs"
+	@echo "make check   lint, types, wheel and tests, with the oldest Triton too: what CI runs"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the environment and the caches"
 
@@ -41,6 +41,15 @@ demo: $(READY)
 test: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
 	$(PYTEST) $(GPU_TESTS) $(ARGS)
+
+# The oldest Triton that is supported, beside the newest, which the environment holds: its compiler takes all kernels.
+OLDEST := $(VENV)/triton-3.6
+
+$(OLDEST): | $(READY)
+	$(BIN)/python -m pip install -q --no-deps --target $@ triton==3.6.0
+
+oldest-triton: $(OLDEST)
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) tests/test_compile.py tests/test_lower.py tests/test_builds.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
@@ -61,6 +70,7 @@ check:
 	$(MAKE) lint
 	$(MAKE) types
 	$(MAKE) wheel
+	$(MAKE) oldest-triton
 	$(MAKE) test
 
 clean:

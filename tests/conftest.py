@@ -15,7 +15,7 @@ from flashtile.tuning import cpu
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = ["test_*.py", "gpu/*", "emulated/*"] if interpreted else ["interpreted/*"]
 if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob.append("emulated/*")
+    collect_ignore_glob += ["emulated/*", "test_builds.py", "test_compile.py", "test_lower.py"]
 
 settings.register_profile(
     "repeatable",

@@ -21,7 +21,7 @@ ROOMS = {
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
     "doors": {"request", "autograd", "api"},
-    "guests": {"distributed", "integrations", "bench", "demo", "cli", "__main__"},
+    "guests": {"distributed", "integrations", "bench", "demo", "cli", "compiling", "__main__"},
 }  # fmt: skip
 # Words and mathematics know torch and the standard library; triton belongs to the machines that are written in it, and
 # to what turns functions into its source for them.

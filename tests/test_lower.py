@@ -50,5 +50,6 @@ def test_every_mask_in_one() -> None:
 def _compile_mask(mask: masks.Mask) -> None:
     hook = lower.mask_hook(mask.token, mask.tensors)
     arguments = {"out": OUT, "first_q": 5, "first_k": 3, "shift": 7, "arguments": hook.arguments or None}
+    arguments |= {"MASK": hook.function, **SIZES}
     for target in (NVIDIA, AMD):
-        assert aot.build(functions.mask_kernel, {**arguments, "MASK": hook.function, **SIZES}, target)
+        assert aot.build(functions.mask_kernel, arguments, target, enable_fp_fusion=True)

@@ -230,6 +230,7 @@ def _delta(call: Call, config: PortableConfig, out: Tensor, grad_out: Tensor, gr
         packing,
         size_of(problem, problem.heads, count),
         META=meta_of(problem, tiles, call.listed, False, False),
+        enable_fp_fusion=True,
     )
     return delta
 

@@ -1,0 +1,99 @@
+"""Kernels compiled for GPUs that are not there: nothing spills, all fits, the matrix units are used."""
+
+import json
+from typing import Any
+
+import pytest
+
+from flashtile import cli
+from flashtile.compiling import build, matrix
+from flashtile.compiling.build import Row
+from flashtile.compiling.matrix import Entry
+from flashtile.compiling.targets import TARGETS
+from flashtile.tuning import portable
+
+FIELDS = {
+    *("target", "kernel", "headdim", "dtype", "variant", "tiles", "registers", "spills"),
+    *("shared", "shared_limit", "products", "seconds", "broken"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_of_a_target(target: str) -> None:
+    rows = [Row(**row) for row in build.rows(Entry(target, 64, "bfloat16", "causal"))]
+    assert [row.kernel for row in rows] == ["forward_kernel", "delta_kernel", "query_kernel", "key_kernel"]
+    assert [str(row) for row in rows if row.broken] == []
+    assert all(row.registers > 0 and row.shared <= row.shared_limit for row in rows)
+    expected = {"sm_90a": "wgmma", "sm_100": "tcgen05", "gfx": "v_mfma", "gfx1": "v_wmma"}
+    name = next((key for key in ("gfx1", "gfx", target) if target.startswith(key)), "")
+    assert expected.get(name, "mma.sync") in rows[0].products
+
+
+@pytest.mark.parametrize("variant", ["bias", "score_mod", "table", "mask_mod", "varlen", "dropout"])
+def test_variants_on_the_gpu_that_is_measured(variant: str) -> None:
+    rows = build.rows(Entry("sm_90a", 128, "bfloat16", variant))
+    assert [row["broken"] for row in rows if row["broken"]] == []
+    assert ("bias_kernel" in [row["kernel"] for row in rows]) == (variant == "bias")
+
+
+def test_smaller_tiles_are_taken_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = TARGETS["sm_90a"]._replace(shared=48 * 1024)
+    monkeypatch.setitem(TARGETS, "sm_90a", short)
+    rows = build.rows(Entry("sm_90a", 128, "bfloat16", "plain"))
+    usual = portable.portable_config(128, 16, False).forward
+    assert all(row["shared"] <= 48 * 1024 for row in rows)
+    assert tuple(rows[0]["tiles"]) != tuple(usual)
+
+
+class TestCommand:
+    def _rows(self, monkeypatch: pytest.MonkeyPatch, **broken: Any) -> None:
+        row = Row("sm_90a", "key_kernel", 64, "bfloat16", "plain", (64, 64, 4, 2), 128, 0, 1024, 2048, {"wgmma": 8})
+        row.broken = ["7 spills, 0 allowed"] if broken else []
+        monkeypatch.setattr("flashtile.compiling.report.compiled", lambda entries, note: iter([row]))
+
+    def test_json(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._rows(monkeypatch)
+        assert cli.main(["compile", "--report", "json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert set(found["versions"]) == {"flashtile", "triton", "torch"}
+        assert set(found["rows"][0]) == FIELDS
+        assert found["broken"] == []
+
+    def test_table(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._rows(monkeypatch)
+        assert cli.main(["compile", "--arch", "sm_90", "gfx942"]) == 0
+        text = capsys.readouterr().out
+        for part in ("sm_90a", "key", "64x64x4x2", "128", "1 of 2", "8 wgmma"):
+            assert part in text
+
+    def test_a_broken_limit_fails(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._rows(monkeypatch, broken=True)
+        assert cli.main(["compile"]) == 1
+        assert "key_kernel headdim 64 bfloat16 plain (64, 64, 4, 2): 7 spills, 0 allowed" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (["--arch", "sm_70"], "--arch: got 'sm_70', need one of sm_80, sm_86"),
+            (["--variant", "magic"], "--variant: got 'magic', need one of plain, causal"),
+        ],
+    )
+    def test_a_wrong_call_ends_with_2(self, capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
+        assert cli.main(["compile", *options]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_limits_are_checked() -> None:
+    row = Row("sm_90a", "key_kernel", 64, "bfloat16", "plain", (64, 64, 4, 2), 255, 9, 4096, 2048)
+    assert list(build._breaches(row)) == [
+        "9 spills, 0 allowed",
+        "4096 bytes of shared memory, 2048 allowed",
+        "no matrix instruction",
+    ]
+
+
+def test_every_variant_is_a_call() -> None:
+    for variant in matrix.VARIANTS:
+        inputs, options = matrix.call(Entry("sm_80", 32, "float16", variant))
+        assert (inputs.cu_seqlens_q is not None) == (variant == "varlen")
+        assert options.scale == 32**-0.5
