@@ -71,9 +71,9 @@ def rows(entry: Entry) -> list[dict[str, Any]]:
     inputs, options = matrix.call(entry)
     machine = launch.Machine(compile_instead, target.copy_engine)
     problem = describe(inputs, options)
-    out, lse = launch.forward(inputs, problem, portable.configure(problem), machine)
+    out, lse = launch.forward(inputs, problem, portable.configure(problem, target.family), machine)
     problem = describe(inputs, options, backward=True, wanted=wanted_of(inputs))
-    launch.backward(inputs, problem, portable.configure(problem), out, lse, out, None, machine)
+    launch.backward(inputs, problem, portable.configure(problem, target.family), out, lse, out, None, machine)
     return [asdict(row) for row in found]
 
 
@@ -112,12 +112,13 @@ def _row(entry: Entry, target: Target, kernel: Any, tiles: Tiles, arguments: Any
 
 def _breaches(row: Row) -> Iterator[str]:
     """Which limits a row breaks."""
-    allowed = spills_allowed(row.kernel, row.headdim, row.dtype)
+    allowed = spills_allowed(TARGETS[row.target].family, row.kernel, row.headdim)
     if row.spills > allowed:
         yield f"{row.spills} spills, {allowed} allowed"
     if row.shared > row.shared_limit:
         yield f"{row.shared} bytes of shared memory, {row.shared_limit} allowed"
-    if not row.products and row.kernel != "delta_kernel":
+    # Exact products of float32 are no matrix unit's; the delta kernel multiplies no matrices.
+    if not row.products and row.dtype != "float32" and row.kernel != "delta_kernel":
         yield "no matrix instruction"
 
 

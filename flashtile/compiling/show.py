@@ -24,9 +24,9 @@ def run(entries: Sequence[Entry], as_json: bool) -> int:
         json.dump(report.record(rows), sys.stdout, indent=1)
         print()
     else:
-        console = Console()
         # A table in a file is not cut to the width of a terminal that is not there.
-        console.print(_table(rows), width=None if console.is_terminal else 120)
+        console = Console()
+        (console if console.is_terminal else Console(width=140)).print(_table(rows))
     for line in report.broken(rows):
         errors.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     return 1 if report.broken(rows) else 0

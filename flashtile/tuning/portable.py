@@ -29,44 +29,137 @@ class PortableConfig(NamedTuple):
         return {"both": self.key} if self.value is None else {"dk": self.key, "dv": self.value}
 
 
-HALF: tuple[tuple[int, PortableConfig], ...] = (
-    (64, PortableConfig(Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 4))),
-    (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2))),
-    (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2))),
-    (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
-)
-"""16-bit inputs: rows hold up to the head dimension named."""
+Rows = tuple[tuple[int, PortableConfig], ...]
+"""(head dimension, tiles): a row holds up to the head dimension named."""
 
-SINGLE: tuple[tuple[int, PortableConfig], ...] = (
-    (64, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1))),
-    (128, PortableConfig(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
-    (256, PortableConfig(Tiles(32, 32, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 32, 8, 1))),
-    (512, PortableConfig(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
-)
-"""float32 inputs."""
+KINDS = ("half", "modified", "single")
+"""16-bit inputs; the same with a bias or a function of scores, whose tensors take registers and shared memory too;
+float32 inputs."""
+
+HOPPER: dict[str, Rows] = {
+    "half": (
+        (64, PortableConfig(Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 4))),
+        (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2))),
+        (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2))),
+        (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+    ),
+    "modified": (
+        (64, PortableConfig(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(32, 64, 4, 2))),
+        (256, PortableConfig(Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1))),
+        (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+    ),
+    "single": (
+        (64, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1))),
+        (128, PortableConfig(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+        (256, PortableConfig(Tiles(32, 32, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 32, 8, 1))),
+        (512, PortableConfig(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
+    ),
+}
+"""sm_90, 227 KB of shared memory. 16-bit rows of up to 256 columns were timed on an H100."""
+
+BLACKWELL: dict[str, Rows] = {
+    "half": (
+        (64, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2))),
+        *HOPPER["half"][2:],
+    ),
+    "modified": (
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 2))),
+        *HOPPER["modified"][2:],
+    ),
+    "single": HOPPER["single"],
+}
+"""sm_100, 227 KB of shared memory. Hopper's, smaller where those spill; timed on none."""
+
+AMPERE: dict[str, Rows] = {
+    "half": (
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2))),
+        (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1))),
+        (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
+    ),
+    "modified": (
+        (64, PortableConfig(Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1))),
+        (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 2))),
+        (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(32, 32, 8, 1))),
+        (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
+    ),
+    "single": HOPPER["single"],
+}
+"""sm_80 to sm_89 and sm_120, whose smallest have 99 KB of shared memory. The largest tiles that do not spill there;
+timed on none of them."""
+
+CDNA: dict[str, Rows] = {
+    "half": (
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 1))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 1))),
+        (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 32, 4, 1))),
+        (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
+    ),
+    "modified": (
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 1))),
+        (128, PortableConfig(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 32, 4, 1))),
+        (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1))),
+        (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
+    ),
+    "single": HOPPER["single"],
+}
+"""gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill on gfx942; timed on none of them."""
+
+RDNA: dict[str, Rows] = {
+    "half": (
+        (64, PortableConfig(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 8, 1))),
+        (128, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
+        (256, PortableConfig(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
+        (512, PortableConfig(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
+    ),
+    "modified": (
+        (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 8, 1))),
+        (128, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
+        (256, PortableConfig(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
+        (512, PortableConfig(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
+    ),
+    "single": HOPPER["single"],
+}
+"""gfx1100, gfx1201: 64 KB of LDS. The largest tiles that do not spill on gfx1100; timed on none of them."""
+
+TABLES: dict[str, dict[str, Rows]] = {
+    "hopper": HOPPER,
+    "blackwell": BLACKWELL,
+    "ampere": AMPERE,
+    "cdna": CDNA,
+    "rdna": RDNA,
+}
+"""By family of GPUs, then by kind."""
+
+SPILLS: dict[tuple[str, str, int], int] = {
+    # The fastest on an H100 all the same: two accumulators of 64 x 128 beside two tiles of scores.
+    ("hopper", "key_kernel", 128): 60,
+    # The smallest tiles that matrix instructions take; rows of this many columns alone fill the registers.
+    ("rdna", "query_kernel", 128): 80,
+    ("rdna", "key_kernel", 128): 80,
+    ("rdna", "forward_kernel", 256): 150,
+    ("rdna", "query_kernel", 256): 300,
+    ("rdna", "bias_kernel", 256): 150,
+    ("rdna", "key_kernel", 256): 320,
+}
+"""How many spilling instructions a kernel may have, by family and head dimension, where not 0."""
 
 
-MODIFIED: tuple[tuple[int, PortableConfig], ...] = (
-    (64, PortableConfig(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2))),
-    (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(32, 64, 4, 2))),
-    (256, PortableConfig(Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1))),
-    (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
-)
-"""16-bit inputs with a bias or a function of scores: tiles of what they read lie in shared memory too."""
+def spills_allowed(family: str, kernel: str, headdim: int) -> int:
+    """The limit of a row, for `flashtile compile`."""
+    return SPILLS.get((family, kernel, headdim), 0)
 
 
-def portable_config(headdim: int, bits: int, modified: bool) -> PortableConfig:
+def portable_config(headdim: int, bits: int, modified: bool, family: str = "hopper") -> PortableConfig:
     """The tiles for heads of this many columns, the wider of keys and values, and elements of this many bits.
 
     modified: scores are changed by tensors that the kernel reads.
     """
-    table = SINGLE if bits == 32 else MODIFIED if modified else HALF
-    return next(config for limit, config in table if headdim <= limit)
-
-
-def spills_allowed(kernel: str, headdim: int, dtype: str) -> int:
-    """How many spilling instructions a kernel may have."""
-    return 0
+    kind = "single" if bits == 32 else "modified" if modified else "half"
+    return next(config for limit, config in TABLES[family][kind] if headdim <= limit)
 
 
 def smaller(tiles: Tiles) -> Iterator[Tiles]:

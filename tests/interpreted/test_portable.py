@@ -20,8 +20,7 @@ REFUSED = {"headdim_576_v_512": "it takes up to 512"}
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for table in ("HALF", "SINGLE", "MODIFIED"):
-        monkeypatch.setattr(portable, table, ((10**6, TILES),))
+    monkeypatch.setattr(portable, "TABLES", {"hopper": dict.fromkeys(portable.KINDS, ((10**6, TILES),))})
     plan.choose.cache_clear()
     yield
     monkeypatch.undo()
@@ -48,8 +47,7 @@ def test_matches_reference(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["gqa", "dropout", "score_mod", "varlen"])
 def test_dk_and_dv_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     apart = TILES._replace(value=portable.Tiles(32, 16, 4, 1))
-    for table in ("HALF", "SINGLE", "MODIFIED"):
-        monkeypatch.setattr(portable, table, ((10**6, apart),))
+    monkeypatch.setattr(portable, "TABLES", {"hopper": dict.fromkeys(portable.KINDS, ((10**6, apart),))})
     plan.choose.cache_clear()
     conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
 

@@ -68,10 +68,22 @@ def _functions(problem: Problem) -> str | None:
     return reason
 
 
-def configure(problem: Problem) -> PortableConfig:
-    """The row of the tuning table."""
+def configure(problem: Problem, family: str | None = None) -> PortableConfig:
+    """The row of the tuning table; `family`: of another GPU than the current one."""
     bits = 32 if problem.dtype is torch.float32 else 16
-    return portable_config(max(problem.headdim, problem.headdim_v), bits, problem.bias or bool(problem.score_mod))
+    modified = problem.bias or bool(problem.score_mod)
+    family = family or _family(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    return portable_config(max(problem.headdim, problem.headdim_v), bits, modified, family)
+
+
+@cache
+def _family(device: int | None) -> str:
+    """Which tables hold for a GPU; None: the interpreter, which takes any."""
+    if device is None:
+        return "hopper"
+    if torch.version.hip:
+        return "cdna" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "rdna"
+    return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "ampere")
 
 
 @cache
