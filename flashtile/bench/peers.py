@@ -242,6 +242,8 @@ def _flex(case: Case) -> Attend:
     blocks = None
     if mask_mod is not None:
         blocks = create_block_mask(mask_mod, None, None, case.seqlen, case.seqlen, device=case.device)
+    # A round repeats the backward pass, for which the buffers of the forward pass must outlive the first time.
+    torch._functorch.config.donated_buffer = False
     attend = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: attend(q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=case.group > 1)
 

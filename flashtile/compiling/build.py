@@ -112,7 +112,7 @@ def _row(entry: Entry, target: Target, kernel: Any, tiles: Tiles, arguments: Any
 
 def _breaches(row: Row) -> Iterator[str]:
     """Which limits a row breaks."""
-    allowed = spills_allowed(TARGETS[row.target].family, row.kernel, row.headdim)
+    allowed = spills_allowed(TARGETS[row.target].family, row.kernel, row.headdim, row.variant)
     if row.spills > allowed:
         yield f"{row.spills} spills, {allowed} allowed"
     if row.shared > row.shared_limit:
