@@ -163,8 +163,8 @@ VARIANT_SPILLS: dict[tuple[str, str, int, str], int] = {
     ("hopper", "key_kernel", 128, "varlen"): 120,
     ("hopper", "key_kernel", 128, "window"): 90,
 }
-"""The same for calls that need more registers than the tiles leave, which were timed without them. Only a timing can say
-whether smaller tiles or these spills cost less; until then this keeps them from growing."""
+"""The same for calls that need more registers than the tiles leave, which were timed without them. Only a timing can
+say whether smaller tiles or these spills cost less; until then this keeps them from growing."""
 
 
 def spills_allowed(family: str, kernel: str, headdim: int, variant: str) -> int:
