@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import autograd, plan
+from flashtile import autograd, plan, recall
 from flashtile.masks import Alignment, Mask
 from flashtile.plan import Plan
 from flashtile.request import Arguments, Packing, build, described
@@ -99,8 +99,7 @@ def attention(
         deterministic=deterministic,
         backend=backend,
     )
-    inputs, options = build(q, k, v, arguments)
-    out, lse = autograd.attention(inputs, options)
+    out, lse = recall.attention(q, k, v, arguments)
     return State(out, lse) if return_lse else out
 
 
@@ -174,8 +173,7 @@ def attention_varlen(
         backend=backend,
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
-    inputs, options = build(q, k, v, arguments, packing)
-    out, lse = autograd.attention(inputs, options)
+    out, lse = recall.attention(q, k, v, arguments, packing)
     return State(out, lse) if return_lse else out
 
 
@@ -245,7 +243,8 @@ def explain(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )
-    chosen = autograd.planned(*build(q, k, v, arguments, packing))
+    inputs, options = build(q, k, v, arguments, packing)
+    chosen = autograd.Call.of(inputs, options).plan(inputs, backward=False)
     print(chosen)
     return chosen
 

@@ -9,6 +9,7 @@ half a millisecond of cold Python on its generic machinery, more than a short at
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ _TAIL = (
 )
 _SAVED = "Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[] wanted"
 _OPTION_COUNT = 11  # the arguments of _TAIL from `mask` on
+_FIRST_LIST = 11  # the fields of Inputs before `mask`, each a tensor or None
 
 
 def _unpack(tensors: tuple[Any, ...]) -> tuple[Inputs, Options]:
@@ -65,12 +67,28 @@ def _pack(inputs: Inputs, options: Options) -> tuple[Any, ...]:
     )
 
 
-def planned(inputs: Inputs, options: Options) -> plan.Plan:
-    """What the forward pass will run."""
-    problem = describe(inputs, options)
-    if not problem.varlen:
-        check.mask(inputs, problem)
-    return plan.choose(problem, options.backend)
+@dataclass
+class Call:
+    """What is known of a call beside its tensors; calls that differ in addresses alone share one (see `recall`)."""
+
+    options: Options
+    wanted: Sequence[bool]
+    plans: dict[bool, plan.Plan] = field(default_factory=dict)
+    memories: tuple[backends.Memory, backends.Memory] = field(default_factory=lambda: ({}, {}))
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: Options) -> "Call":
+        return cls(options, _asked(inputs))
+
+    def plan(self, inputs: Inputs, backward: bool) -> plan.Plan:
+        """What the forward or the backward pass runs."""
+        chosen = self.plans.get(backward)
+        if chosen is None:
+            problem = describe(inputs, self.options, backward, _wanted(self.wanted) if backward else None)
+            if not backward and not problem.varlen:
+                check.mask(inputs, problem)
+            chosen = self.plans[backward] = plan.choose(problem, self.options.backend)
+        return chosen
 
 
 def _own_dtypes(device: str) -> AbstractContextManager[Any]:
@@ -80,26 +98,22 @@ def _own_dtypes(device: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    chosen = planned(inputs, options)
+def _run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+    chosen = call.plan(inputs, False)
     with _own_dtypes(chosen.problem.device):
-        return plan.kernel(chosen).forward(inputs, chosen.problem, chosen.config)
+        return plan.kernel(chosen).forward(inputs, chosen.problem, chosen.config, call.memories[0])
 
 
 def _run_backward(
-    inputs: Inputs,
-    options: Options,
-    saved: tuple[Tensor, Tensor],
-    grads: tuple[Tensor | None, Tensor | None],
-    wanted: Sequence[bool],
+    inputs: Inputs, call: Call, saved: tuple[Tensor, Tensor], grads: tuple[Tensor | None, Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of `_sources`, each in its tensor's dtype; None where not wanted."""
-    problem = describe(inputs, options, backward=True, wanted=_wanted(wanted))
-    chosen = plan.choose(problem, options.backend)
-    with _own_dtypes(problem.device):
-        gradients = plan.kernel(chosen).backward(inputs, problem, chosen.config, *saved, *grads)
+    chosen = call.plan(inputs, True)
+    with _own_dtypes(chosen.problem.device):
+        run = plan.kernel(chosen)
+        gradients = run.backward(inputs, chosen.problem, chosen.config, *saved, *grads, call.memories[1])
     return [
-        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        gradient if gradient is None or tensor is None or gradient.dtype is tensor.dtype else gradient.to(tensor.dtype)
         for gradient, tensor in zip(_flat(gradients), _sources(inputs), strict=True)
     ]
 
@@ -108,7 +122,8 @@ def _run_backward(
     "flashtile::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)"
 )
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _run_forward(*_unpack(arguments))
+    inputs, options = _unpack(arguments)
+    return _run_forward(inputs, Call.of(inputs, options))
 
 
 @_forward.register_fake
@@ -128,7 +143,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wanted: list[bool], *arguments: Any
 ) -> list[Tensor]:
-    found = _run_backward(*_unpack(arguments), (out, lse), (grad_out, grad_lse), wanted)
+    inputs, options = _unpack(arguments)
+    found = _run_backward(inputs, Call(options, wanted), (out, lse), (grad_out, grad_lse))
     return [gradient for gradient in found if gradient is not None]
 
 
@@ -169,11 +185,10 @@ def wanted_of(inputs: Inputs) -> Wanted:
     return _wanted(_asked(inputs))
 
 
-def _save(ctx: Any, inputs: Inputs, options: Options, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.counts = options, (len(inputs.mask), len(inputs.score))
-    tensors = _pack(inputs, options)[: -_OPTION_COUNT - 2]
-    ctx.save_for_backward(*output, *tensors, *inputs.mask, *inputs.score)
+    ctx.counts = (len(inputs.mask), len(inputs.score))
+    ctx.save_for_backward(*output, *inputs[:_FIRST_LIST], *inputs.mask, *inputs.score)
 
 
 def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor, Tensor]]:
@@ -187,8 +202,8 @@ def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor, Tensor]]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call, options = _unpack(inputs)
-    ctx.wanted = _asked(call)
-    _save(ctx, call, options, output)
+    ctx.wanted, ctx.options = _asked(call), options
+    _save(ctx, call, output)
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -207,20 +222,18 @@ class _Eager(torch.autograd.Function):
     """The same call without the operator; `sources` are the tensors of `_sources`, in order."""
 
     @staticmethod
-    def forward(
-        ctx: Any, inputs: Inputs, options: Options, wanted: list[bool], *sources: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        output = _run_forward(inputs, options)
-        ctx.wanted = wanted
-        _save(ctx, inputs, options, output)
+    def forward(ctx: Any, inputs: Inputs, call: Call, *sources: Tensor | None) -> tuple[Tensor, Tensor]:
+        output = _run_forward(inputs, call)
+        ctx.call = call
+        _save(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         inputs, output = _saved(ctx)
         with torch.no_grad():
-            found = _run_backward(inputs, ctx.options, output, (grad_out, grad_lse), ctx.wanted)
-        return (None, None, None, *_last(found))
+            found = _run_backward(inputs, ctx.call, output, (grad_out, grad_lse))
+        return (None, None, *_last(found))
 
 
 def _last(gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
@@ -232,29 +245,43 @@ def _last(gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
     return tuple(refuse(*leaves))
 
 
-def _plainly_eager(inputs: Inputs) -> bool:
+def plainly_eager(inputs: Inputs) -> bool:
     """No compiler, dispatch mode, functorch transform or tensor subclass is watching, and there are numbers to see."""
-    if inputs.q.is_meta or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if inputs.q.is_meta or watched():
         return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    tensors = (*_pack(inputs, Options())[: -_OPTION_COUNT - 2], *inputs.mask, *inputs.score)
-    return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    tensors = (*inputs[:_FIRST_LIST], *inputs.mask, *inputs.score)
+    return all(tensor is None or type(tensor) in PLAIN for tensor in tensors)
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def watched() -> bool:
+    """Whether a compiler, dispatch mode or functorch transform wants to see operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the call, differentiable."""
-    if not _plainly_eager(inputs):
-        return _forward(*_pack(inputs, options))
+    """(out, lse) of the call, differentiable, as an operator that whoever watches can see."""
+    return _forward(*_pack(inputs, options))
+
+
+def eager(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+    """The same for a call that is `plainly_eager`."""
     sources = _sources(inputs)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources):
-        return _Eager.apply(inputs, options, _asked(inputs), *sources)
-    return _run_forward(inputs, options)
+        return _Eager.apply(inputs, call, *sources)
+    return _run_forward(inputs, call)
 
 
 def rehearse(inputs: Inputs, options: Options) -> None:
     """Runs the call, and its backward pass if anything wants a gradient, and throws the results away."""
+    call = Call.of(inputs, options)
     with torch.no_grad():
-        output = _run_forward(inputs, options)
+        output = _run_forward(inputs, call)
         if any(tensor is not None and tensor.requires_grad for tensor in _sources(inputs)):
-            _run_backward(inputs, options, output, (torch.zeros_like(output[0]), None), _asked(inputs))
+            _run_backward(inputs, call, output, (torch.zeros_like(output[0]), None))

@@ -1,7 +1,7 @@
 """Problem -> Plan: which backend, which kernel, which tiles, and why nothing faster."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -14,13 +14,15 @@ logger = logging.getLogger("flashtile")
 
 @dataclass(frozen=True)
 class Plan:
-    """The choice for one Problem. `rejected` holds (backend/kernel, reason) of everything faster that was refused."""
+    """The choice for one Problem. `rejected` holds (backend/kernel, reason) of everything faster that was refused;
+    `run` is the kernel."""
 
     problem: Problem
     backend: str
     kernel: str
     config: Any
     rejected: tuple[tuple[str, str], ...]
+    run: Kernel = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         config = ", ".join(f"{name}={value}" for name, value in self.config._asdict().items())
@@ -64,7 +66,7 @@ def choose(problem: Problem, backend: str | None = None) -> Plan:
         for kernel in module.KERNELS:
             reason = kernel.refuses(problem)
             if reason is None:
-                chosen = Plan(problem, name, kernel.name, kernel.configure(problem), tuple(rejected))
+                chosen = Plan(problem, name, kernel.name, kernel.configure(problem), tuple(rejected), kernel)
                 # A backend that is not for this machine is no news; a kernel that does not take the Problem is.
                 if any("/" in refused for refused, _ in rejected) and not problem.backward:
                     logger.info("%s", chosen)
@@ -77,9 +79,8 @@ def choose(problem: Problem, backend: str | None = None) -> Plan:
 
 
 def kernel(plan: Plan) -> Kernel:
-    """The kernel that a Plan names."""
-    kernels: tuple[Kernel, ...] = backends.load(plan.backend).KERNELS
-    return next(candidate for candidate in kernels if candidate.name == plan.kernel)
+    """The kernel that a Plan names; all that run pass here."""
+    return plan.run
 
 
 def builds() -> int:

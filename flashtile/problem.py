@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The tensors of one call; an absent feature is None or an empty tuple."""
 
     q: Tensor

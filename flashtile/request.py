@@ -4,8 +4,7 @@ This runs under `torch.compile` too: plain code, no caches, no tensor read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from flashtile.masks import Mask
 from flashtile.problem import Inputs, Options
 
 
-@dataclass
-class Arguments:
+class Arguments(NamedTuple):
     """The options that the public functions share, as the user gave them."""
 
     causal: bool
@@ -38,8 +36,7 @@ class Arguments:
     backend: str | None
 
 
-@dataclass
-class Packing:
+class Packing(NamedTuple):
     """Where the packed sequences lie, as the user gave it."""
 
     cu_seqlens_q: Tensor

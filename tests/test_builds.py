@@ -45,7 +45,7 @@ class Counter:
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None, **given: Any) -> None:
         """One forward and one backward pass."""
-        usual = dict.fromkeys(Arguments.__dataclass_fields__)
+        usual = dict.fromkeys(Arguments._fields)
         usual |= {"causal": False, "dropout_p": 0.0, "alignment": "bottom_right", "return_lse": False}
         inputs, options = build(q, k, v, Arguments(**{**usual, **given}), packing)  # type: ignore[arg-type]
         machine = launch.Machine(self.launch, True)

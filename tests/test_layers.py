@@ -20,7 +20,7 @@ ROOMS = {
     "triton": {"lower", "lower_rules"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
-    "doors": {"request", "autograd", "api"},
+    "doors": {"request", "autograd", "recall", "api"},
     "guests": {"distributed", "integrations", "bench", "demo", "cli", "compiling", "__main__"},
 }  # fmt: skip
 # Words and mathematics know torch and the standard library; triton belongs to the machines that are written in it, and

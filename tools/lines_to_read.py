@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "flashtile"
 PATH: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("api.py", ("attention",)),
     ("request.py", ("Arguments", "build", "_check", "_autocast", "_mask", "_seed", "_deterministic")),
-    ("autograd.py", ("attention", "_plainly_eager", "_Eager", "_run_forward", "_save")),
+    ("recall.py", ("attention",)),
+    ("autograd.py", ("Call", "eager", "plainly_eager", "watched", "_Eager", "_run_forward", "_save")),
     ("problem.py", ("Inputs", "Problem", "Options", "describe")),
     ("plan.py", ("Plan", "choose", "kernel")),
     ("masks.py", ("Mask", "causal", "window")),

@@ -32,21 +32,25 @@ class Gradients:
     score: Sequence[Tensor | None] = ()
 
 
+Memory = dict[Any, Any]
+"""What earlier calls with an equal Problem left behind, so that the next one starts sooner; empty at first."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One way of computing attention.
 
     refuses(problem): the reason why this kernel cannot take the Problem, or None.
     configure(problem): the tile sizes and other tuning; never changes results beyond rounding.
-    forward(inputs, problem, config) -> (out, lse), contiguous, as `State` describes.
-    backward(inputs, problem, config, out, lse, grad_out, grad_lse) -> Gradients; either gradient may be None.
+    forward(inputs, problem, config, memory) -> (out, lse), contiguous, as `State` describes.
+    backward(inputs, problem, config, out, lse, grad_out, grad_lse, memory) -> Gradients; either gradient may be None.
     """
 
     name: str
     refuses: Callable[[Problem], str | None]
     configure: Callable[[Problem], Any]
-    forward: Callable[[Inputs, Problem, Any], tuple[Tensor, Tensor]]
-    backward: Callable[[Inputs, Problem, Any, Tensor, Tensor, Tensor | None, Tensor | None], Gradients]
+    forward: Callable[[Inputs, Problem, Any, Memory], tuple[Tensor, Tensor]]
+    backward: Callable[[Inputs, Problem, Any, Tensor, Tensor, Tensor | None, Tensor | None, Memory], Gradients]
 
 
 def load(name: str) -> ModuleType:

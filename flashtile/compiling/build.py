@@ -98,7 +98,7 @@ def _row(entry: Entry, target: Target, kernel: Any, tiles: Tiles, arguments: Any
             **beside,
         )
     except Exception as error:  # whatever the compiler says is a finding
-        row.broken.append(f"does not compile: {' '.join(str(error).split())[-300:]}")
+        row.broken.append(f"does not compile: {' '.join(str(_innermost(error)).split())[-300:]}")
         return row
     row.seconds = round(time.perf_counter() - start, 2)
     row.shared = compiled.metadata.shared
@@ -108,6 +108,13 @@ def _row(entry: Entry, target: Target, kernel: Any, tiles: Tiles, arguments: Any
     row.registers, row.spills = _nvidia(compiled.asm["cubin"]) if target.backend == "cuda" else _amd(text)
     row.broken += _breaches(row)
     return row
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Triton wraps an error once for every function on the way to it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _breaches(row: Row) -> Iterator[str]:

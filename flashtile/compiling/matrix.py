@@ -63,7 +63,7 @@ def call(entry: Entry) -> tuple[Inputs, Options]:
     shape = (1, SEQLEN) if packing is None else (SEQLEN,)
     q, k, v = (torch.zeros(*shape, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (heads, 2, 2))
     known = inspect.signature(api.attention).parameters
-    defaults = {name: known[name].default for name in Arguments.__dataclass_fields__}
+    defaults = {name: known[name].default for name in Arguments._fields}
     return build(q, k, v, Arguments(**{**defaults, **VARIANTS[entry.variant]()}), packing)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.backends import Gradients, Kernel
+from flashtile.backends import Gradients, Kernel, Memory
 from flashtile.problem import Inputs, Problem
 from flashtile.tuning.portable import PortableConfig, portable_config
 
@@ -94,14 +94,20 @@ def _launch() -> ModuleType:
     return launch
 
 
-def _forward(inputs: Inputs, problem: Problem, config: PortableConfig) -> tuple[Tensor, Tensor]:
-    out_and_lse: tuple[Tensor, Tensor] = _launch().forward(inputs, problem, config)
+def _forward(inputs: Inputs, problem: Problem, config: PortableConfig, memory: Memory) -> tuple[Tensor, Tensor]:
+    out_and_lse: tuple[Tensor, Tensor] = _launch().forward(inputs, problem, config, memory=_kept(memory))
     return out_and_lse
 
 
-def _backward(inputs: Inputs, problem: Problem, config: PortableConfig, *saved: Any) -> Gradients:
-    gradients: Gradients = _launch().backward(inputs, problem, config, *saved)
+def _backward(inputs: Inputs, problem: Problem, config: PortableConfig, *rest: Any) -> Gradients:
+    *saved, memory = rest
+    gradients: Gradients = _launch().backward(inputs, problem, config, *saved, memory=_kept(memory))
     return gradients
+
+
+def _kept(memory: Memory) -> Memory | None:
+    """Interpreted launches leave nothing behind."""
+    return None if interpreted() else memory
 
 
 KERNELS = (Kernel("sweep", refuses, configure, _forward, _backward),)

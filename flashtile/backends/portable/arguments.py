@@ -23,6 +23,7 @@ class Meta:
     masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
     tma: tiles come through NVIDIA's tensor memory accelerator.
     gives: what the kernel of key tiles computes, "dk", "dv" or "both".
+    repeats: a tile whose sums hold NaN is done again with care: it may come from what the mask hides.
     packed: sequences lie side by side, so that another one's numbers follow the end of one.
     """
 
@@ -39,6 +40,7 @@ class Meta:
     window_top_left: bool
     alibi_top_left: bool
     masked: str
+    repeats: bool
     tma: bool
     slope_gradient: bool
     gives: str
@@ -124,54 +126,40 @@ PADDED = 128
 """Rows of `Stats` are padded to a multiple of this, which all tiles of queries divide: kernels may read them whole."""
 
 
-def empty_stats(shape: Sequence[int], fill: float, device: torch.device) -> Tensor:
-    """(..., rows), float32, with memory behind each row that holds `fill` too."""
+def empty_stats(shape: Sequence[int], fill: float, device: torch.device, written: bool = False) -> Tensor:
+    """(..., rows), float32, with memory behind each row that holds `fill`; `written`: a kernel writes all rows."""
     rows = -(-shape[-1] // PADDED) * PADDED
+    if written and rows == shape[-1]:
+        return torch.empty(shape, dtype=torch.float32, device=device)
     return torch.full((*shape[:-1], rows), fill, dtype=torch.float32, device=device)[..., : shape[-1]]
 
 
-def stats_of(tensor: Tensor, fill: float = 0.0) -> Stats:
-    """A dense (batch, heads, seqlen) or packed (heads, total) tensor; copied if its rows are not padded."""
-    if tensor.stride(-1) != 1 or any(stride % PADDED for stride in tensor.stride()[:-1]):
-        tensor = empty_stats(tensor.shape, fill, tensor.device).copy_(tensor)
+def padded(tensor: Tensor, fill: float) -> Tensor:
+    """A dense (batch, heads, seqlen) or packed (heads, total) tensor as `stats_of` takes it."""
+    if tensor.stride(-1) == 1 and not any(stride % PADDED for stride in tensor.stride()[:-1]):
+        return tensor
+    return empty_stats(tensor.shape, fill, tensor.device).copy_(tensor)
+
+
+def stats_of(tensor: Tensor) -> Stats:
+    """Of a tensor with `padded` rows."""
     return Stats(tensor, tensor.stride(0) if tensor.ndim == 3 else 0, tensor.stride(-2))
 
 
-class Bounds(NamedTuple):
-    """Packed sequences on the device: first rows and lengths, int32, with an empty sequence at the end."""
-
-    first_q: Tensor
-    first_k: Tensor
-    seqlen_q: Tensor
-    seqlen_k: Tensor
-
-
-def bounds_of(inputs: Inputs) -> Bounds | None:
-    """Where packed sequences lie, without asking the device for a number; None: the call is dense."""
+def packing_of(inputs: Inputs) -> Packing:
+    """Where packed sequences lie."""
     if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
-        return None
-    sides = ((inputs.cu_seqlens_q, inputs.seqused_q), (inputs.cu_seqlens_k, inputs.seqused_k))
-    lengths = [torch.diff(offsets) if used is None else used for offsets, used in sides]
-    padded = [torch.nn.functional.pad(length.to(torch.int32), (0, 1)) for length in lengths]
-    return Bounds(inputs.cu_seqlens_q.to(torch.int32), inputs.cu_seqlens_k.to(torch.int32), *padded)
+        return Packing(None, None, None, None, None)
+    offsets = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k)
+    rows = [None if tensor is None else tensor.contiguous() for tensor in offsets]
+    return Packing(*[*rows, odd(len(inputs.cu_seqlens_q) - 1)])
 
 
-def packing_of(bounds: Bounds | None, total: int, tile: int, keys: bool) -> tuple[Packing | None, int]:
-    """(the tuple, programs a head): every tile of every sequence is one entry of a work list.
-
-    Its length is a bound that needs no number from the device; programs beyond get the empty sequence.
-    """
-    if bounds is None:
-        return None, -(-total // tile)
-    lengths = (bounds.seqlen_k if keys else bounds.seqlen_q)[:-1].long()
-    tiles = -(-lengths // tile)
-    count = total // tile + len(lengths)
-    ends = tiles.cumsum(0)
-    index = torch.arange(count, device=ends.device)
-    sequence = torch.searchsorted(ends, index, right=True)
-    begins = torch.nn.functional.pad(ends, (1, 0))
-    work = torch.stack((sequence, index - begins[sequence]), dim=-1).to(torch.int32)
-    return Packing(*bounds, work), count
+def programs_of(problem: Problem, total: int, tile: int) -> int:
+    """Programs a head, for `total` rows, packed or of one batch entry (see `sweep.slots`)."""
+    if not problem.varlen:
+        return -(-total // tile)
+    return total // tile + problem.batch if problem.batch else 0
 
 
 def size_of(problem: Problem, heads: int, tiles: int) -> Size:
@@ -216,8 +204,8 @@ def modified(problem: Problem) -> bool:
 def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool, gives: str = "both") -> Meta:
     """`listed`: tiles come from lists; `keys`: the kernel walks the queries of a key tile; the rest: see `Meta`."""
     place = region(problem.mask)
-    # Where a function has a derivative, that may be infinite under the mask: it must know the mask everywhere.
-    always = bool(place.rest) or (problem.backward and bool(problem.score_mod))
+    # Sums over what functions captured leave out what the mask hides, so the mask is asked everywhere.
+    always = bool(place.rest) or any(problem.wanted.score)
     return Meta(
         tile_q=tiles.tile_q,
         tile_kv=tiles.tile_kv,
@@ -232,6 +220,8 @@ def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool,
         window_top_left=place.top_left,
         alibi_top_left=problem.alignment == "top_left",
         masked="lists" if listed else "always" if always else "edges",
+        # A function's derivative may be infinite under the mask.
+        repeats=bool(place.rest) or (problem.backward and bool(problem.score_mod)),
         tma=tma,
         slope_gradient=problem.wanted.alibi_slopes,
         gives=gives,

@@ -18,9 +18,10 @@ from flashtile.backends.portable.sweep import (
     alibi_distance,
     allowed,
     diagonal_of,
+    has_nan,
     kept,
     key_range,
-    key_span,
+    keys_of_tile,
     lengths_of,
     load_queries,
     load_rows,
@@ -46,7 +47,7 @@ from flashtile.backends.portable.sweep import (
 @triton.jit
 def delta_kernel(out, grad_out, grad_lse, delta, packing, size, META: tl.constexpr):
     """delta = rowsum(dO * O) - dlse, a query tile a program."""
-    place = locate(packing, size, False)
+    place = locate(packing, size, META.tile_q, False, False)
     o_query = place.tile * META.tile_q + tl.arange(0, META.tile_q)
     b_out = load_queries(out, place, o_query, META.headdim_v, META.block_dv)
     b_grad = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv)
@@ -74,12 +75,13 @@ def load_stats(lse, delta, place, o_query, PACKED: tl.constexpr):
 def grad_scores(
     b_dots, b_grad_weights, b_lse, b_delta, m_kept, m_edge, o_query, o_key, place, rules,
     META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
-    MASKED: tl.constexpr, COLLECT: tl.constexpr,
+    MASKED: tl.constexpr, GUARDED: tl.constexpr, COLLECT: tl.constexpr,
 ):  # fmt: skip
     """(weights as the values saw them, gradient at the dot products, gradient at the scores before ALiBi).
 
     The tile lies either way round: `b_lse`, `b_delta`, `o_query` and `o_key` broadcast to it. MASKED: see
-    `forward_sweep`; `m_edge`: this is a tile at the edge. COLLECT: gradients of captured tensors are added.
+    `forward_sweep`; `m_edge`: this is a tile at the edge. GUARDED: what the mask hides gets gradient 0 whatever it is.
+    COLLECT: gradients of captured tensors are added.
     """
     modifiers = rules.modifiers
     b_scores = b_dots
@@ -117,8 +119,8 @@ def grad_scores(
             m_valid,
             COLLECT,
         )
-    if MASKED == "always":
-        # Under the mask a derivative may be infinite, and a key may hold NaN: 0 does not stop them.
+    if GUARDED:
+        # Under the mask a derivative may be infinite, and a key may hold NaN: a weight of 0 does not stop them.
         b_grad = tl.where(m_valid, b_grad, 0.0)
     b_outer = b_grad
     if META.modified:
@@ -132,20 +134,21 @@ def grad_scores(
 def query_sweep(
     b_dq, b_slope, b_q, b_grad_out, b_lse, b_delta, o_query, keys, values, place, rules, steps,
     META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a query tile, and the slope's gradient, from the key tiles that `steps` names."""
+    """dQ of a query tile, and the slope's gradient, from the key tiles that `steps` names. GUARDED: see
+    `forward_sweep`; gradients of captured tensors were added the time before."""
     TILE: tl.constexpr = META.tile_kv
     o_rows = o_query[:, None]
-    for i_step in tl.range(steps.begin, steps.end):
+    STAGES: tl.constexpr = 1 if GUARDED else None
+    for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
         i_tile = tile_at(steps, i_step, META.masked == "lists")
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
         b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
         b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma)
-        if MASK is not None and MASKED == "always":
-            # A weight of 0 does not stop NaN: what no row sees must not be in a product.
-            m_seen = tl.max(allowed(place, rules, o_rows, o_columns, META, MASK).to(tl.int32), 0)[:, None] > 0
-            b_k = tl.where(m_seen, b_k, 0.0)
-            b_v = tl.where(m_seen, b_v, 0.0)
+        if GUARDED and MASKED == "always":
+            m_seen = tl.max(allowed(place, rules, o_rows, o_columns, META, MASK).to(tl.int32), 0)
+            b_k = tl.where(m_seen[:, None] > 0, b_k, 0.0)
         m_kept = None
         if rules.dropout is not None:
             m_kept = kept(rules.dropout, place, o_query, i_tile * TILE, TILE)
@@ -154,11 +157,32 @@ def query_sweep(
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         _, b_grad, b_outer = grad_scores(
             b_dots, b_grad_weights, b_lse[:, None], b_delta[:, None], m_kept, m_edge, o_rows, o_columns, place, rules,
-            META, SCORE, DERIVATIVE, MASK, MASKED, True,
+            META, SCORE, DERIVATIVE, MASK, MASKED, GUARDED, not GUARDED,
         )  # fmt: skip
         if META.slope_gradient:
             b_slope -= tl.sum(b_outer * alibi_distance(place, o_rows, o_columns, META), 1)
         b_dq = tl.dot(b_grad.to(b_k.dtype), b_k, b_dq, input_precision=META.precision)
+    return b_dq, b_slope
+
+
+@triton.jit
+def walk_keys_back(
+    b_q, b_grad_out, b_lse, b_delta, o_query, keys, values, place, rules, visits,
+    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr, GUARDED: tl.constexpr,
+):  # fmt: skip
+    """(dQ, the slope's gradient) of a query tile from all key tiles that it meets."""
+    TILE: tl.constexpr = META.tile_q
+    LISTS: tl.constexpr = META.masked == "lists"
+    BLOCK_D: tl.constexpr = META.block_d
+    b_dq = tl.zeros([TILE, BLOCK_D], tl.float32)
+    b_slope = tl.zeros([TILE], tl.float32)
+    begin, full_begin, full_end, end = keys_of_tile(place, rules.window, META)
+    for PHASE in tl.static_range(2 if LISTS else 1):
+        steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
+        b_dq, b_slope = query_sweep(
+            b_dq, b_slope, b_q, b_grad_out, b_lse, b_delta, o_query, keys, values, place, rules, steps,
+            META, SCORE, DERIVATIVE, MASK, masked_in(META.masked, PHASE, GUARDED), GUARDED,
+        )  # fmt: skip
     return b_dq, b_slope
 
 
@@ -169,30 +193,22 @@ def query_kernel(
 ):  # fmt: skip
     """dQ, and each query's part of its slope's gradient; gradients of captured tensors are added on the way."""
     TILE: tl.constexpr = META.tile_q
-    LISTS: tl.constexpr = META.masked == "lists"
-    BLOCK_D: tl.constexpr = META.block_d
-    place = locate(packing, size, META.reversed)
-    first_row = place.tile * TILE
-    o_query = first_row + tl.arange(0, TILE)
+    place = locate(packing, size, TILE, False, META.reversed)
+    o_query = place.tile * TILE + tl.arange(0, TILE)
     b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
     b_grad_out = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv).to(b_q.dtype)
     b_lse, b_delta = load_stats(lse, delta, place, o_query, META.packed)
-    b_dq = tl.zeros([TILE, BLOCK_D], tl.float32)
-    b_slope = tl.zeros([TILE], tl.float32)
-
-    diagonal = diagonal_of(place, META.window_top_left)
-    last_row = tl.minimum(first_row + TILE, place.seqlen_q) - 1
-    begin_key, end_key = key_range(rules.window, diagonal, first_row, last_row, place.seqlen_k)
-    keys, values = open_keys(k, v, place, begin_key, end_key, META)
-    begin, full_begin, full_end, end = key_span(
-        rules.window, diagonal, first_row, last_row, place.seqlen_k, META.tile_kv
-    )
-    for PHASE in tl.static_range(2 if LISTS else 1):
-        steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
-        b_dq, b_slope = query_sweep(
-            b_dq, b_slope, b_q, b_grad_out, b_lse, b_delta, o_query, keys, values, place, rules, steps,
-            META, SCORE, DERIVATIVE, MASK, masked_in(META.masked, PHASE),
-        )  # fmt: skip
+    keys, values = open_keys(k, v, place, rules.window, META)
+    b_dq, b_slope = walk_keys_back(
+        b_q, b_grad_out, b_lse, b_delta, o_query, keys, values, place, rules, visits,
+        META, SCORE, DERIVATIVE, MASK, False,
+    )  # fmt: skip
+    if META.repeats:
+        if has_nan(b_dq):  # it may come from a key that nobody sees
+            b_dq, b_slope = walk_keys_back(
+                b_q, b_grad_out, b_lse, b_delta, o_query, keys, values, place, rules, visits,
+                META, SCORE, DERIVATIVE, MASK, True,
+            )  # fmt: skip
     b_dq *= rules.scale
     store_rows(dq, place.batch, place.head, place.first_q, o_query, place.seqlen_q, b_dq, META.headdim, META.block_d)
     if META.slope_gradient:
@@ -203,12 +219,14 @@ def query_kernel(
 def key_sweep(
     b_dk, b_dv, b_k, b_v, queries, grads, lse, delta, place, rules, steps,
     META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a key tile from the query tiles of one head that `steps` names; scores lie (keys, queries)."""
     TILE: tl.constexpr = META.tile_q
     first_key = place.tile * META.tile_kv
     o_columns = (first_key + tl.arange(0, META.tile_kv))[:, None]
-    for i_step in tl.range(steps.begin, steps.end):
+    STAGES: tl.constexpr = 1 if GUARDED else None
+    for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
         i_tile = tile_at(steps, i_step, META.masked == "lists")
         o_query = i_tile * TILE + tl.arange(0, TILE)
         b_q = load_tile(queries, i_tile, META.headdim, TILE, META.block_d, META.tma)
@@ -224,7 +242,7 @@ def key_sweep(
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_weights, b_grad, _ = grad_scores(
             b_dots, b_grad_weights, b_lse[None, :], b_delta[None, :], m_kept, m_edge, o_query[None, :], o_columns,
-            place, rules, META, SCORE, DERIVATIVE, MASK, MASKED, False,
+            place, rules, META, SCORE, DERIVATIVE, MASK, MASKED, GUARDED and MASKED == "always", False,
         )  # fmt: skip
         if META.gives != "dk":
             b_dv = tl.dot(b_weights.to(b_grad_out.dtype), b_grad_out, b_dv, input_precision=META.precision)
@@ -255,29 +273,24 @@ def open_queries(q, grad_out, place, begin, end, META: tl.constexpr):
 
 
 @triton.jit
-def key_kernel(
-    q, k, v, grad_out, lse, delta, dk, dv, packing, size, rules, visits,
-    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
+def walk_queries(
+    b_k, b_v, q, grad_out, lse, delta, shared, rules, visits,
+    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a key tile, or one of them, from all query heads that share it."""
+    """(dK, dV) of a key tile from all query tiles that it meets, of all heads that share it."""
     TILE: tl.constexpr = META.tile_kv
     LISTS: tl.constexpr = META.masked == "lists"
     BLOCK_D: tl.constexpr = META.block_d
     BLOCK_DV: tl.constexpr = META.block_dv
-    shared = locate(packing, size, False)  # its head is one of the keys'
-    seqlen_q, seqlen_k = shared.seqlen_q, shared.seqlen_k
-    first_key = shared.tile * TILE
-    last_key = tl.minimum(first_key + TILE, seqlen_k) - 1
-    o_key = first_key + tl.arange(0, TILE)
-    diagonal = diagonal_of(shared, META.window_top_left)
-    seen, unseen = key_range(rules.window, diagonal, 0, seqlen_q - 1, seqlen_k)
-    b_k = load_rows(k, shared.batch, shared.head, shared.first_k, o_key, seen, unseen, META.headdim, META.block_d)
-    b_v = load_rows(v, shared.batch, shared.head, shared.first_k, o_key, seen, unseen, META.headdim_v, META.block_dv)
     b_dk = tl.zeros([TILE, BLOCK_D], tl.float32)
     b_dv = tl.zeros([TILE, BLOCK_DV], tl.float32)
-
-    begin_row, end_row = query_range(rules.window, diagonal, first_key, last_key, seqlen_q)
-    begin, full_begin, full_end, end = query_span(rules.window, diagonal, first_key, last_key, seqlen_q, META.tile_q)
+    first_key = shared.tile * TILE
+    last_key = tl.minimum(first_key + TILE, shared.seqlen_k) - 1
+    diagonal = diagonal_of(shared, META.window_top_left)
+    begin_row, end_row = query_range(rules.window, diagonal, first_key, last_key, shared.seqlen_q)
+    begin, full_begin, full_end, end = query_span(
+        rules.window, diagonal, first_key, last_key, shared.seqlen_q, META.tile_q
+    )
     for i_member in tl.range(0, META.group):
         place = with_head(shared, shared.head * META.group + i_member)
         queries, grads = open_queries(q, grad_out, place, begin_row, end_row, META)
@@ -285,13 +298,37 @@ def key_kernel(
             steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
             b_dk, b_dv = key_sweep(
                 b_dk, b_dv, b_k, b_v, queries, grads, lse, delta, place, rules, steps,
-                META, SCORE, DERIVATIVE, MASK, masked_in(META.masked, PHASE),
+                META, SCORE, DERIVATIVE, MASK, masked_in(META.masked, PHASE, GUARDED), GUARDED,
             )  # fmt: skip
+    return b_dk, b_dv
+
+
+@triton.jit
+def key_kernel(
+    q, k, v, grad_out, lse, delta, dk, dv, packing, size, rules, visits,
+    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a key tile, or one of them, from all query heads that share it."""
+    TILE: tl.constexpr = META.tile_kv
+    shared = locate(packing, size, TILE, True, False)  # its head is one of the keys'
+    i_batch, i_head, first, seqlen_k = shared.batch, shared.head, shared.first_k, shared.seqlen_k
+    o_key = shared.tile * TILE + tl.arange(0, TILE)
+    diagonal = diagonal_of(shared, META.window_top_left)
+    seen, unseen = key_range(rules.window, diagonal, 0, shared.seqlen_q - 1, seqlen_k)
+    b_k = load_rows(k, i_batch, i_head, first, o_key, seen, unseen, META.headdim, META.block_d)
+    b_v = load_rows(v, i_batch, i_head, first, o_key, seen, unseen, META.headdim_v, META.block_dv)
+    b_dk, b_dv = walk_queries(
+        b_k, b_v, q, grad_out, lse, delta, shared, rules, visits, META, SCORE, DERIVATIVE, MASK, False
+    )
+    if META.repeats:
+        if has_nan(b_dk) | has_nan(b_dv):  # it may come from what nobody sees
+            b_dk, b_dv = walk_queries(
+                b_k, b_v, q, grad_out, lse, delta, shared, rules, visits, META, SCORE, DERIVATIVE, MASK, True
+            )
     if META.gives != "dv":
-        b_dk *= rules.scale
-        store_rows(dk, shared.batch, shared.head, shared.first_k, o_key, seqlen_k, b_dk, META.headdim, META.block_d)
+        store_rows(dk, i_batch, i_head, first, o_key, seqlen_k, b_dk * rules.scale, META.headdim, META.block_d)
     if META.gives != "dk":
-        store_rows(dv, shared.batch, shared.head, shared.first_k, o_key, seqlen_k, b_dv, META.headdim_v, META.block_dv)
+        store_rows(dv, i_batch, i_head, first, o_key, seqlen_k, b_dv, META.headdim_v, META.block_dv)
 
 
 @triton.jit
@@ -315,7 +352,7 @@ def bias_tile(
     b_grad_weights = tl.dot(b_grad_out.to(b_v.dtype), tl.trans(b_v), input_precision=META.precision)
     _, _, b_outer = grad_scores(
         b_dots, b_grad_weights, b_lse[:, None], b_delta[:, None], m_kept, True, o_query[:, None], o_key[None, :],
-        place, rules, META, SCORE, DERIVATIVE, MASK, "always", False,
+        place, rules, META, SCORE, DERIVATIVE, MASK, "always", True, False,
     )  # fmt: skip
     return b_outer
 

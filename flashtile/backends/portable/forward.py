@@ -5,10 +5,9 @@ import triton.language as tl
 
 from flashtile.backends.portable.sweep import (
     allowed,
-    diagonal_of,
+    has_nan,
     kept,
-    key_range,
-    key_span,
+    keys_of_tile,
     load_queries,
     load_tile,
     locate,
@@ -42,12 +41,14 @@ def online_softmax(b_out, b_max, b_sum, b_scores, factor, EXACT: tl.constexpr):
 @triton.jit
 def forward_sweep(
     b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
-    META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+    META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
-    """The key tiles that `steps` names. MASKED: the mask is evaluated "always", "never", or at the "edges"."""
+    """The key tiles that `steps` names. MASKED: the mask is evaluated "always", "never", or at the "edges". GUARDED:
+    values that no row sees are not multiplied; a weight of 0 does not stop NaN."""
     TILE: tl.constexpr = META.tile_kv
     o_rows = o_query[:, None]
-    for i_step in tl.range(steps.begin, steps.end):
+    STAGES: tl.constexpr = 1 if GUARDED else None
+    for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
         i_tile = tile_at(steps, i_step, META.masked == "lists")
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
         b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
@@ -62,8 +63,8 @@ def forward_sweep(
         if MASKED == "always":
             m_tile = allowed(place, rules, o_rows, o_columns, META, MASK)
             b_scores = tl.where(m_tile, b_scores, -float("inf"))
-            # A weight of 0 does not stop NaN: what no row sees must not be in the product.
-            b_v = tl.where(tl.max(m_tile.to(tl.int32), 0)[:, None] > 0, b_v, 0.0)
+            if GUARDED:
+                b_v = tl.where(tl.max(m_tile.to(tl.int32), 0)[:, None] > 0, b_v, 0.0)
         b_out, b_max, b_sum, b_weights = online_softmax(b_out, b_max, b_sum, b_scores, rules.factor, META.modified)
         if rules.dropout is not None:
             b_weights = only(kept(rules.dropout, place, o_query, i_tile * TILE, TILE), b_weights)
@@ -84,37 +85,47 @@ def before_any_key(sinks, i_head, unit, TILE: tl.constexpr):
 
 
 @triton.jit
+def walk_keys(
+    b_q, o_query, keys, values, place, rules, visits, sinks, unit,
+    META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, GUARDED: tl.constexpr,
+):  # fmt: skip
+    """(output, maximum, sum) of all key tiles that a query tile meets."""
+    TILE: tl.constexpr = META.tile_q
+    LISTS: tl.constexpr = META.masked == "lists"
+    BLOCK_DV: tl.constexpr = META.block_dv
+    b_out = tl.zeros([TILE, BLOCK_DV], tl.float32)
+    b_max, b_sum = before_any_key(sinks, place.head, unit, TILE)
+    begin, full_begin, full_end, end = keys_of_tile(place, rules.window, META)
+    for PHASE in tl.static_range(2 if LISTS else 1):
+        steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
+        b_out, b_max, b_sum = forward_sweep(
+            b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
+            META, SCORE, MASK, masked_in(META.masked, PHASE, GUARDED), GUARDED,
+        )  # fmt: skip
+    return b_out, b_max, b_sum
+
+
+@triton.jit
 def forward_kernel(
     q, k, v, out, lse, packing, size, rules, visits, sinks,
     META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One program a query tile and head."""
     TILE: tl.constexpr = META.tile_q
-    LISTS: tl.constexpr = META.masked == "lists"
-    BLOCK_DV: tl.constexpr = META.block_dv
-    place = locate(packing, size, META.reversed)
-    first_row = place.tile * TILE
-    o_query = first_row + tl.arange(0, TILE)
+    place = locate(packing, size, TILE, False, META.reversed)
+    o_query = place.tile * TILE + tl.arange(0, TILE)
     b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
-    b_out = tl.zeros([TILE, BLOCK_DV], tl.float32)
-    unit = (
-        1.0 if META.modified else rules.scale
-    )  # the maximum is kept as scores, or as dot products if nothing modifies
-    b_max, b_sum = before_any_key(sinks, place.head, unit, TILE)
-
-    diagonal = diagonal_of(place, META.window_top_left)
-    last_row = tl.minimum(first_row + TILE, place.seqlen_q) - 1
-    begin_key, end_key = key_range(rules.window, diagonal, first_row, last_row, place.seqlen_k)
-    keys, values = open_keys(k, v, place, begin_key, end_key, META)
-    begin, full_begin, full_end, end = key_span(
-        rules.window, diagonal, first_row, last_row, place.seqlen_k, META.tile_kv
+    keys, values = open_keys(k, v, place, rules.window, META)
+    # The maximum is kept as scores, or as dot products if nothing modifies.
+    unit = 1.0 if META.modified else rules.scale
+    b_out, b_max, b_sum = walk_keys(
+        b_q, o_query, keys, values, place, rules, visits, sinks, unit, META, SCORE, MASK, False
     )
-    for PHASE in tl.static_range(2 if LISTS else 1):
-        steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
-        b_out, b_max, b_sum = forward_sweep(
-            b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
-            META, SCORE, MASK, masked_in(META.masked, PHASE),
-        )  # fmt: skip
+    if META.repeats:
+        if has_nan(b_out):  # it may come from a key that nobody sees
+            b_out, b_max, b_sum = walk_keys(
+                b_q, o_query, keys, values, place, rules, visits, sinks, unit, META, SCORE, MASK, True
+            )
 
     # The sum is 0 where a row saw no key: out 0, lse -inf. NaN is not 0 and stays.
     m_empty = b_sum == 0.0

@@ -1,7 +1,6 @@
 """Launches: what a forward and a backward pass run, on which grid, into which memory."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,14 +12,14 @@ from flashtile import lower
 from flashtile.backends import Gradients
 from flashtile.backends.portable import visits
 from flashtile.backends.portable.arguments import (
-    Bounds,
-    bounds_of,
     by_copy_engine,
     empty_stats,
     grid_of,
     meta_of,
     modified,
     packing_of,
+    padded,
+    programs_of,
     region,
     rows_of,
     rules_of,
@@ -29,7 +28,8 @@ from flashtile.backends.portable.arguments import (
 )
 from flashtile.backends.portable.backward import bias_kernel, delta_kernel, key_kernel, query_kernel
 from flashtile.backends.portable.forward import forward_kernel
-from flashtile.backends.portable.sweep import Rules
+from flashtile.backends.portable.sweep import Packing, Rules
+from flashtile.backends.portable.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem
 from flashtile.scores import four_dimensions, zero_grads
 from flashtile.tuning.portable import PortableConfig, Tiles, smaller
@@ -44,24 +44,22 @@ def forget_fitting() -> None:
     _fitting.clear()
 
 
-def on_device(kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Launches on the device of the first tensor."""
-    device = arguments[0].pointer.device
-    guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with guard:
-        # Memory for the descriptors that kernels make.
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-        kernel[(programs,)](*arguments, **options, num_warps=tiles.warps, num_stages=tiles.stages)
+def on_device(kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launches on the device of the first tensor; returns the compiled kernel."""
+    with prepared(arguments[0].pointer.device):
+        return kernel[(programs,)](*arguments, **options, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 class Machine(NamedTuple):
     """Where launches go: to the device that holds the tensors, or to a compiler or an emulator that takes its place.
 
     copy_engine: whether it has NVIDIA's tensor memory accelerator; None: as the tensors' device.
+    tape: what writes launches down.
     """
 
-    launch: Callable[[Any, int, Tiles, tuple[Any, ...], dict[str, Any]], None] = on_device
+    launch: Callable[[Any, int, Tiles, tuple[Any, ...], dict[str, Any]], Any] = on_device
     copy_engine: bool | None = None
+    tape: Tape | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Call:
     inputs: Inputs
     problem: Problem
     listed: bool
-    bounds: Bounds | None
+    packing: Packing
     rules: Rules
     functions: dict[str, Any]
 
@@ -95,7 +93,7 @@ class Call:
             inputs,
             problem,
             bool(rest) and visits.possible(inputs, problem),
-            bounds_of(inputs),
+            packing_of(inputs),
             rules_of(inputs, problem, *arguments),
             functions,
         )
@@ -109,13 +107,13 @@ class Call:
         tma = by_copy_engine(tensors[:4], self.machine.copy_engine)
 
         def attempt(tiles: Tiles) -> None:
-            packing, count = packing_of(self.bounds, total, tiles.tile_kv if keys else tiles.tile_q, keys)
+            count = programs_of(problem, total, tiles.tile_kv if keys else tiles.tile_q)
             self.run(
                 kernel,
                 count * heads * (1 if problem.varlen else problem.batch),
                 tiles,
                 *tensors,
-                packing,
+                self.packing,
                 size_of(problem, heads, count),
                 self.rules,
                 visits.of(inputs, problem, tiles, keys) if self.listed else None,
@@ -129,8 +127,12 @@ class Call:
 
     def run(self, kernel: Any, programs: int, tiles: Tiles, *arguments: Any, **options: Any) -> None:
         """Nothing to do is no launch."""
-        if programs > 0:
-            self.machine.launch(kernel, programs, tiles, arguments, options)
+        if programs == 0:
+            return
+        compiled = self.machine.launch(kernel, programs, tiles, arguments, options)
+        if self.machine.tape is not None:
+            named = [options[parameter.name] for parameter in kernel.params[len(arguments) :]]
+            self.machine.tape.record(compiled, programs, (*arguments, *named))
 
     def fit(self, kernel: Any, tiles: Tiles, attempt: Callable[[Tiles], None], *compiled_for: Any) -> None:
         """Launches with these tiles, or the largest smaller ones that fit into the device's shared memory."""
@@ -152,27 +154,41 @@ class Call:
         they are large, the backward pass would otherwise meet other weights than the forward pass summed up."""
         return not (modified(self.problem) and self.problem.dtype is torch.float32)
 
-    def stats(self, fill: float) -> Tensor:
-        """One number a query: (batch, heads, seqlen_q), packed (heads, total)."""
-        problem = self.problem
-        dense = (problem.batch, problem.heads, problem.seqlen_q)
-        shape = (problem.heads, len(self.inputs.q)) if problem.varlen else dense
-        return empty_stats(shape, fill, self.inputs.q.device)
+
+def stats(inputs: Inputs, problem: Problem, fill: float) -> Tensor:
+    """Memory for one number a query, (batch, heads, seqlen_q), packed (heads, total); `fill` where no kernel writes."""
+    dense = (problem.batch, problem.heads, problem.seqlen_q)
+    shape = (problem.heads, len(inputs.q)) if problem.varlen else dense
+    return empty_stats(shape, fill, inputs.q.device, written=not problem.varlen)
 
 
 def forward(
-    inputs: Inputs, problem: Problem, config: PortableConfig, machine: Machine = Machine()
+    inputs: Inputs,
+    problem: Problem,
+    config: PortableConfig,
+    machine: Machine = Machine(),
+    memory: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
-    q = inputs.q
-    call = Call.of(machine, inputs, problem)
+    q, k, v = inputs.q, inputs.k, inputs.v
     # Rows between packed sequences belong to no program.
     make = torch.zeros if problem.varlen else torch.empty
     out = make((*q.shape[:-1], problem.headdim_v), dtype=problem.out_dtype, device=q.device)
-    lse = call.stats(-torch.inf)
-    tensors = [rows_of(tensor) for tensor in (q, inputs.k, inputs.v, out)]
-    call.launch(forward_kernel, config.forward, (*tensors, stats_of(lse)), sinks=inputs.sinks)
+    lse = stats(inputs, problem, -torch.inf)
+
+    def launches(tape: Tape | None) -> None:
+        call = Call.of(machine._replace(tape=tape), inputs, problem)
+        tensors = [rows_of(tensor) for tensor in (q, k, v, out)]
+        call.launch(forward_kernel, config.forward, (*tensors, stats_of(lse)), sinks=inputs.sinks)
+
+    perform(launches, (q, k, v, out, lse, *_beside(inputs)), memory)
     return out, lse.contiguous()
+
+
+def _beside(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """What kernels read beside queries, keys and values; not what functions captured, nor lists of tiles."""
+    packing = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k)
+    return (*packing, inputs.bias, inputs.alibi_slopes, inputs.sinks, inputs.seed)
 
 
 def backward(
@@ -184,27 +200,34 @@ def backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     machine: Machine = Machine(),
+    memory: dict[Any, Any] | None = None,
 ) -> Gradients:
     """The gradients that `problem.wanted` names, and those of q, k and v."""
     grads = zero_grads(inputs, problem)
     # Added up in any order: in float64, where the other sums are as good as float32.
     exact = torch.float64 if problem.dtype is torch.float32 else torch.float32
     totals = [None if total is None else total.to(exact) for total in grads.score]
-    call = Call.of(machine, inputs, problem, totals)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    delta = _delta(call, config, out, grad_out, grad_lse)
-    tensors = [rows_of(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out)]
-    saved = (*tensors, stats_of(lse, -torch.inf), stats_of(delta))
+    lse, delta = padded(lse, -torch.inf), stats(inputs, problem, 0.0)
+    q, k, v = inputs.q, inputs.k, inputs.v
     make = torch.zeros if problem.varlen else torch.empty
-    dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (inputs.q, inputs.k, inputs.v))
-    slope = call.stats(0.0) if grads.alibi_slopes is not None else lse
-    call.launch(query_kernel, config.query, (*saved, rows_of(dq), stats_of(slope)))
-    for gives, tiles in config.passes_over_keys().items():
-        call.launch(key_kernel, tiles, (*saved, rows_of(dk), rows_of(dv)), gives)
+    dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    slope = stats(inputs, problem, 0.0) if grads.alibi_slopes is not None else lse
+
+    def launches(tape: Tape | None) -> None:
+        call = Call.of(machine._replace(tape=tape), inputs, problem, totals)
+        _delta(call, config, out, grad_out, grad_lse, delta)
+        saved = _saved(inputs, grad_out, lse, delta)
+        call.launch(query_kernel, config.query, (*saved, rows_of(dq), stats_of(slope)))
+        for gives, tiles in config.passes_over_keys().items():
+            call.launch(key_kernel, tiles, (*saved, rows_of(dk), rows_of(dv)), gives)
+
+    perform(launches, (q, k, v, out, lse, grad_out, grad_lse, delta, dq, dk, dv, *_beside(inputs)), memory)
     if grads.bias is not None:
-        _bias_gradient(call, config.query, saved, grads.bias)
+        call = Call.of(machine, inputs, problem, totals)
+        _bias_gradient(call, config.query, _saved(inputs, grad_out, lse, delta), grads.bias)
     if inputs.alibi_slopes is not None and grads.alibi_slopes is not None:
-        grads.alibi_slopes += _per_head(call, slope, inputs.alibi_slopes)
+        grads.alibi_slopes += _per_head(inputs, slope, inputs.alibi_slopes)
     if inputs.sinks is not None and grads.sinks is not None:
         # A sink is a key of value 0: its weight times (0 - delta), and no weight where the row's lse is -inf.
         heads_last = (lse, delta) if problem.varlen else (lse.transpose(0, 1), delta.transpose(0, 1))
@@ -214,44 +237,50 @@ def backward(
     return Gradients(dq, dk, dv, grads.bias, grads.alibi_slopes, grads.sinks, totals)
 
 
-def _delta(call: Call, config: PortableConfig, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+def _saved(inputs: Inputs, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Any, ...]:
+    """What all backward kernels read."""
+    tensors = [rows_of(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out)]
+    return (*tensors, stats_of(lse), stats_of(delta))
+
+
+def _delta(
+    call: Call, config: PortableConfig, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor
+) -> None:
     """rowsum(dO * O) - dlse."""
     problem, tiles = call.problem, config.query
-    delta = call.stats(0.0)
-    packing, count = packing_of(call.bounds, call.inputs.q.shape[-3], tiles.tile_q, False)
+    count = programs_of(problem, call.inputs.q.shape[-3], tiles.tile_q)
     call.run(
         delta_kernel,
         count * problem.heads * (1 if problem.varlen else problem.batch),
         tiles,
         rows_of(out),
         rows_of(grad_out),
-        None if grad_lse is None else stats_of(grad_lse),
+        None if grad_lse is None else stats_of(padded(grad_lse, 0.0)),
         stats_of(delta),
-        packing,
+        call.packing,
         size_of(problem, problem.heads, count),
         META=meta_of(problem, tiles, call.listed, False, False),
         enable_fp_fusion=True,
     )
-    return delta
 
 
-def _per_head(call: Call, values: Tensor, like: Tensor) -> Tensor:
+def _per_head(inputs: Inputs, values: Tensor, like: Tensor) -> Tensor:
     """Sums one number a query to the shape of slopes: (heads,) or (batch, heads)."""
-    if call.bounds is None:
+    offsets = inputs.cu_seqlens_q
+    if offsets is None:
         sums = values.sum(-1)
         return sums if like.ndim == 2 and len(like) > 1 else sums.sum(0).expand(like.shape)
     if like.ndim == 1 or len(like) == 1:
         return values.sum(-1).expand(like.shape)
     rows = torch.arange(values.shape[-1], device=values.device)
-    ends = (call.bounds.first_q[:-1] + call.bounds.seqlen_q[:-1]).long()
-    inside = torch.searchsorted(ends, rows, right=True).clamp(max=len(like) - 1)
-    # Rows of no sequence hold 0.
+    # Rows of no sequence hold 0, wherever they are counted.
+    inside = torch.searchsorted(offsets[1:].contiguous(), rows, right=True).clamp(max=len(like) - 1)
     return torch.stack([torch.zeros_like(values[0]).scatter_add(0, inside, head)[: len(like)] for head in values], 1)
 
 
 def _bias_gradient(call: Call, tiles: Tiles, saved: tuple[Any, ...], total: Tensor) -> None:
     """Adds the gradient of the bias, in its own shape, to `total`: no full-size memory, sums in a fixed order."""
-    problem, inputs = call.problem, call.inputs
+    problem = call.problem
     total = four_dimensions(total)
     rows, columns = total.shape[2:]
     longest_q = rows if rows > 1 else problem.max_seqlen_q or problem.seqlen_q
@@ -268,14 +297,13 @@ def _bias_gradient(call: Call, tiles: Tiles, saved: tuple[Any, ...], total: Tens
     def attempt(tiles: Tiles) -> None:
         tiles_q, tiles_k = -(-longest_q // tiles.tile_q), -(-longest_k // tiles.tile_kv)
         count = tiles_q if sum_keys else tiles_k if sum_queries else tiles_q * tiles_k
-        packing, _ = packing_of(call.bounds, len(inputs.q), tiles.tile_q, False)
         call.run(
             bias_kernel,
             count * partial.shape[0] * partial.shape[1],
             tiles,
             *saved,
             grid_of(partial),
-            packing,
+            call.packing,
             size_of(problem, partial.shape[1], count),
             call.rules,
             heads=problem.heads // partial.shape[1],

@@ -37,17 +37,18 @@ class Stats(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Packed sequences: first row and length of each, and the (sequence, tile) that each program takes."""
+    """Packed sequences: where each begins (one more than there are), how many rows are in use (None: all), how many
+    sequences (`odd`). All None: the problem is dense."""
 
-    first_q: Any
-    first_k: Any
-    seqlen_q: Any
-    seqlen_k: Any
-    work: Any
+    offsets_q: Any
+    offsets_k: Any
+    used_q: Any
+    used_k: Any
+    sequences: Any
 
 
 class Size(NamedTuple):
-    """A dense problem's lengths, or 0; programs a head (query or key tiles, or entries of the work list). All `odd`."""
+    """A dense problem's lengths, or 0; programs a head (query or key tiles, packed: their `slots`). All `odd`."""
 
     seqlen_q: Any
     seqlen_k: Any
@@ -168,18 +169,52 @@ def number_of(odd):
 
 
 @triton.jit
+def extent(offsets, used, i_sequence):
+    """(first row, rows in use) of a packed sequence."""
+    first = tl.load(offsets + i_sequence).to(tl.int32)
+    if used is None:
+        rows = tl.load(offsets + i_sequence + 1).to(tl.int32) - first
+    else:
+        rows = tl.load(used + i_sequence).to(tl.int32)
+    return first, rows
+
+
+@triton.jit
 def lengths_of(packing, size, i_batch):
     """(first query, first key, seqlen_q, seqlen_k) of a batch entry or packed sequence."""
     first_q = i_batch * 0
     first_k = i_batch * 0
     seqlen_q = number_of(size.seqlen_q)
     seqlen_k = number_of(size.seqlen_k)
-    if packing is not None:
-        first_q = tl.load(packing.first_q + i_batch)
-        first_k = tl.load(packing.first_k + i_batch)
-        seqlen_q = tl.load(packing.seqlen_q + i_batch)
-        seqlen_k = tl.load(packing.seqlen_k + i_batch)
+    if packing.sequences is not None:
+        first_q, seqlen_q = extent(packing.offsets_q, packing.used_q, i_batch)
+        first_k, seqlen_k = extent(packing.offsets_k, packing.used_k, i_batch)
     return first_q, first_k, seqlen_q, seqlen_k
+
+
+SCANNED = tl.constexpr(128)
+
+
+@triton.jit
+def slots(offsets, o_sequences, TILE: tl.constexpr):
+    """The first program of a packed sequence that begins after c rows and is number i: c // TILE + i.
+
+    Sequence i then has (c' // TILE + i + 1) - (c // TILE + i) programs, c' being where it ends: never less than its
+    tiles, and at most one more, which finds no rows. So no list is made and nobody asks the device for a length.
+    """
+    before = tl.load(offsets + o_sequences) - tl.load(offsets)
+    return before.to(tl.int32) // TILE + o_sequences
+
+
+@triton.jit
+def packed_tile(offsets, sequences, i_slot, TILE: tl.constexpr):
+    """(sequence, tile of it) of a program: the last sequence whose first program is not a later one."""
+    begun = 0
+    for first in tl.range(0, sequences, SCANNED):
+        o_sequences = first + tl.arange(0, SCANNED)
+        i_first = slots(offsets, tl.minimum(o_sequences, sequences), TILE)
+        begun += tl.sum(((o_sequences < sequences) & (i_first <= i_slot)).to(tl.int32), 0)
+    return begun - 1, i_slot - slots(offsets, begun - 1, TILE)
 
 
 @triton.jit
@@ -192,16 +227,22 @@ def program_of(size):
 
 
 @triton.jit
-def locate(packing, size, REVERSED: tl.constexpr):
-    """The `Place` of this program. REVERSED: later tiles have more to do (causal masks), so they start first."""
+def locate(packing, size, TILE: tl.constexpr, KEYS: tl.constexpr, REVERSED: tl.constexpr):
+    """The `Place` of this program, a tile of keys or of queries. REVERSED: later tiles have more to do (causal masks),
+    so they start first."""
     i_batch, i_head, i_tile = program_of(size)
     if REVERSED:
         i_tile = number_of(size.tiles) - 1 - i_tile
-    if packing is not None:
-        entry = packing.work + 2 * i_tile
-        i_batch = tl.load(entry)
-        i_tile = tl.load(entry + 1)
+    if packing.sequences is not None:
+        offsets = packing.offsets_k if KEYS else packing.offsets_q
+        i_batch, i_tile = packed_tile(offsets, number_of(packing.sequences), i_tile, TILE)
     first_q, first_k, seqlen_q, seqlen_k = lengths_of(packing, size, i_batch)
+    if packing.sequences is not None:
+        # A program behind the last tile of its sequence has nothing to walk.
+        if KEYS:
+            seqlen_q = tl.where(i_tile * TILE < seqlen_k, seqlen_q, 0)
+        else:
+            seqlen_k = tl.where(i_tile * TILE < seqlen_q, seqlen_k, 0)
     return Place(i_batch, i_head, i_tile, first_q, first_k, seqlen_q, seqlen_k)
 
 
@@ -249,19 +290,6 @@ def open_tiles(
         length = tl.maximum(end - begin, 0)
         tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
     return Source(rows, tiles, begin, end)
-
-
-@triton.jit
-def open_keys(keys, values, place, begin, end, META: tl.constexpr):
-    """The `Source`s of keys and values."""
-    i_head = place.head // META.group
-    k = open_tiles(
-        keys, place.batch, i_head, place.first_k, begin, end, META.headdim, META.tile_kv, META.block_d, META.tma
-    )
-    v = open_tiles(
-        values, place.batch, i_head, place.first_k, begin, end, META.headdim_v, META.tile_kv, META.block_dv, META.tma
-    )
-    return k, v
 
 
 @triton.jit
@@ -339,6 +367,37 @@ def key_span(window, diagonal, first_row, last_row, seqlen_k, TILE: tl.constexpr
 
 
 @triton.jit
+def rows_of_tile(place, TILE: tl.constexpr):
+    """(first, last) query of a tile."""
+    first_row = place.tile * TILE
+    return first_row, tl.minimum(first_row + TILE, place.seqlen_q) - 1
+
+
+@triton.jit
+def keys_of_tile(place, window, META: tl.constexpr):
+    """`key_span` of a query tile."""
+    first_row, last_row = rows_of_tile(place, META.tile_q)
+    diagonal = diagonal_of(place, META.window_top_left)
+    return key_span(window, diagonal, first_row, last_row, place.seqlen_k, META.tile_kv)
+
+
+@triton.jit
+def open_keys(keys, values, place, window, META: tl.constexpr):
+    """The `Source`s of the keys and values that a query tile may see."""
+    first_row, last_row = rows_of_tile(place, META.tile_q)
+    diagonal = diagonal_of(place, META.window_top_left)
+    begin, end = key_range(window, diagonal, first_row, last_row, place.seqlen_k)
+    i_head = place.head // META.group
+    k = open_tiles(
+        keys, place.batch, i_head, place.first_k, begin, end, META.headdim, META.tile_kv, META.block_d, META.tma
+    )
+    v = open_tiles(
+        values, place.batch, i_head, place.first_k, begin, end, META.headdim_v, META.tile_kv, META.block_dv, META.tma
+    )
+    return k, v
+
+
+@triton.jit
 def query_span(window, diagonal, first_key, last_key, seqlen_q, TILE: tl.constexpr):
     """`span` of the rows for keys [first_key, last_key]."""
     begin, end = query_range(window, diagonal, first_key, last_key, seqlen_q)
@@ -367,9 +426,17 @@ def steps_of(visits, place, begin, full_begin, full_end, end, LISTS: tl.constexp
 
 
 @triton.constexpr_function
-def masked_in(masked, phase):
-    """Where a sweep evaluates the mask, by `Meta.masked`: of lists, those of phase 1 need none."""
-    return masked if masked != "lists" else "always" if phase == 0 else "never"
+def masked_in(masked, phase, guarded):
+    """Where a sweep evaluates the mask, by `Meta.masked`: of lists, those of phase 1 need none. GUARDED, see
+    `forward_sweep`, asks the mask everywhere."""
+    if masked == "lists":
+        return "always" if phase == 0 else "never"
+    return "always" if guarded else masked
+
+
+@triton.jit
+def has_nan(b_tile):
+    return tl.max(tl.max((b_tile != b_tile).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashtile import check
-from flashtile.backends import Gradients
+from flashtile.backends import Gradients, Memory
 from flashtile.problem import Inputs, Problem
 from flashtile.scores import Grads, zero_grads
 from flashtile.tuning.cpu import SweepConfig
@@ -17,14 +17,14 @@ DenseForward = Callable[[Inputs, Problem, SweepConfig, int], tuple[Tensor, Tenso
 DenseBackward = Callable[
     [Inputs, Problem, SweepConfig, Tensor, Tensor, Tensor, Tensor | None, Grads, int], tuple[Tensor, Tensor, Tensor]
 ]
-Forward = Callable[[Inputs, Problem, SweepConfig], tuple[Tensor, Tensor]]
-Backward = Callable[[Inputs, Problem, SweepConfig, Tensor, Tensor, Tensor | None, Tensor | None], Gradients]
+Forward = Callable[[Inputs, Problem, SweepConfig, Memory], tuple[Tensor, Tensor]]
+Backward = Callable[[Inputs, Problem, SweepConfig, Tensor, Tensor, Tensor | None, Tensor | None, Memory], Gradients]
 
 
 def over_sequences(dense_forward: DenseForward, dense_backward: DenseBackward) -> tuple[Forward, Backward]:
     """A kernel's forward and backward, for dense and packed calls, from those of one dense problem."""
 
-    def forward(inputs: Inputs, problem: Problem, config: SweepConfig) -> tuple[Tensor, Tensor]:
+    def forward(inputs: Inputs, problem: Problem, config: SweepConfig, memory: Memory) -> tuple[Tensor, Tensor]:
         if not problem.varlen:
             return dense_forward(inputs, problem, config, 0)
         q = inputs.q
@@ -43,6 +43,7 @@ def over_sequences(dense_forward: DenseForward, dense_backward: DenseBackward) -
         lse: Tensor,
         grad_out: Tensor | None,
         grad_lse: Tensor | None,
+        memory: Memory,
     ) -> Gradients:
         grads = zero_grads(inputs, problem)
         if grad_out is None:
@@ -89,5 +90,5 @@ def _slices(
 def _only(inputs: Inputs, problem: Problem, queries: slice, keys: slice) -> tuple[Inputs, Problem]:
     """One packed sequence as a dense problem of batch 1, over views."""
     q, k, v = inputs.q[None, queries], inputs.k[None, keys], inputs.v[None, keys]
-    one = replace(inputs, q=q, k=k, v=v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None)
+    one = inputs._replace(q=q, k=k, v=v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None)
     return one, problem.one_sequence(queries.stop - queries.start, keys.stop - keys.start)

@@ -1,0 +1,98 @@
+"""Launches that are played again: the next call of the same kind differs from the last one in addresses alone.
+
+Triton's own launch looks at every argument to find out which compiled kernel it needs, 30 microseconds of Python or
+more for each. A tape keeps that kernel, its grid and its arguments, with places where a call's tensors go.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+Filler = Callable[[Sequence[Any]], Any]
+
+
+def prepared(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches inside go to this device, whichever is current, and kernels get memory for the descriptors they make."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+class Tape:
+    """What was launched for some tensors, in order; `tensors`: all that may be others the next time.
+
+    whole: nothing else was read or written; what is not may not be played.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self._places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors) if tensor is not None}
+        self._launches: list[tuple[Any, list[Any], list[tuple[int, Filler]]]] = []
+        self.whole = True
+
+    def record(self, kernel: Any, programs: int, arguments: Sequence[Any]) -> None:
+        """A launch of a compiled kernel; `arguments`: all that its function names, in that order."""
+        fillers = [(i, self._filler(argument)) for i, argument in enumerate(arguments)]
+        open_places = [(i, filler) for i, filler in fillers if filler is not None]
+        # No tensor of this time is kept alive.
+        constants = [None if filler else argument for argument, (_, filler) in zip(arguments, fillers, strict=True)]
+        self._launches.append((kernel[(programs, 1, 1)], constants, open_places))
+
+    def _filler(self, argument: Any) -> Filler | None:
+        """Makes the argument for other tensors; None: it holds none."""
+        if isinstance(argument, Tensor):
+            place = self._places.get(argument.data_ptr())
+            self.whole = self.whole and place is not None
+            return None if place is None else lambda tensors: tensors[place]
+        if not isinstance(argument, tuple):
+            return None
+        inner = [self._filler(field) for field in argument]
+        if not any(inner):
+            return None
+        kind, plain = type(argument), [(None if f else field, f) for field, f in zip(argument, inner, strict=True)]
+        if inner[0] is not None and not any(inner[1:]):
+            first, rest = inner[0], argument[1:]
+            return lambda tensors: tuple.__new__(kind, (first(tensors), *rest))
+        return lambda tensors: tuple.__new__(kind, [field if fill is None else fill(tensors) for field, fill in plain])
+
+    def play(self, tensors: Sequence[Tensor | None], device: torch.device) -> None:
+        """The same launches over other tensors of the same shapes, strides, dtypes and alignment."""
+        with prepared(device):
+            for launch, constants, fillers in self._launches:
+                arguments = constants.copy()
+                for i, fill in fillers:
+                    arguments[i] = fill(tensors)
+                launch(*arguments)
+
+
+def kind_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """All that a tape depends on, of the tensors that it is played for: which share an address, too."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    shared = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
+    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors]
+    return shared, *layouts
+
+
+def perform(
+    launches: Callable[[Tape | None], None], tensors: Sequence[Tensor | None], memory: dict[Any, Any] | None
+) -> None:
+    """`launches`, which writes what it does to the tape it is given; or the tape of an earlier time, from `memory`.
+
+    `tensors`: all that the launches read and write and that may be others the next time; the first is not None.
+    """
+    if memory is None or tensors[0] is None:
+        launches(None)
+        return
+    kind = kind_of(tensors)
+    tape = memory.get(kind)
+    if tape is not None and tape.whole:
+        tape.play(tensors, tensors[0].device)
+        return
+    recorded = None if tape is not None else Tape(tensors)
+    launches(recorded)
+    if recorded is not None:
+        memory[kind] = recorded

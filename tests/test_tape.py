@@ -1,0 +1,97 @@
+"""Tapes: launches written down once and played for other tensors, with a kernel that only notes what it gets."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtile.backends.portable.sweep import Rows, Stats
+from flashtile.backends.portable.tape import Tape, perform
+
+
+class Noting:
+    """Stands for a compiled kernel: `kernel[grid](*arguments)`."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[tuple[int, int, int], tuple[Any, ...]]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments: self.seen.append((grid, arguments))
+
+
+def _launches(kernel: Noting, a: Tensor, b: Tensor, more: Any = None) -> Callable[[Tape | None], None]:
+    arguments = (Rows(a, 1, 2, 3), Stats(b, 4, 5), (7, (8, b, None), more), 0.5)
+
+    def launch(tape: Tape | None) -> None:
+        kernel[3, 1, 1](*arguments)
+        if tape is not None:
+            tape.record(kernel, 3, arguments)
+
+    return launch
+
+
+def test_played_for_other_tensors() -> None:
+    kernel, memory = Noting(), dict[Any, Any]()
+    for _ in range(3):
+        a, b = torch.empty(4), torch.empty(6)
+        perform(_launches(kernel, a, b), (a, b, None), memory)
+        grid, (rows, stats, (seven, nested, _), half) = kernel.seen[-1]
+        assert (grid, seven, half) == ((3, 1, 1), 7, 0.5)
+        assert isinstance(rows, Rows)
+        assert rows.pointer is a
+        assert rows[1:] == (1, 2, 3)
+        assert isinstance(stats, Stats)
+        assert stats.pointer is b
+        assert stats[1:] == (4, 5)
+        assert nested[0] == 8
+        assert nested[1] is b
+        assert nested[2] is None
+    assert len(memory) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.empty(5), torch.empty(8)[::2], torch.empty(4, dtype=torch.float64), torch.empty(5)[1:]],
+    ids=["shape", "stride", "dtype", "alignment"],
+)
+def test_another_kind_of_tensor_has_another_tape(other: Tensor) -> None:
+    kernel, memory = Noting(), dict[Any, Any]()
+    for a in (torch.empty(4), other):
+        b = torch.empty(6)
+        perform(_launches(kernel, a, b), (a, b), memory)
+    assert len(memory) == 2
+
+
+def test_tensors_that_are_one_are_told_from_two() -> None:
+    kernel, memory = Noting(), dict[Any, Any]()
+    one = torch.empty(4)
+    for a, b in ((one, one), (torch.empty(4), torch.empty(4)), (one, torch.empty(4))):
+        perform(_launches(kernel, a, b), (a, b), memory)
+        arguments = kernel.seen[-1][1]
+        assert arguments[0].pointer is a
+        assert arguments[1].pointer is b
+    assert len(memory) == 2
+
+
+def test_tensors_are_not_kept_alive() -> None:
+    a, b = torch.empty(4), torch.empty(6)
+    alive = [weakref.ref(a), weakref.ref(b)]
+    memory = dict[Any, Any]()
+    kernel = Noting()
+    perform(_launches(kernel, a, b), (a, b), memory)
+    kernel.seen.clear()
+    del a, b
+    assert len(memory) == 1
+    assert [ref() for ref in alive] == [None, None]
+
+
+def test_what_reads_another_tensor_is_never_played() -> None:
+    """A copy that a launch made for itself is gone the next time."""
+    kernel, memory = Noting(), dict[Any, Any]()
+    for _ in range(3):
+        a, b, copy = torch.empty(4), torch.empty(6), torch.empty(2)
+        perform(_launches(kernel, a, b, (copy, 1)), (a, b), memory)
+        assert kernel.seen[-1][1][2][2][0] is copy
