@@ -1,43 +1,81 @@
 """Calls that were made before, so that a call which differs in addresses alone is neither checked nor planned again.
 
-What a call is known by holds everything that checks and plans look at. Calls with functions, with masks that hold
-tensors, with dropout and under autocast are not kept: what those depend on is not all written on their arguments.
+What a call is known by holds everything that checks and plans look at; of a function, what it was traced to and the
+tensors that it captures now. Calls with dropout, with a BlockMask and under autocast are not kept.
 """
 
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashtile import autograd
+from flashtile import autograd, trace
 from flashtile.masks import Mask
 from flashtile.problem import Inputs
-from flashtile.request import Arguments, Packing, build
+from flashtile.request import Arguments, Packing, build, mask_value
 
 _KEPT = 4096
 _SIMPLE = frozenset((type(None), bool, int, float, str, tuple, torch.dtype))
 _values = attrgetter(
-    "causal", "window", "block_mask", "score_mod", "softcap", "scale", "alignment", "out_dtype", "return_lse",
-    "deterministic", "backend",
-)  # fmt: skip
+    "causal", "window", "softcap", "scale", "alignment", "out_dtype", "return_lse", "deterministic", "backend"
+)
+_NO_MASK = Mask("")
+_NO_SCORE = trace.Lifted("", ())
 _known: dict[Any, autograd.Call] = {}
+
+
+class _Found(NamedTuple):
+    """A call as the operators take it, and what it is known by (None: it is not kept)."""
+
+    key: Any
+    inputs: Inputs
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
     """(out, lse) of the call."""
-    key = None if autograd.watched() else _key(q, k, v, arguments, packing)
-    if key is not None and (call := _known.get(key)) is not None:
-        return autograd.eager(_inputs(q, k, v, arguments, packing), call)
+    found = _find(q, k, v, arguments, packing)
+    if found is not None and (call := _known.get(found.key)) is not None:
+        return autograd.eager(found.inputs, call)
     inputs, options = build(q, k, v, arguments, packing)
     if not autograd.plainly_eager(inputs):
         return autograd.attention(inputs, options)
     call = autograd.Call.of(inputs, options)
-    if key is not None:
+    if found is not None:
         while len(_known) >= _KEPT:
             _known.pop(next(iter(_known)), None)
-        _known[key] = call
+        _known[found.key] = call
     return autograd.eager(inputs, call)
+
+
+def _find(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None) -> _Found | None:
+    """All that decides what the call comes to, beside its tensors; None: that cannot be said of it."""
+    if autograd.watched() or type(q) not in autograd.PLAIN or not _worth_it(q):
+        return None
+    if torch.is_autocast_enabled(q.device.type) or arguments.dropout_p:
+        return None
+    if arguments.seed is not None or arguments.block_mask is not None:
+        return None
+    values = _values(arguments)
+    offsets: tuple[Tensor | None, ...] = (None, None, None, None)
+    if packing is not None:
+        offsets = packing[:4]
+        values += packing[4:]
+    kinds = tuple(map(type, values))
+    if not _SIMPLE.issuperset(kinds) or not _SIMPLE.issuperset(map(type, arguments.window or ())):
+        return None
+    mask = _NO_MASK if arguments.mask is None else mask_value(arguments.mask)
+    score = _NO_SCORE if arguments.score_mod is None else trace.lift(arguments.score_mod, "score")
+    beside = (arguments.bias, arguments.alibi_slopes, arguments.sinks)
+    layouts = _layouts((q, k, v, *offsets, *beside, *mask.tensors, *score.tensors))
+    if layouts is None:
+        return None
+    switches = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), packing is None)
+    key = (layouts, values, kinds, mask.token, score.key, switches)
+    bias, slopes, sinks = beside
+    cu_q, cu_k, used_q, used_k = offsets
+    inputs = Inputs(q, k, v, cu_q, cu_k, used_q, used_k, bias, slopes, sinks, None, mask.tensors, score.tensors)
+    return _Found(key, inputs)
 
 
 def _worth_it(q: Tensor) -> bool:
@@ -45,27 +83,8 @@ def _worth_it(q: Tensor) -> bool:
     return q.is_cuda
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None) -> Inputs:
-    """What `build` makes of a call that has a `_key`."""
-    offsets = (None,) * 4 if packing is None else packing[:4]
-    return Inputs(*(q, k, v, *offsets, arguments.bias, arguments.alibi_slopes, arguments.sinks))
-
-
-def _key(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None) -> Any:
-    """All that decides what the call comes to; None: that cannot be said of it."""
-    if type(q) not in autograd.PLAIN or not _worth_it(q) or torch.is_autocast_enabled(q.device.type):
-        return None
-    if arguments.dropout_p or arguments.seed is not None:
-        return None
-    tensors: tuple[Tensor | None, ...] = (q, k, v, arguments.bias, arguments.alibi_slopes, arguments.sinks)
-    mask = arguments.mask
-    values = (mask.token if type(mask) is Mask and not mask.tensors else mask, *_values(arguments))
-    if packing is not None:
-        tensors += packing[:4]
-        values += packing[4:]
-    kinds = tuple(map(type, values))
-    if not _SIMPLE.issuperset(kinds):
-        return None
+def _layouts(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
+    """What tensors are, without their addresses; None: one is more than a tensor."""
     layouts: list[Any] = []
     for tensor in tensors:
         if tensor is None:
@@ -74,8 +93,4 @@ def _key(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing
             layouts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad))
         else:
             return None
-    window = arguments.window
-    if type(window) is tuple and not _SIMPLE.issuperset(map(type, window)):
-        return None
-    switches = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), packing is None)
-    return (*layouts, *values, *kinds, *switches)
+    return tuple(layouts)

@@ -140,12 +140,8 @@ def _mask(arguments: Arguments) -> Mask:
         parts.append(masks.causal(alignment))
     if arguments.window is not None:
         parts.append(masks.window(*arguments.window, alignment))
-    if isinstance(arguments.mask, Mask):
-        parts.append(arguments.mask)
-    elif isinstance(arguments.mask, Tensor):
-        parts.append(masks.dense(arguments.mask))
-    elif arguments.mask is not None:
-        parts.append(masks.custom(arguments.mask))
+    if arguments.mask is not None:
+        parts.append(mask_value(arguments.mask))
     if arguments.block_mask is not None:
         parts.append(masks.from_block_mask(arguments.block_mask))
     if not parts:
@@ -154,6 +150,13 @@ def _mask(arguments: Arguments) -> Mask:
     for part in parts[1:]:
         joined = joined & part
     return joined
+
+
+def mask_value(mask: Mask | Tensor | Callable[..., Any]) -> Mask:
+    """The argument `mask` as a Mask."""
+    if isinstance(mask, Mask):
+        return mask
+    return masks.dense(mask) if isinstance(mask, Tensor) else masks.custom(mask)
 
 
 def _seed(arguments: Arguments, q: Tensor) -> Tensor | None:

@@ -85,17 +85,48 @@ def test_whatever_a_tensor_is_makes_another_call() -> None:
     assert _calls() == len(kinds) + 1
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mask": lambda b, h, q_idx, kv_idx: q_idx >= kv_idx},
-        {"mask": torch.ones(8, 8, dtype=torch.bool)},
-        {"mask": masks.document(torch.zeros(8, dtype=torch.int32))},
-        {"score_mod": lambda score, b, h, q_idx, kv_idx: score * 2},
-        {"dropout_p": 0.5},
-        {"seed": 1},
-    ],
-)
+MASKS: list[Any] = [
+    torch.ones(8, 8, dtype=torch.bool),
+    masks.document(torch.zeros(8, dtype=torch.int32)),
+    lambda b, h, q_idx, kv_idx: q_idx >= kv_idx,
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["dense", "document", "function"])
+def test_masks_are_known_by_what_they_come_to(mask: Any) -> None:
+    tensors = _qkv()
+    found = [flashtile.attention(*tensors, mask=mask) for _ in range(3)]
+    assert _calls() == 1
+    assert torch.equal(found[0], found[2])
+
+
+def test_functions_are_asked_every_time_what_they_capture() -> None:
+    factor = 2.0
+    table = torch.zeros(8)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score * factor + table[kv_idx]
+
+    tensors = _qkv()
+
+    def expected() -> Tensor:
+        bias = table[None, :].expand(8, 8)
+        query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
+        out = torch.nn.functional.scaled_dot_product_attention(query * factor, key, value, attn_mask=bias)
+        return out.transpose(1, 2)
+
+    for _ in range(2):
+        torch.testing.assert_close(flashtile.attention(*tensors, score_mod=score_mod), expected())
+    assert _calls() == 1
+    table = torch.randn(8)
+    torch.testing.assert_close(flashtile.attention(*tensors, score_mod=score_mod), expected())
+    assert _calls() == 1
+    factor = 3.0
+    torch.testing.assert_close(flashtile.attention(*tensors, score_mod=score_mod), expected())
+    assert _calls() == 2
+
+
+@pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"seed": 1}])
 def test_what_arguments_do_not_show_is_never_kept(options: dict[str, Any]) -> None:
     flashtile.attention(*_qkv(), **options)
     assert _calls() == 0

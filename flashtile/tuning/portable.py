@@ -33,8 +33,8 @@ Rows = tuple[tuple[int, PortableConfig], ...]
 """(head dimension, tiles): a row holds up to the head dimension named."""
 
 KINDS = ("half", "modified", "single")
-"""16-bit inputs; the same with a bias or a function of scores, whose tensors take registers and shared memory too;
-float32 inputs."""
+"""16-bit inputs; the same with a bias or tensors that a function of scores reads, which take registers and shared
+memory too; float32 inputs."""
 
 HOPPER: dict[str, Rows] = {
     "half": (

@@ -216,7 +216,7 @@ def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool,
         group=problem.group,
         precision="ieee",  # for float32; AMD's compiler refuses others whatever the dtype
         modified=modified(problem),
-        reversed=place.right is not None and not keys,
+        reversed=place.right is not None and not keys and not listed,
         window_top_left=place.top_left,
         alibi_top_left=problem.alignment == "top_left",
         masked="lists" if listed else "always" if always else "edges",

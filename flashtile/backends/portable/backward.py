@@ -47,7 +47,7 @@ from flashtile.backends.portable.sweep import (
 @triton.jit
 def delta_kernel(out, grad_out, grad_lse, delta, packing, size, META: tl.constexpr):
     """delta = rowsum(dO * O) - dlse, a query tile a program."""
-    place = locate(packing, size, META.tile_q, False, False)
+    place = locate(packing, size, None, META.tile_q, False, False, False)
     o_query = place.tile * META.tile_q + tl.arange(0, META.tile_q)
     b_out = load_queries(out, place, o_query, META.headdim_v, META.block_dv)
     b_grad = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv)
@@ -193,7 +193,7 @@ def query_kernel(
 ):  # fmt: skip
     """dQ, and each query's part of its slope's gradient; gradients of captured tensors are added on the way."""
     TILE: tl.constexpr = META.tile_q
-    place = locate(packing, size, TILE, False, META.reversed)
+    place = locate(packing, size, visits, TILE, False, META.reversed, META.masked == "lists")
     o_query = place.tile * TILE + tl.arange(0, TILE)
     b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
     b_grad_out = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv).to(b_q.dtype)
@@ -310,7 +310,7 @@ def key_kernel(
 ):  # fmt: skip
     """dK and dV of a key tile, or one of them, from all query heads that share it."""
     TILE: tl.constexpr = META.tile_kv
-    shared = locate(packing, size, TILE, True, False)  # its head is one of the keys'
+    shared = locate(packing, size, visits, TILE, True, False, META.masked == "lists")  # its head is one of the keys'
     i_batch, i_head, first, seqlen_k = shared.batch, shared.head, shared.first_k, shared.seqlen_k
     o_key = shared.tile * TILE + tl.arange(0, TILE)
     diagonal = diagonal_of(shared, META.window_top_left)

@@ -112,7 +112,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One program a query tile and head."""
     TILE: tl.constexpr = META.tile_q
-    place = locate(packing, size, TILE, False, META.reversed)
+    place = locate(packing, size, visits, TILE, False, META.reversed, META.masked == "lists")
     o_query = place.tile * TILE + tl.arange(0, TILE)
     b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
     keys, values = open_keys(k, v, place, rules.window, META)

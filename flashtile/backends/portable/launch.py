@@ -92,7 +92,7 @@ class Call:
             machine,
             inputs,
             problem,
-            bool(rest) and visits.possible(inputs, problem),
+            listed(inputs, problem),
             packing_of(inputs),
             rules_of(inputs, problem, *arguments),
             functions,
@@ -155,6 +155,18 @@ class Call:
         return not (modified(self.problem) and self.problem.dtype is torch.float32)
 
 
+def listed(inputs: Inputs, problem: Problem) -> bool:
+    """Whether kernels get lists of tiles."""
+    return bool(region(problem.mask).rest) and visits.possible(inputs, problem)
+
+
+def _lists(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Sequence[Tensor | None]:
+    """The tensors of the lists that a launch with these tiles reads."""
+    if not listed(inputs, problem):
+        return (None, None, None)
+    return visits.of(inputs, problem, tiles, keys)[:3]
+
+
 def stats(inputs: Inputs, problem: Problem, fill: float) -> Tensor:
     """Memory for one number a query, (batch, heads, seqlen_q), packed (heads, total); `fill` where no kernel writes."""
     dense = (problem.batch, problem.heads, problem.seqlen_q)
@@ -181,14 +193,15 @@ def forward(
         tensors = [rows_of(tensor) for tensor in (q, k, v, out)]
         call.launch(forward_kernel, config.forward, (*tensors, stats_of(lse)), sinks=inputs.sinks)
 
-    perform(launches, (q, k, v, out, lse, *_beside(inputs)), memory)
+    lists = _lists(inputs, problem, config.forward, False)
+    perform(launches, (q, k, v, out, lse, *lists, *_beside(inputs)), memory)
     return out, lse.contiguous()
 
 
 def _beside(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """What kernels read beside queries, keys and values; not what functions captured, nor lists of tiles."""
-    packing = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k)
-    return (*packing, inputs.bias, inputs.alibi_slopes, inputs.sinks, inputs.seed)
+    """What kernels read beside queries, keys, values and lists of tiles."""
+    *plain, mask, score = inputs[3:]
+    return (*plain, *mask, *score)
 
 
 def backward(
@@ -222,7 +235,11 @@ def backward(
         for gives, tiles in config.passes_over_keys().items():
             call.launch(key_kernel, tiles, (*saved, rows_of(dk), rows_of(dv)), gives)
 
-    perform(launches, (q, k, v, out, lse, grad_out, grad_lse, delta, dq, dk, dv, *_beside(inputs)), memory)
+    lists = [*_lists(inputs, problem, config.query, False)]
+    for tiles in config.passes_over_keys().values():
+        lists += _lists(inputs, problem, tiles, True)
+    written = (delta, dq, dk, dv, slope if slope is not lse else None, *totals)
+    perform(launches, (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *_beside(inputs)), memory)
     if grads.bias is not None:
         call = Call.of(machine, inputs, problem, totals)
         _bias_gradient(call, config.query, _saved(inputs, grad_out, lse, delta), grads.bias)

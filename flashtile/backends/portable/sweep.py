@@ -76,11 +76,12 @@ class Window(NamedTuple):
 class Visits(NamedTuple):
     """Which tiles a tile meets, those that need the mask first: counts (batch, head, tile, 2), tiles (.., tile, n).
 
-    `length`, n, and the strides are `odd`.
+    order (batch, head, tile): the tiles, those that meet the most first. `length`, n, and the strides are `odd`.
     """
 
     counts: Any
     tiles: Any
+    order: Any
     length: Any
     batch: Any
     head: Any
@@ -208,13 +209,20 @@ def slots(offsets, o_sequences, TILE: tl.constexpr):
 
 @triton.jit
 def packed_tile(offsets, sequences, i_slot, TILE: tl.constexpr):
-    """(sequence, tile of it) of a program: the last sequence whose first program is not a later one."""
-    begun = 0
-    for first in tl.range(0, sequences, SCANNED):
-        o_sequences = first + tl.arange(0, SCANNED)
+    """(sequence, tile of it) of a program: the last sequence whose first program is not a later one.
+
+    The search reads some of the sequences at a time, evenly spread over those that are left.
+    """
+    begin = sequences * 0
+    within = sequences
+    while within > 1:
+        step = (within + SCANNED - 1) // SCANNED
+        o_sequences = begin + step * tl.arange(0, SCANNED)
         i_first = slots(offsets, tl.minimum(o_sequences, sequences), TILE)
-        begun += tl.sum(((o_sequences < sequences) & (i_first <= i_slot)).to(tl.int32), 0)
-    return begun - 1, i_slot - slots(offsets, begun - 1, TILE)
+        begun = tl.sum(((o_sequences < sequences) & (i_first <= i_slot)).to(tl.int32), 0)
+        begin += (begun - 1) * step
+        within = step
+    return begin, i_slot - slots(offsets, begin, TILE)
 
 
 @triton.jit
@@ -227,10 +235,12 @@ def program_of(size):
 
 
 @triton.jit
-def locate(packing, size, TILE: tl.constexpr, KEYS: tl.constexpr, REVERSED: tl.constexpr):
-    """The `Place` of this program, a tile of keys or of queries. REVERSED: later tiles have more to do (causal masks),
-    so they start first."""
+def locate(packing, size, visits, TILE: tl.constexpr, KEYS: tl.constexpr, REVERSED: tl.constexpr, LISTS: tl.constexpr):
+    """The `Place` of this program, a tile of keys or of queries; those that have more to do start first. REVERSED: the
+    later ones (causal masks). LISTS: those that `visits` name."""
     i_batch, i_head, i_tile = program_of(size)
+    if LISTS:
+        i_tile = tl.load(visits.order + row_of(visits, i_batch, i_head) + i_tile)
     if REVERSED:
         i_tile = number_of(size.tiles) - 1 - i_tile
     if packing.sequences is not None:
@@ -406,10 +416,15 @@ def query_span(window, diagonal, first_key, last_key, seqlen_q, TILE: tl.constex
 
 
 @triton.jit
+def row_of(visits, i_batch, i_head):
+    """The first row of a head in `visits`."""
+    return i_batch.to(tl.int64) * number_of(visits.batch) + i_head.to(tl.int64) * number_of(visits.head)
+
+
+@triton.jit
 def visited(visits, place):
     """(how many tiles need the mask, how many tiles in all, where their list begins)."""
-    row = place.batch.to(tl.int64) * number_of(visits.batch) + place.head.to(tl.int64) * number_of(visits.head)
-    row += place.tile
+    row = row_of(visits, place.batch, place.head) + place.tile
     partial = tl.load(visits.counts + 2 * row)
     return partial, partial + tl.load(visits.counts + 2 * row + 1), visits.tiles + row * number_of(visits.length)
 

@@ -51,4 +51,5 @@ def _make(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Visits:
     counts = torch.stack(((state == PARTIAL).sum(-1), (state == FULL).sum(-1)), dim=-1).to(torch.int32).contiguous()
     batch, heads, rows, columns = listed.shape
     steps = (columns, heads * rows if batch > 1 else 0, rows if heads > 1 else 0)
-    return Visits(counts, listed, *map(odd, steps))
+    order = counts.sum(-1).argsort(dim=-1, descending=True, stable=True).to(torch.int32).contiguous()
+    return Visits(counts, listed, order, *map(odd, steps))
