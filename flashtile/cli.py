@@ -1,4 +1,4 @@
-"""The command `flashtile`: doctor, explain, demo, bench, compile. Torch is imported once a command runs, not before."""
+"""The command `flashtile`: doctor, explain, demo, bench, tune, compile. Torch is imported when one runs, not before."""
 
 import argparse
 import importlib.util
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_demo(commands)
     _add_bench(commands)
+    _add_tune(commands)
     _add_compile(commands)
     return top
 
@@ -115,6 +116,16 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--peers", nargs="+", metavar="peer", help="default: those that each suite names")
     command.add_argument("--seconds", type=float, default=10.0, help="time for each peer and case; default %(default)s")
     command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
+
+
+def _add_tune(commands: Any) -> None:
+    text = "search tiles for the portable backend on this GPU; candidates that compute wrong numbers are never timed"
+    command = _add(commands, "tune", _tune, text)
+    command.add_argument("--headdim", nargs="+", type=int, default=[64, 128, 256], metavar="N")
+    command.add_argument("--kind", nargs="+", choices=("half", "modified", "single"), default=["half", "modified"])
+    command.add_argument("--device", default="cuda")
+    command.add_argument("--tokens", type=int, default=8192, metavar="N", help="default %(default)s")
+    command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
 
 
 def _add_compile(commands: Any) -> None:
@@ -312,6 +323,21 @@ def _bench(given: argparse.Namespace) -> int:
     _need_device(given.device)
     settings = _bench_settings(given)
     return show.run(given.suites or usual(settings.device), settings, given.results)
+
+
+def _tune(given: argparse.Namespace) -> int:
+    _need_extras()
+    _need_device(given.device)
+    from flashtile.backends import portable
+
+    missing = portable.unavailable()
+    if missing is not None:
+        raise UsageError(missing)
+    from flashtile.bench import show, tune
+
+    chosen = [(headdim, kind) for headdim in given.headdim for kind in given.kind]
+    searches = [tune.Search(headdim, kind, given.device, given.tokens) for headdim, kind in chosen]
+    return show.tune(searches, given.results)
 
 
 def _compile(given: argparse.Namespace) -> int:

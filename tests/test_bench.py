@@ -168,6 +168,17 @@ class TestGate:
         record, _ = suite.run("masks", replace(TINY, peers=("choosy",)), tmp_path)
         assert {entry["reason"] for entry in record["rows"]} == {"it likes nothing"}
 
+    def test_a_peer_may_have_a_forward_pass_alone(self, registry: dict[str, Peer], tmp_path: Path) -> None:
+        peers.peer("half", title="half", layout="bhsd", trains=False)(lambda case: textbook.attention)
+        settings = replace(TINY, seqlens=(48,), peers=("half", "textbook"))
+        record, _ = suite.run("dense", settings, tmp_path)
+        rows = [entry for entry in record["rows"] if entry["peer"] == "half" and entry["case"]["feature"] == "plain"]
+        found = {entry["pass"]: entry for entry in rows}
+        assert found["forward"]["status"] == "ok"
+        assert set(found["forward"]["gate"]) == {"passed", "heads_kv_compared", "out"}
+        assert found["backward"]["status"] == "refused"
+        assert found["backward"]["reason"] == peers.FORWARD_ALONE
+
     def test_a_peer_may_crash(self, registry: dict[str, Peer], tmp_path: Path) -> None:
         @peers.peer("broken", title="broken")
         def _broken(case: Case) -> peers.Attend:

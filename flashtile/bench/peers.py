@@ -31,13 +31,17 @@ LAYOUTS = ("bshd", "bhsd")
 """(batch, seqlen, heads, headdim) and (batch, heads, seqlen, headdim)."""
 
 
+FORWARD_ALONE = "it has a forward pass alone"
+
+
 class Refused(Exception):
     """The peer cannot take the case; the message says why."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`prepare(case)` gives the function to measure. `quadratic`: how many score matrices it holds at once."""
+    """`prepare(case)` gives the function to measure. `quadratic`: how many score matrices it holds at once.
+    `trains`: it has a backward pass."""
 
     name: str
     title: str
@@ -45,6 +49,7 @@ class Peer:
     layout: str
     devices: tuple[str, ...]
     quadratic: float
+    trains: bool = True
 
     def bind(self, case: Case, tensors: Tensors) -> "Bound":
         """The peer with the case's inputs in its own layout.
@@ -55,7 +60,7 @@ class Peer:
         if torch.device(case.device).type not in self.devices:
             raise Refused(f"it does not run on {case.device}")
         attend = self.prepare(case)
-        own = [self._convert(tensor).detach().requires_grad_() for tensor in tensors[:3]]
+        own = [self._convert(tensor).detach().requires_grad_(self.trains) for tensor in tensors[:3]]
         return Bound(self, attend, own[0], own[1], own[2], self._convert(tensors.grad))
 
     def _convert(self, tensor: Tensor) -> Tensor:
@@ -82,7 +87,13 @@ class Bound:
         return self.attend(self.q, self.k, self.v)
 
     def backward(self, out: Tensor, keep: bool = False) -> tuple[Tensor, ...]:
-        """Gradients of q, k and v; `keep`: the graph is needed again."""
+        """Gradients of q, k and v; `keep`: the graph is needed again.
+
+        Raises:
+            Refused: the peer has no backward pass.
+        """
+        if not self.peer.trains:
+            raise Refused(FORWARD_ALONE)
         return torch.autograd.grad(out, (self.q, self.k, self.v), self.grad, retain_graph=keep)
 
     def common(self, tensor: Tensor) -> Tensor:
@@ -100,13 +111,14 @@ def peer(
     layout: str = "bshd",
     devices: tuple[str, ...] = ("cpu", "cuda"),
     quadratic: float = 0.0,
+    trains: bool = True,
 ) -> Callable[[Callable[[Case], Attend]], Callable[[Case], Attend]]:
     """Registers a peer; see the module's description."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, need one of {', '.join(LAYOUTS)}")
 
     def register(prepare: Callable[[Case], Attend]) -> Callable[[Case], Attend]:
-        PEERS[name] = Peer(name, title, prepare, layout, devices, quadratic)
+        PEERS[name] = Peer(name, title, prepare, layout, devices, quadratic, trains)
         return prepare
 
     return register
@@ -218,14 +230,14 @@ def _sdpa_padded(case: Case) -> Attend:
     return call
 
 
-@peer("fa4", title="FlashAttention-4", devices=("cuda",))
-def _fa4(case: Case) -> Attend:
+def _plain_or_causal(case: Case, module: str, name: str) -> Attend:
+    """A function of another package that takes q, k, v in our layout and the causal flag."""
     if case.feature not in ("plain", "causal"):
         raise Refused(f"it has no {case.feature}")
     try:
-        function = importlib.import_module("flash_attn.cute").flash_attn_func
+        function = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise Refused("flash_attn.cute is not installed") from error
+        raise Refused(f"{module} is not installed") from error
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found = function(q, k, v, causal=case.feature == "causal")
@@ -233,6 +245,17 @@ def _fa4(case: Case) -> Attend:
         return out
 
     return call
+
+
+@peer("fa3", title="FlashAttention-3", devices=("cuda",), trains=False)
+def _fa3(case: Case) -> Attend:
+    """The package `fa3-fwd`, which has the forward pass alone."""
+    return _plain_or_causal(case, "fa3_fwd_interface", "flash_attn_func")
+
+
+@peer("fa4", title="FlashAttention-4", devices=("cuda",))
+def _fa4(case: Case) -> Attend:
+    return _plain_or_causal(case, "flash_attn.cute", "flash_attn_func")
 
 
 @peer("flex", title="FlexAttention", layout="bhsd", devices=("cuda",))

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from flashtile.bench import report, suite, tables
+from flashtile.bench import tune as tuning
 from flashtile.bench.records import Record
 from flashtile.bench.suite import Settings
 
@@ -44,6 +45,27 @@ def rich_table(table: tables.Table) -> RichTable:
     drawn.caption = "\n".join(table.notes)
     drawn.caption_justify = "left"
     return drawn
+
+
+def tune(searches: list[tuning.Search], folder: Path, console: Console | None = None) -> int:
+    """Runs the searches and prints the rows that they found; returns 1 if one found none."""
+    console = console or Console()
+    healthy = True
+    for search in searches:
+        with console.status("tune") as status:
+            found = search.run(lambda text: status.update(text))
+        for role, tried in found.items():
+            timed = [f"{tuple(one.tiles)} {one.ms:.3f} ms" for one in tried[:3] if one.ms is not None]
+            console.print(
+                f"{search.headdim} {search.kind} {role}: {', '.join(timed) or tried[0].reason}", soft_wrap=True
+            )
+        config = tuning.best(found)
+        healthy = healthy and config is not None
+        console.print(f"wrote {tuning.write(search, found, folder)}", soft_wrap=True)
+        console.print(
+            "no candidate was right" if config is None else tuning.row(search.headdim, config), soft_wrap=True
+        )
+    return 0 if healthy else 1
 
 
 def write_report(results: Path, docs: Path, console: Console | None = None) -> int:

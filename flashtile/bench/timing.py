@@ -82,13 +82,15 @@ def one_round(bound: Bound, device: str, samples: Samples) -> float:
         return _one_round_on_gpu(bound, samples)
     start = clock(device)
     out = bound.forward()
-    middle = clock(device)
-    gradients = bound.backward(out)
-    end = clock(device)
-    # Releasing what the round made is not part of the next peer's time.
-    del out, gradients
+    middle = end = clock(device)
     samples.forward.append(middle - start)
-    samples.backward.append(end - middle)
+    if bound.peer.trains:
+        gradients = bound.backward(out)
+        end = clock(device)
+        samples.backward.append(end - middle)
+        # Releasing what the round made is not part of the next peer's time.
+        del gradients
+    del out
     return end - start
 
 
@@ -109,6 +111,8 @@ def _one_round_on_gpu(bound: Bound, samples: Samples) -> float:
 
     out = bound.forward()
     samples.forward.append(seconds("forward", bound.forward))
+    if not bound.peer.trains:
+        return samples.forward[-1] * REPEATS
     samples.backward.append(seconds("backward", lambda: bound.backward(out, keep=True)))
     return (samples.forward[-1] + samples.backward[-1]) * REPEATS
 

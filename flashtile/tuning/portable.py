@@ -33,8 +33,8 @@ Rows = tuple[tuple[int, PortableConfig], ...]
 """(head dimension, tiles): a row holds up to the head dimension named."""
 
 KINDS = ("half", "modified", "single")
-"""16-bit inputs; the same with a bias or tensors that a function of scores reads, which take registers and shared
-memory too; float32 inputs."""
+"""16-bit inputs under windows; the same with whatever else takes registers: other masks, changed scores, dropout,
+packed sequences; float32 inputs."""
 
 HOPPER: dict[str, Rows] = {
     "half": (
@@ -44,8 +44,8 @@ HOPPER: dict[str, Rows] = {
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2))),
-        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(32, 64, 4, 2))),
+        (64, PortableConfig(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3))),
+        (128, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3))),
         (256, PortableConfig(Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
@@ -176,7 +176,7 @@ def spills_allowed(family: str, kernel: str, headdim: int, variant: str) -> int:
 def portable_config(headdim: int, bits: int, modified: bool, family: str = "hopper") -> PortableConfig:
     """The tiles for heads of this many columns, the wider of keys and values, and elements of this many bits.
 
-    modified: scores are changed by tensors that the kernel reads.
+    modified: the kernel does more than a window asks for.
     """
     kind = "single" if bits == 32 else "modified" if modified else "half"
     return next(config for limit, config in TABLES[family][kind] if headdim <= limit)

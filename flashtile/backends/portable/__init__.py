@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import trace
 from flashtile.backends import Gradients, Kernel, Memory
 from flashtile.problem import Inputs, Problem
 from flashtile.tuning.portable import PortableConfig, portable_config
@@ -71,8 +70,10 @@ def _functions(problem: Problem) -> str | None:
 
 def configure(problem: Problem, family: str | None = None) -> PortableConfig:
     """The row of the tuning table; `family`: of another GPU than the current one."""
+    from flashtile.backends.portable.arguments import region
+
     bits = 32 if problem.dtype is torch.float32 else 16
-    modified = problem.bias or bool(problem.score_mod and trace.graph(problem.score_mod).captures)
+    modified = problem.varlen or bool(problem.modified) or bool(region(problem.mask).rest)
     family = family or _family(torch.cuda.current_device() if torch.cuda.is_available() else None)
     return portable_config(max(problem.headdim, problem.headdim_v), bits, modified, family)
 
