@@ -187,7 +187,8 @@ _BOTH = frozenset("qk")
 class _Value:
     """A value in the text: its name, PyTorch's type, bounds of an integer, the indices among q and k it depends on.
 
-    `number`: it is this constant. `capture`: it is this captured tensor, of `ndim` dimensions.
+    `number`: it is this constant. `capture`: it is this captured tensor, of `ndim` dimensions. `floating`: how to get
+    the same whole number of a tile in float32 without converting every element, which costs as much as an exponential.
     """
 
     name: str
@@ -197,6 +198,7 @@ class _Value:
     number: float | None = None
     capture: int | None = None
     ndim: int = 0
+    floating: str | None = None
 
     @property
     def kind(self) -> str:
@@ -246,6 +248,8 @@ class _Writer:
             return _literal(value.number, kind)
         if value.kind == kind:
             return value.name
+        if kind == "f" and value.floating is not None:
+            return value.floating
         return f"({value.name} != 0)" if kind == "b" else f"{value.name}.to({_TYPES[kind]})"
 
     def graph(self, module: fx.GraphModule, inputs: Sequence[_Value]) -> Any:
@@ -346,7 +350,22 @@ class _Writer:
             text, bounds = wrapped[0].format(text), wrapped[1]
         elif kind == "i64" and _Value("", dtype, bounds).kind == "i32":
             text = f"({text}).to(tl.int32)"
-        return self.bind(text, dtype, axes, bounds)
+        return replace(self.bind(text, dtype, axes, bounds), floating=self._floating(name, values, bounds))
+
+    def _floating(self, name: str, values: list[_Value], bounds: Bounds) -> str | None:
+        """See `_Value.floating`: sums and differences of rows and columns, where float32 holds every step exactly."""
+        if frozenset().union(*(value.axes for value in values)) != _BOTH:
+            return None
+        exact = all(low >= -LONGEST and high <= LONGEST for low, high in (bounds, *(value.bounds for value in values)))
+        if (
+            name not in ("add", "sub", "neg", "abs")
+            or not exact
+            or any(value.dtype.is_floating_point for value in values)
+        ):
+            return None
+        if any(value.axes == _BOTH and value.floating is None for value in values):
+            return None
+        return "(" + ARITHMETIC[name].format(*(self.text(value, "f") for value in values)) + ")"
 
     def _template(self, name: str, values: list[_Value], dtype: torch.dtype) -> tuple[str, str, Bounds]:
         """(text, kind of the operands, bounds of the result)."""

@@ -46,7 +46,7 @@ HOPPER: dict[str, Rows] = {
     "modified": (
         (64, PortableConfig(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3))),
         (128, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3))),
-        (256, PortableConfig(Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1))),
+        (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
     "single": (

@@ -48,8 +48,11 @@ def forward_sweep(
     TILE: tl.constexpr = META.tile_kv
     o_rows = o_query[:, None]
     STAGES: tl.constexpr = 1 if GUARDED else None
+    LISTS: tl.constexpr = META.masked == "lists"
+    i_next = tile_at(steps, steps.begin, LISTS)
     for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
-        i_tile = tile_at(steps, i_step, META.masked == "lists")
+        i_tile = i_next
+        i_next = tile_at(steps, i_step + 1, LISTS)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
         b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
         b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma)

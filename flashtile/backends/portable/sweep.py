@@ -456,6 +456,7 @@ def has_nan(b_tile):
 
 @triton.jit
 def tile_at(steps, i_step, LISTS: tl.constexpr):
+    """The number of a tile. A sweep asks one step ahead (lists have room for that): loads wait for no other load."""
     return tl.load(steps.tiles + i_step) if LISTS else i_step
 
 
@@ -483,7 +484,9 @@ def bias_pointers(modifiers, place, o_query, o_key):
 
 @triton.jit
 def alibi_distance(place, o_query, o_key, META: tl.constexpr):
-    return tl.abs(o_query + diagonal_of(place, META.alibi_top_left) - o_key).to(tl.float32)
+    """In float32 from the start: to convert every element of a tile costs as much as its exponential."""
+    diagonal = diagonal_of(place, META.alibi_top_left)
+    return tl.abs((o_query + diagonal).to(tl.float32) - o_key.to(tl.float32))
 
 
 @triton.jit

@@ -47,7 +47,9 @@ def _make(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Visits:
         # The last tile reaches beyond the end, which only the mask's evaluation keeps out.
         state = torch.cat((state[..., :-1], state[..., -1:].clamp(max=PARTIAL)), dim=-1)
     order = torch.tensor([2, 0, 1], dtype=torch.int8, device=state.device)[state.long()]
-    listed = order.sort(dim=-1, stable=True).indices.to(torch.int32).contiguous()
+    listed = order.sort(dim=-1, stable=True).indices.to(torch.int32)
+    # Sweeps read one entry ahead.
+    listed = torch.nn.functional.pad(listed, (0, 1)).contiguous()
     counts = torch.stack(((state == PARTIAL).sum(-1), (state == FULL).sum(-1)), dim=-1).to(torch.int32).contiguous()
     batch, heads, rows, columns = listed.shape
     steps = (columns, heads * rows if batch > 1 else 0, rows if heads > 1 else 0)
