@@ -122,7 +122,7 @@ def _add_tune(commands: Any) -> None:
     text = "search tiles for the portable backend on this GPU; candidates that compute wrong numbers are never timed"
     command = _add(commands, "tune", _tune, text)
     command.add_argument("--headdim", nargs="+", type=int, default=[64, 128, 256], metavar="N")
-    command.add_argument("--kind", nargs="+", choices=("half", "modified", "single"), default=["half", "modified"])
+    command.add_argument("--kind", nargs="+", choices=("half", "masked", "modified", "single"))
     command.add_argument("--device", default="cuda")
     command.add_argument("--tokens", type=int, default=8192, metavar="N", help="default %(default)s")
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
@@ -335,7 +335,7 @@ def _tune(given: argparse.Namespace) -> int:
         raise UsageError(missing)
     from flashtile.bench import show, tune
 
-    chosen = [(headdim, kind) for headdim in given.headdim for kind in given.kind]
+    chosen = [(headdim, kind) for headdim in given.headdim for kind in given.kind or list(tune.KINDS)]
     searches = [tune.Search(headdim, kind, given.device, given.tokens) for headdim, kind in chosen]
     return show.tune(searches, given.results)
 

@@ -40,7 +40,10 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan may depend on. Two calls with equal Problems run the same kernel with the same configuration."""
+    """What a plan may depend on. Two calls with equal Problems run the same kernel with the same configuration.
+
+    described: rows of q, k and v begin at multiples of 16 bytes, as copy engines ask.
+    """
 
     batch: int
     seqlen_q: int
@@ -65,6 +68,7 @@ class Problem:
     deterministic: bool = False
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    described: bool = True
     backward: bool = False
     wanted: Wanted = field(default_factory=Wanted)
 
@@ -141,6 +145,14 @@ def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: W
         deterministic=options.deterministic,
         max_seqlen_q=options.max_seqlen_q,
         max_seqlen_k=options.max_seqlen_k,
+        described=all(_described(tensor) for tensor in (q, k, v)),
         backward=backward,
         wanted=wanted or Wanted(),
     )
+
+
+def _described(tensor: Tensor) -> bool:
+    """Whether the first element and every row lie at multiples of 16 bytes, columns side by side."""
+    size = tensor.element_size()
+    rows = all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+    return rows and tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0

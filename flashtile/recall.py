@@ -84,13 +84,14 @@ def _worth_it(q: Tensor) -> bool:
 
 
 def _layouts(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
-    """What tensors are, without their addresses; None: one is more than a tensor."""
+    """What tensors are, of their addresses the alignment alone; None: one is more than a tensor."""
     layouts: list[Any] = []
     for tensor in tensors:
         if tensor is None:
             layouts.append(None)
         elif type(tensor) in autograd.PLAIN:
-            layouts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad))
+            kind = (tensor.dtype, tensor.device, tensor.requires_grad, tensor.data_ptr() & 15)
+            layouts.append((tensor.shape, tensor.stride(), *kind))
         else:
             return None
     return tuple(layouts)

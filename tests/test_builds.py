@@ -14,7 +14,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from flashtile.autograd import wanted_of
-from flashtile.backends.portable import launch
+from flashtile.backends.portable import kind_of, launch
 from flashtile.problem import describe
 from flashtile.request import Arguments, Packing, build
 from flashtile.tuning.portable import portable_config
@@ -50,7 +50,7 @@ class Counter:
         inputs, options = build(q, k, v, Arguments(**{**usual, **given}), packing)  # type: ignore[arg-type]
         machine = launch.Machine(self.launch, True)
         problem = describe(inputs, options)
-        config = portable_config(64, 16, bool(problem.bias or problem.score_mod))
+        config = portable_config(64, kind_of(problem))
         out, lse = launch.forward(inputs, problem, config, machine)
         problem = describe(inputs, options, backward=True, wanted=wanted_of(inputs))
         launch.backward(inputs, problem, config, out, lse, out, None, machine)

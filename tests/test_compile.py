@@ -40,7 +40,7 @@ def test_smaller_tiles_are_taken_where_memory_is_short(monkeypatch: pytest.Monke
     short = TARGETS["sm_90a"]._replace(shared=48 * 1024)
     monkeypatch.setitem(TARGETS, "sm_90a", short)
     rows = build.rows(Entry("sm_90a", 128, "bfloat16", "plain"))
-    usual = portable.portable_config(128, 16, False).forward
+    usual = portable.portable_config(128, "half").forward
     assert all(row["shared"] <= 48 * 1024 for row in rows)
     assert tuple(rows[0]["tiles"]) != tuple(usual)
 

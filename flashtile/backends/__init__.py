@@ -18,6 +18,9 @@ from flashtile.problem import Inputs, Problem
 ORDER: tuple[str, ...] = ("portable", "pytorch")
 """Names of the backends, fastest first."""
 
+BY_NAME: tuple[str, ...] = ("hopper",)
+"""Backends that run only where they are asked for: not yet timed on a device."""
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -51,6 +54,12 @@ class Kernel:
     configure: Callable[[Problem], Any]
     forward: Callable[[Inputs, Problem, Any, Memory], tuple[Tensor, Tensor]]
     backward: Callable[[Inputs, Problem, Any, Tensor, Tensor, Tensor | None, Tensor | None, Memory], Gradients]
+
+
+def compiled(kernels: Sequence[Any]) -> int:
+    """What Triton has compiled these kernels to: each keeps that itself, by device."""
+    caches = (getattr(kernel, "device_caches", {}) for kernel in kernels)
+    return sum(len(device[0]) for cache in caches for device in cache.values())
 
 
 def load(name: str) -> ModuleType:

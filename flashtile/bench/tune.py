@@ -27,6 +27,7 @@ Note = Callable[[str], None]
 
 KINDS = {
     "half": ("causal", "bfloat16"),
+    "masked": ("causal document", "bfloat16"),
     "modified": ("causal document softcap", "bfloat16"),
     "single": ("causal", "float32"),
 }

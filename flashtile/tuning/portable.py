@@ -32,15 +32,21 @@ class PortableConfig(NamedTuple):
 Rows = tuple[tuple[int, PortableConfig], ...]
 """(head dimension, tiles): a row holds up to the head dimension named."""
 
-KINDS = ("half", "modified", "single")
-"""16-bit inputs under windows; the same with whatever else takes registers: other masks, changed scores, dropout,
-packed sequences; float32 inputs."""
+KINDS = ("half", "masked", "modified", "single")
+"""16-bit inputs under windows; under other masks, or packed; with changed scores or dropout, which take registers too;
+float32 inputs."""
 
 HOPPER: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 4))),
         (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2))),
         (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2))),
+        (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+    ),
+    "masked": (
+        (64, PortableConfig(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3))),
+        (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3))),
+        (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2), Tiles(32, 64, 4, 2))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
     "modified": (
@@ -82,7 +88,7 @@ AMPERE: dict[str, Rows] = {
     ),
     "modified": (
         (64, PortableConfig(Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1))),
-        (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 2))),
+        (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2))),
         (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(32, 32, 8, 1))),
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
     ),
@@ -99,7 +105,7 @@ CDNA: dict[str, Rows] = {
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 1))),
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 1))),
         (128, PortableConfig(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 32, 4, 1))),
         (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1))),
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
@@ -116,7 +122,7 @@ RDNA: dict[str, Rows] = {
         (512, PortableConfig(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
     ),
     "modified": (
-        (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 8, 1))),
+        (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 8, 1))),
         (128, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
         (256, PortableConfig(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
         (512, PortableConfig(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
@@ -135,15 +141,18 @@ TABLES: dict[str, dict[str, Rows]] = {
 """By family of GPUs, then by kind."""
 
 SPILLS: dict[tuple[str, str, int], int] = {
-    # The fastest on an H100 all the same: two accumulators of 64 x 128 beside two tiles of scores.
-    ("hopper", "key_kernel", 128): 60,
+    # Two instructions; the tile below is half the size.
+    ("blackwell", "key_kernel", 64): 10,
     # sm_120 under Triton 3.6; the others, and Triton 3.9, need none.
-    ("ampere", "forward_kernel", 64): 8,
-    ("ampere", "query_kernel", 64): 8,
+    ("ampere", "forward_kernel", 64): 10,
+    ("ampere", "query_kernel", 64): 10,
     ("ampere", "key_kernel", 64): 10,
+    ("ampere", "forward_kernel", 128): 10,
+    ("ampere", "query_kernel", 128): 10,
+    ("ampere", "key_kernel", 128): 10,
     # The smallest tiles that matrix instructions take; rows of this many columns alone fill the registers.
-    ("rdna", "query_kernel", 128): 80,
-    ("rdna", "key_kernel", 128): 80,
+    ("rdna", "query_kernel", 128): 410,
+    ("rdna", "key_kernel", 128): 130,
     ("rdna", "forward_kernel", 256): 150,
     ("rdna", "query_kernel", 256): 300,
     ("rdna", "bias_kernel", 256): 150,
@@ -151,35 +160,54 @@ SPILLS: dict[tuple[str, str, int], int] = {
 }
 """How many spilling instructions a kernel may have, by family and head dimension, where not 0."""
 
-VARIANT_SPILLS: dict[tuple[str, str, int, str], int] = {
-    ("hopper", "key_kernel", 64, "varlen"): 20,
-    ("hopper", "forward_kernel", 64, "table"): 90,
-    ("hopper", "forward_kernel", 128, "dropout"): 10,
-    ("hopper", "forward_kernel", 128, "mask_mod"): 140,
-    ("hopper", "query_kernel", 128, "dropout"): 10,
-    ("hopper", "query_kernel", 128, "mask_mod"): 20,
-    ("hopper", "key_kernel", 128, "dropout"): 180,
-    ("hopper", "key_kernel", 128, "mask_mod"): 90,
-    ("hopper", "key_kernel", 128, "varlen"): 120,
-    ("hopper", "key_kernel", 128, "window"): 90,
+HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
+    ("forward_kernel", 64): {"dropout": 10, "table": 100, "mask_mod": 80},
+    ("forward_kernel", 128): {"mask_mod": 90},
+    ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 100},
+    ("query_kernel", 128): {"score_mod": 20, "table": 40, "mask_mod": 10},
+    ("query_kernel", 256): {"dropout": 20, "score_mod": 70, "table": 60, "mask_mod": 100},
+    ("key_kernel", 64): {"dropout": 40, "softcap": 10, "score_mod": 30, "table": 140, "mask_mod": 30, "varlen": 110},
+    ("key_kernel", 128): {
+        "plain": 90,
+        "causal": 80,
+        "window": 80,
+        "dropout": 50,
+        "softcap": 30,
+        "score_mod": 60,
+        "table": 130,
+        "mask_mod": 50,
+        "varlen": 60,
+    },
+    ("key_kernel", 256): {
+        "plain": 50,
+        "causal": 20,
+        "window": 30,
+        "dropout": 90,
+        "bias": 20,
+        "softcap": 30,
+        "score_mod": 40,
+        "table": 130,
+        "mask_mod": 90,
+        "varlen": 40,
+    },
 }
-"""The same for calls that need more registers than the tiles leave, which were timed without them. Only a timing can
-say whether smaller tiles or these spills cost less; until then this keeps them from growing."""
+"""The same on sm_90a by kernel, head dimension and variant of the call, rounded up to tens. An H100's timings chose the
+tiles: where smaller ones that spill less were timed beside them, those were slower. This keeps the numbers from
+growing."""
 
 
 def spills_allowed(family: str, kernel: str, headdim: int, variant: str) -> int:
     """The limit of a row, for `flashtile compile`."""
-    allowed = SPILLS.get((family, kernel, headdim), 0)
-    return max(allowed, VARIANT_SPILLS.get((family, kernel, headdim, variant), 0))
+    if family == "hopper":
+        return HOPPER_SPILLS.get((kernel, headdim), {}).get(variant, 0)
+    return SPILLS.get((family, kernel, headdim), 0)
 
 
-def portable_config(headdim: int, bits: int, modified: bool, family: str = "hopper") -> PortableConfig:
-    """The tiles for heads of this many columns, the wider of keys and values, and elements of this many bits.
-
-    modified: the kernel does more than a window asks for.
-    """
-    kind = "single" if bits == 32 else "modified" if modified else "half"
-    return next(config for limit, config in TABLES[family][kind] if headdim <= limit)
+def portable_config(headdim: int, kind: str, family: str = "hopper") -> PortableConfig:
+    """The tiles for heads of this many columns, the wider of keys and values. Where a family has no row of its own for
+    masks, those of changed scores hold."""
+    rows = TABLES[family].get(kind) or TABLES[family]["modified"]
+    return next(config for limit, config in rows if headdim <= limit)
 
 
 def smaller(tiles: Tiles) -> Iterator[Tiles]:

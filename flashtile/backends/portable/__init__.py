@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.backends import Gradients, Kernel, Memory
+from flashtile.backends import Gradients, Kernel, Memory, compiled
 from flashtile.problem import Inputs, Problem
+from flashtile.region import region
 from flashtile.tuning.portable import PortableConfig, portable_config
 
 
@@ -29,9 +30,8 @@ def unavailable() -> str | None:
 
 
 def builds() -> int:
-    """Each kernel keeps what it was compiled to, by device; interpreted ones are not compiled."""
-    caches = (getattr(kernel, "device_caches", {}) for kernel in _launch().KERNELS)
-    return sum(len(device[0]) for cache in caches for device in cache.values())
+    """Interpreted kernels are not compiled."""
+    return compiled(_launch().KERNELS)
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,7 +55,6 @@ def refuses(problem: Problem) -> str | None:
 def _functions(problem: Problem) -> str | None:
     """What stands against the score function and the mask."""
     from flashtile import lower
-    from flashtile.backends.portable.arguments import region
 
     rest = region(problem.mask).rest
     if (rest or problem.score_mod) and max(problem.seqlen_q, problem.seqlen_kv) > lower.LONGEST:
@@ -70,12 +69,17 @@ def _functions(problem: Problem) -> str | None:
 
 def configure(problem: Problem, family: str | None = None) -> PortableConfig:
     """The row of the tuning table; `family`: of another GPU than the current one."""
-    from flashtile.backends.portable.arguments import region
-
-    bits = 32 if problem.dtype is torch.float32 else 16
-    modified = problem.varlen or bool(problem.modified) or bool(region(problem.mask).rest)
     family = family or _family(torch.cuda.current_device() if torch.cuda.is_available() else None)
-    return portable_config(max(problem.headdim, problem.headdim_v), bits, modified, family)
+    return portable_config(max(problem.headdim, problem.headdim_v), kind_of(problem), family)
+
+
+def kind_of(problem: Problem) -> str:
+    """Which rows of the tuning tables hold (see `KINDS`)."""
+    if problem.dtype is torch.float32:
+        return "single"
+    if set(problem.modified) - {"sinks"}:
+        return "modified"
+    return "masked" if problem.varlen or region(problem.mask).rest else "half"
 
 
 @cache

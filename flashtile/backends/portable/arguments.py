@@ -1,11 +1,10 @@
 """A call in the kernels' words: tensors as tuples of pointer and strides, the mask as a window or lists of tiles."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from flashtile.backends.portable.sweep import Dropout, Grid, Modifiers, Packing, Rows, Rules, Size, Stats, Window, odd
 from flashtile.lower_rules import without_ones
 from flashtile.problem import Inputs, Problem
+from flashtile.region import region
 from flashtile.tuning.portable import Tiles
 
 
@@ -45,65 +45,6 @@ class Meta:
     slope_gradient: bool
     gives: str
     packed: bool
-
-
-class Region(NamedTuple):
-    """A mask as the kernels take it: a window, and a token for what is left, "" if that is all."""
-
-    left: int | None
-    right: int | None
-    top_left: bool
-    rest: str
-
-    @property
-    def window(self) -> Window:
-        return Window(*(None if limit is None else odd(limit) for limit in (self.left, self.right)))
-
-
-@lru_cache(maxsize=1024)
-def region(token: str) -> Region:
-    """Takes the windows out of a conjunction, as far as they share one diagonal."""
-    left: int | None = None
-    right: int | None = None
-    alignment: str | None = None
-    rest: list[Any] = []
-    for part in _conjunction(json.loads(token)):
-        limits = _limits(part)
-        if limits is None or alignment not in (None, limits[2]):
-            rest.append(part)
-            continue
-        alignment = limits[2]
-        left = min((n for n in (left, limits[0]) if n is not None), default=None)
-        right = min((n for n in (right, limits[1]) if n is not None), default=None)
-    return Region(left, right, alignment == "top_left", _joined(rest))
-
-
-def _conjunction(expression: list[Any]) -> list[list[Any]]:
-    """What `&` joins, in order; what allows everything falls away."""
-    kind = expression[0]
-    if kind == "and":
-        return _conjunction(expression[1]) + _conjunction(expression[2])
-    return [] if kind == "full" else [expression]
-
-
-def _limits(expression: list[Any]) -> tuple[int | None, int | None, str] | None:
-    """(left, right, alignment) of a mask that is a window."""
-    kind, *rest = expression
-    if kind == "causal":
-        return None, 0, rest[0]
-    if kind == "window":
-        left, right, alignment = rest
-        return (left if left >= 0 else None), (right if right >= 0 else None), alignment
-    return None
-
-
-def _joined(parts: list[Any]) -> str:
-    if not parts:
-        return ""
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = ["and", whole, part]
-    return json.dumps(whole, separators=(",", ":"))
 
 
 def rows_of(tensor: Tensor) -> Rows:
@@ -171,7 +112,12 @@ def rules_of(inputs: Inputs, problem: Problem, score: Any, totals: Any, mask: An
     """`score`, `totals` and `mask`: arguments of the functions that the kernel calls, or None."""
     factor = math.log2(math.e) * (1.0 if modified(problem) else problem.scale)
     modifiers = _modifiers(inputs, problem, score, totals, mask)
-    return Rules(region(problem.mask).window, modifiers, _dropout(inputs, problem), factor, problem.scale)
+    return Rules(_window(problem), modifiers, _dropout(inputs, problem), factor, problem.scale)
+
+
+def _window(problem: Problem) -> Window:
+    left, right, _, _ = region(problem.mask)
+    return Window(*(None if limit is None else odd(limit) for limit in (left, right)))
 
 
 def _modifiers(inputs: Inputs, problem: Problem, *functions: Any) -> Modifiers:

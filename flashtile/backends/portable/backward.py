@@ -31,6 +31,7 @@ from flashtile.backends.portable.sweep import (
     modify,
     number_of,
     only,
+    only_seen,
     open_keys,
     open_tiles,
     program_of,
@@ -150,8 +151,7 @@ def query_sweep(
         b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
         b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma)
         if GUARDED and MASKED == "always":
-            m_seen = tl.max(allowed(place, rules, o_rows, o_columns, META, MASK).to(tl.int32), 0)
-            b_k = tl.where(m_seen[:, None] > 0, b_k, 0.0)
+            b_k = only_seen(allowed(place, rules, o_rows, o_columns, META, MASK), b_k)
         m_kept = None
         if rules.dropout is not None:
             m_kept = kept(rules.dropout, place, o_query, i_tile * TILE, TILE)

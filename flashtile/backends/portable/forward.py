@@ -14,6 +14,7 @@ from flashtile.backends.portable.sweep import (
     masked_in,
     modify,
     only,
+    only_seen,
     open_keys,
     stats_pointers,
     steps_of,
@@ -67,7 +68,7 @@ def forward_sweep(
             m_tile = allowed(place, rules, o_rows, o_columns, META, MASK)
             b_scores = tl.where(m_tile, b_scores, -float("inf"))
             if GUARDED:
-                b_v = tl.where(tl.max(m_tile.to(tl.int32), 0)[:, None] > 0, b_v, 0.0)
+                b_v = only_seen(m_tile, b_v)
         b_out, b_max, b_sum, b_weights = online_softmax(b_out, b_max, b_sum, b_scores, rules.factor, META.modified)
         if rules.dropout is not None:
             b_weights = only(kept(rules.dropout, place, o_query, i_tile * TILE, TILE), b_weights)

@@ -20,7 +20,6 @@ from flashtile.backends.portable.arguments import (
     packing_of,
     padded,
     programs_of,
-    region,
     rows_of,
     rules_of,
     size_of,
@@ -31,6 +30,7 @@ from flashtile.backends.portable.forward import forward_kernel
 from flashtile.backends.portable.sweep import Packing, Rules
 from flashtile.backends.portable.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem
+from flashtile.region import region
 from flashtile.scores import four_dimensions, zero_grads
 from flashtile.tuning.portable import PortableConfig, Tiles, smaller
 

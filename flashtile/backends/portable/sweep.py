@@ -451,7 +451,7 @@ def masked_in(masked, phase, guarded):
 
 @triton.jit
 def has_nan(b_tile):
-    return tl.max(tl.max((b_tile != b_tile).to(tl.int32), 1), 0) > 0
+    return tl.max((b_tile != b_tile).to(tl.int32)) > 0
 
 
 @triton.jit
@@ -526,5 +526,12 @@ def kept(dropout, place, o_query, first_key, TILE: tl.constexpr):
 
 @triton.jit
 def only(m_kept, b_values):
-    """float32 values, 0 where `kept` has no bits."""
-    return (b_values.to(tl.int32, bitcast=True) & m_kept).to(tl.float32, bitcast=True)
+    """The values, 0 where `m_kept`, all bits of an int32 or none, has none: even NaN, and without a boolean tile."""
+    WHOLE: tl.constexpr = tl.int32 if b_values.dtype.primitive_bitwidth == 32 else tl.int16
+    return (b_values.to(WHOLE, bitcast=True) & m_kept.to(WHOLE)).to(b_values.dtype, bitcast=True)
+
+
+@triton.jit
+def only_seen(m_tile, b_rows):
+    """The rows of keys that some query of the tile sees, 0 in place of the others."""
+    return only(-tl.max(m_tile.to(tl.int32), 0)[:, None], b_rows)

@@ -1,0 +1,27 @@
+"""Every name that moves between the releases of Triton, 3.6 to 3.9: the kernels import them from here alone."""
+
+from typing import Any
+
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# Triton 3.8 renamed the copies, and added the adding store; 3.9 dropped the older names.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@builtin
+def _reduce_add(descriptor: Any, coordinates: Any, source: Any, _semantic: Any = None) -> None:
+    from triton._C.libtriton import ir
+
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, source.handle
+    )
+
+
+tma_add = getattr(tma, "async_atomic_add", None) or _reduce_add
+tma_store_wait = tma.store_wait
+
+__all__ = ["gl", "mbarrier", "tma_add", "tma_load", "tma_store", "tma_store_wait"]

@@ -1,0 +1,34 @@
+"""Tiles of the Hopper backend's kernels by head dimension: data, which changes no result beyond rounding."""
+
+from typing import NamedTuple
+
+
+class HopperConfig(NamedTuple):
+    """consumers: math warpgroups, each with 64 rows of the query tile; stages: key and value tiles in flight.
+
+    q_in_registers: queries are multiplied from registers, which frees their memory for the next tile; else from shared
+    memory. section: heads whose tiles are handed out together, heaviest first, so that they share the L2 cache.
+    """
+
+    consumers: int
+    tile_kv: int
+    stages: int
+    q_in_registers: bool
+    section: int = 8
+
+    @property
+    def tile_q(self) -> int:
+        return 64 * self.consumers
+
+
+FORWARD: tuple[tuple[int, HopperConfig], ...] = (
+    (64, HopperConfig(consumers=3, tile_kv=128, stages=2, q_in_registers=False)),
+    (128, HopperConfig(consumers=2, tile_kv=128, stages=2, q_in_registers=True)),
+    (256, HopperConfig(consumers=2, tile_kv=32, stages=2, q_in_registers=False)),
+)
+"""(head dimension, tiles): a row holds up to the head dimension named. Not timed yet."""
+
+
+def forward_config(headdim: int) -> HopperConfig:
+    """The tiles for heads of this many columns, the wider of keys and values."""
+    return next(config for limit, config in FORWARD if headdim <= limit)
