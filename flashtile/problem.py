@@ -145,13 +145,13 @@ def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: W
         deterministic=options.deterministic,
         max_seqlen_q=options.max_seqlen_q,
         max_seqlen_k=options.max_seqlen_k,
-        described=all(_described(tensor) for tensor in (q, k, v)),
+        described=all(map(described, (q, k, v))),
         backward=backward,
         wanted=wanted or Wanted(),
     )
 
 
-def _described(tensor: Tensor) -> bool:
+def described(tensor: Tensor) -> bool:
     """Whether the first element and every row lie at multiples of 16 bytes, columns side by side."""
     size = tensor.element_size()
     rows = all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])

@@ -77,14 +77,21 @@ def _device(found: list[Record]) -> str:
         image = ROOT / "docs" / "benchmarks" / f"{machine['slug']}-{record['suite']}.png"
         if record["kind"] != "error" and image.exists():
             lines += [f"![{record['title']}]({image.relative_to(ROOT).as_posix()})", ""]
-    rows = [line for record in found for line in _lines(record)]
+    return "\n".join([*lines, *(line for record in found for line in _table(record))]).rstrip()
+
+
+def _table(record: Record) -> Iterator[str]:
+    """The record's longest sequences, those rows that have more than one peer."""
+    rows = list(_lines(record))
     if not rows:
-        return "\n".join(lines).rstrip()
+        return
     peers = sorted({name for _, cells in rows for name in cells}, key=lambda name: (name == tables.SUBJECT, name))
-    titles = ["at the longest sequence", *map(tables.title_of, peers)]
-    lines += [" | ".join(titles), " | ".join(["---", *["---:"] * len(peers)])]
-    lines += [" | ".join([label, *(cells.get(name, "") for name in peers)]) for label, cells in rows]
-    return "\n".join(f"| {line} |" if " | " in line else line for line in lines)
+    titles = [record["title"], *map(tables.title_of, peers)]
+    for cells in (titles, ["---", *["---:"] * len(peers)]):
+        yield f"| {' | '.join(cells)} |"
+    for label, figures in rows:
+        yield f"| {' | '.join([label, *(figures.get(name, '') for name in peers)])} |"
+    yield ""
 
 
 def _lines(record: Record) -> Iterator[tuple[str, dict[str, str]]]:

@@ -29,6 +29,27 @@ FORWARD: tuple[tuple[int, HopperConfig], ...] = (
 """(head dimension, tiles): a row holds up to the head dimension named. Not timed yet."""
 
 
+class BackwardConfig(NamedTuple):
+    """tile_q: queries of a tile; stages: query tiles in flight. Two math warpgroups share 128 keys."""
+
+    tile_q: int
+    stages: int
+    tile_kv: int = 128
+    consumers: int = 2
+
+
+BACKWARD: tuple[tuple[int, BackwardConfig], ...] = (
+    (64, BackwardConfig(tile_q=128, stages=2)),
+    (128, BackwardConfig(tile_q=64, stages=2)),
+)
+"""(head dimension, tiles), as above. Not timed yet."""
+
+
+def backward_config(headdim: int) -> BackwardConfig:
+    """The tiles for heads of this many columns, the wider of keys and values."""
+    return next(config for limit, config in BACKWARD if headdim <= limit)
+
+
 def forward_config(headdim: int) -> HopperConfig:
     """The tiles for heads of this many columns, the wider of keys and values."""
     return next(config for limit, config in FORWARD if headdim <= limit)

@@ -80,8 +80,8 @@ def _run_on(arch: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Non
         "sweep",
         portable._functions,
         lambda problem: portable.configure(problem, family),
-        lambda *arguments: launch.forward(*arguments, machine=machine),
-        lambda *arguments: launch.backward(*arguments, machine=machine),
+        lambda *arguments: launch.forward(*arguments[:-1], machine=machine),
+        lambda *arguments: launch.backward(*arguments[:-1], machine=machine),
     )
     monkeypatch.setattr(portable, "KERNELS", (kernel,))
     # What fits was found for another GPU.

@@ -1,12 +1,12 @@
 """The Hopper backend: Gluon kernels for sm_90a, with the tensor memory accelerator, wgmma and specialised warps.
 
-So far the forward pass of plain, causal and windowed attention, run in an emulator alone; it is used where it is asked
-for by name.
+So far plain, causal and windowed attention, run in an emulator alone; it is used where it is asked for by name.
 """
 
 import importlib.util
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from flashtile import backends
 from flashtile.backends import Gradients, Kernel, Memory
 from flashtile.problem import Inputs, Problem
 from flashtile.region import region
-from flashtile.tuning.hopper import HopperConfig, forward_config
+from flashtile.tuning.hopper import BackwardConfig, HopperConfig, backward_config, forward_config
 
 
 def unavailable() -> str | None:
@@ -30,21 +30,19 @@ def unavailable() -> str | None:
 
 
 def builds() -> int:
-    return backends.compiled((_launch().forward_kernel,))
-
-
-_LARGEST = 256
+    return backends.compiled((_launch().forward_kernel, _launch().backward_kernel))
 
 
 def refuses(problem: Problem) -> str | None:
-    """Takes the forward pass of dense calls in half precision under a window."""
+    """Takes dense calls in half precision under a window."""
+    largest = 128 if problem.backward else 256
     checks = (
         (problem.device != "cuda", f"it runs on cuda, the tensors are on {problem.device}"),
-        (problem.backward, "it has no backward pass"),
+        (problem.backward and problem.deterministic, "its backward pass adds in any order"),
         (problem.varlen, "it takes no packed sequences"),
         (problem.dtype not in (torch.float16, torch.bfloat16), f"it takes no {problem.dtype}"),
         (problem.out_dtype is not problem.dtype, f"it writes {problem.dtype}, not {problem.out_dtype}"),
-        (max(problem.headdim, problem.headdim_v) > _LARGEST, f"it takes up to headdim {_LARGEST}"),
+        (max(problem.headdim, problem.headdim_v) > largest, f"its {_pass(problem)} takes up to headdim {largest}"),
         (not problem.described, "rows of q, k or v do not begin at multiples of 16 bytes"),
         (bool(problem.modified), f"it has no {', '.join(problem.modified)}"),
         (bool(region(problem.mask).rest), "its only masks are causal and windows"),
@@ -54,9 +52,14 @@ def refuses(problem: Problem) -> str | None:
     return next((reason for found, reason in checks if found), None)
 
 
-def configure(problem: Problem) -> HopperConfig:
+def _pass(problem: Problem) -> str:
+    return "backward pass" if problem.backward else "forward pass"
+
+
+def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
-    return forward_config(max(problem.headdim, problem.headdim_v))
+    headdim = max(problem.headdim, problem.headdim_v)
+    return backward_config(headdim) if problem.backward else forward_config(headdim)
 
 
 @cache
@@ -72,8 +75,10 @@ def _forward(inputs: Inputs, problem: Problem, config: HopperConfig, memory: Mem
     return out_and_lse
 
 
-def _backward(*arguments: object) -> Gradients:
-    raise NotImplementedError("hopper: it has no backward pass")
+def _backward(inputs: Inputs, problem: Problem, config: BackwardConfig, *rest: Any) -> Gradients:
+    *saved, _memory = rest
+    gradients: Gradients = _launch().backward(inputs, problem, config, *saved)
+    return gradients
 
 
-KERNELS = (Kernel("forward", refuses, configure, _forward, _backward),)
+KERNELS = (Kernel("warp_specialized", refuses, configure, _forward, _backward),)

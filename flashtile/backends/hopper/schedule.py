@@ -51,6 +51,31 @@ def key_tiles(i_row, seqlen_q, seqlen_k, left, right, META: gl.constexpr):
 
 
 @gluon.jit
+def query_tiles(i_column, seqlen_q, seqlen_k, left, right, META: gl.constexpr):
+    """(begin, full_begin, full_end, end) of the query tiles of a key tile; [full_begin, full_end) need no mask.
+
+    Rows and keys beyond the ends need none either: the former have no weights, the latter are zeros.
+    """
+    first = i_column * META.tile_kv
+    last = gl.minimum(first + META.tile_kv, seqlen_k) - 1
+    diagonal = 0 if META.top_left else seqlen_k - seqlen_q
+    end = gl.cdiv(seqlen_q, META.tile_q)
+    begin = end * 0
+    full_begin = end * 0
+    full_end = end
+    if META.right:
+        begin = gl.minimum(gl.maximum(first - diagonal - right, 0) // META.tile_q, end)
+        full_begin = gl.cdiv(gl.maximum(last - diagonal - right, 0), META.tile_q)
+    if META.left:
+        full_end = gl.maximum(first - diagonal + left + 1, 0) // META.tile_q
+        end = gl.minimum(end, gl.cdiv(gl.maximum(last - diagonal + left + 1, 0), META.tile_q))
+    end = gl.maximum(end, begin)
+    full_begin = gl.minimum(gl.maximum(full_begin, begin), end)
+    full_end = gl.maximum(gl.minimum(full_end, end), full_begin)
+    return begin, full_begin, full_end, end
+
+
+@gluon.jit
 def hand_out(counter, i_tile, META: gl.constexpr):
     """The loader's next tile: whoever is done first takes the next one, or every program takes every n-th."""
     if META.dynamic:
