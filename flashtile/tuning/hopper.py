@@ -53,3 +53,21 @@ def backward_config(headdim: int) -> BackwardConfig:
 def forward_config(headdim: int) -> HopperConfig:
     """The tiles for heads of this many columns, the wider of keys and values."""
     return next(config for limit, config in FORWARD if headdim <= limit)
+
+
+SPILLS: dict[tuple[int, str, bool], int] = {
+    (64, "plain", False): 50,
+    (64, "causal", False): 70,
+    (128, "plain", False): 20,
+    (128, "causal", False): 50,
+    (64, "plain", True): 20,
+    (64, "causal", True): 60,
+    (128, "causal", True): 40,
+}
+"""How many spilling instructions a kernel may have, by head dimension, mask and whether it is the backward one: what
+the worst of the supported Tritons makes, rounded up to tens. To be brought to none."""
+
+
+def spills_allowed(headdim: int, mask: str, backward: bool) -> int:
+    """The limit of a kernel; `mask`: plain or causal."""
+    return SPILLS.get((headdim, mask, backward), 0)

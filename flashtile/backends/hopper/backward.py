@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_load, tma_store, tma_store_wait
+from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_load, tma_store, tma_store_wait, view_as
 from flashtile.backends.hopper.forward import new_barriers, visible
 from flashtile.backends.hopper.schedule import query_tiles
 
@@ -222,8 +222,8 @@ def store_grads(
     BLOCK_DV: gl.constexpr = META.block_dv
     _q_desc, k_desc, _v_desc, _do_desc, _dq_desc, dk_desc, dv_desc = descriptors
     _k_smem, _v_smem, q_smem, do_smem, _lse_smem, _delta_smem, _ds_smem, _dq_smem = memory
-    k_out = q_smem.index(I_GROUP)._reinterpret(k_desc.dtype, [1, ROWS, 1, BLOCK_D], dk_desc.layout)
-    v_out = do_smem.index(I_GROUP)._reinterpret(k_desc.dtype, [1, ROWS, 1, BLOCK_DV], dv_desc.layout)
+    k_out = view_as(q_smem.index(I_GROUP), k_desc.dtype, [1, ROWS, 1, BLOCK_D], dk_desc.layout)
+    v_out = view_as(do_smem.index(I_GROUP), k_desc.dtype, [1, ROWS, 1, BLOCK_DV], dv_desc.layout)
     k_out.reshape([ROWS, BLOCK_D]).store(b_grad_k.to(k_desc.dtype))
     v_out.reshape([ROWS, BLOCK_DV]).store(b_grad_v.to(k_desc.dtype))
     fence_async_shared()

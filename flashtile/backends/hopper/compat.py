@@ -24,4 +24,12 @@ def _reduce_add(descriptor: Any, coordinates: Any, source: Any, _semantic: Any =
 tma_add = getattr(tma, "async_atomic_add", None) or _reduce_add
 tma_store_wait = tma.store_wait
 
-__all__ = ["gl", "mbarrier", "tma_add", "tma_load", "tma_store", "tma_store_wait"]
+
+@builtin
+def view_as(memory: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+    """The same shared memory with another shape and layout. Triton 3.9 made the method public."""
+    method = getattr(memory, "reinterpret", None) or memory._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
+
+
+__all__ = ["gl", "mbarrier", "tma_add", "tma_load", "tma_store", "tma_store_wait", "view_as"]
