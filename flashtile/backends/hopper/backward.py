@@ -218,12 +218,13 @@ def store_grads(
     descriptors, memory, b_grad_k, b_grad_v, i_batch, first, i_head, I_GROUP: gl.constexpr, META: gl.constexpr
 ):  # fmt: skip
     """dK and dV of 64 keys, through the memory of a slot of queries and of gradients."""
+    HALVES: gl.constexpr = META.tile_q // 64
     BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     _q_desc, k_desc, _v_desc, _do_desc, _dq_desc, dk_desc, dv_desc = descriptors
     _k_smem, _v_smem, q_smem, do_smem, _lse_smem, _delta_smem, _ds_smem, _dq_smem = memory
-    k_out = view_as(q_smem.index(I_GROUP), k_desc.dtype, [1, ROWS, 1, BLOCK_D], dk_desc.layout)
-    v_out = view_as(do_smem.index(I_GROUP), k_desc.dtype, [1, ROWS, 1, BLOCK_DV], dv_desc.layout)
+    k_out = view_as(q_smem.index(I_GROUP), k_desc.dtype, [HALVES, 1, ROWS, 1, BLOCK_D], dk_desc.layout).index(0)
+    v_out = view_as(do_smem.index(I_GROUP), k_desc.dtype, [HALVES, 1, ROWS, 1, BLOCK_DV], dv_desc.layout).index(0)
     k_out.reshape([ROWS, BLOCK_D]).store(b_grad_k.to(k_desc.dtype))
     v_out.reshape([ROWS, BLOCK_DV]).store(b_grad_v.to(k_desc.dtype))
     fence_async_shared()
