@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_load, tma_store, tma_store_wait, view_as
 from flashtile.backends.hopper.forward import new_barriers, visible
-from flashtile.backends.hopper.schedule import query_tiles
+from flashtile.backends.hopper.schedule import has_part, part, query_tiles
 
 ROWS = gl.constexpr(64)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -186,26 +186,15 @@ def consumer(
     mbarrier.wait(kv_full, 0)
     for i_member in range(META.group):
         i_head = i_shared * META.group + i_member
-        if META.right:
-            for i_row in range(begin, full_begin):
-                b_grad_k, b_grad_v = step(
-                    b_grad_k, b_grad_v, i_row, count, (i_batch, i_head), o_key, descriptors, memory,
-                    barriers, sizes, window, factor, META, I_GROUP, True,
-                )  # fmt: skip
-                count += 1
-        for i_row in range(full_begin, full_end):
-            b_grad_k, b_grad_v = step(
-                b_grad_k, b_grad_v, i_row, count, (i_batch, i_head), o_key, descriptors, memory,
-                barriers, sizes, window, factor, META, I_GROUP, False,
-            )  # fmt: skip
-            count += 1
-        if META.left:
-            for i_row in range(full_end, end):
-                b_grad_k, b_grad_v = step(
-                    b_grad_k, b_grad_v, i_row, count, (i_batch, i_head), o_key, descriptors, memory,
-                    barriers, sizes, window, factor, META, I_GROUP, True,
-                )  # fmt: skip
-                count += 1
+        for PART in gl.static_range(3):
+            if has_part(PART, META.right, META.left):
+                low, high = part(begin, full_begin, full_end, end, PART)
+                for i_row in range(low, high):
+                    b_grad_k, b_grad_v = step(
+                        b_grad_k, b_grad_v, i_row, count, (i_batch, i_head), o_key, descriptors, memory, barriers,
+                        sizes, window, factor, META, I_GROUP, PART != 1,
+                    )  # fmt: skip
+                    count += 1
     tma_store_wait(0)
     # Both are done reading queries and gradients once both are here: that memory takes the results.
     mbarrier.arrive(ready.index(2), count=1)

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store, tma_store_wait
-from flashtile.backends.hopper.schedule import announce, hand_out, hear, key_tiles, place_of
+from flashtile.backends.hopper.schedule import announce, hand_out, has_part, hear, key_tiles, part, place_of
 
 ROWS = gl.constexpr(64)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -182,26 +182,16 @@ def consumer(
         b_out = gl.zeros([ROWS, BLOCK_DV], gl.float32, output)
         count += 1
 
-        if META.right:
-            for j in range(end - 2, full_end - 1, -1):
-                b_weights, b_out, b_max, b_sum = step(
-                    b_q, b_weights, b_out, b_max, b_sum, j, count, o_query, memory, barriers,
-                    seqlen_q, seqlen_k, left, right, scale, META, True,
-                )  # fmt: skip
-                count += 1
-        for j in range(gl.minimum(end - 2, full_end - 1), full_begin - 1, -1):
-            b_weights, b_out, b_max, b_sum = step(
-                b_q, b_weights, b_out, b_max, b_sum, j, count, o_query, memory, barriers,
-                seqlen_q, seqlen_k, left, right, scale, META, False,
-            )  # fmt: skip
-            count += 1
-        if META.left:
-            for j in range(gl.minimum(end - 2, full_begin - 1), begin - 1, -1):
-                b_weights, b_out, b_max, b_sum = step(
-                    b_q, b_weights, b_out, b_max, b_sum, j, count, o_query, memory, barriers,
-                    seqlen_q, seqlen_k, left, right, scale, META, True,
-                )  # fmt: skip
-                count += 1
+        # Backwards: behind the full tiles, those, before them; the last tile of all is done.
+        for BACK in gl.static_range(3):
+            if has_part(2 - BACK, META.left, META.right):
+                low, high = part(begin, full_begin, full_end, end, 2 - BACK)
+                for j in range(gl.minimum(high, end - 1) - 1, low - 1, -1):
+                    b_weights, b_out, b_max, b_sum = step(
+                        b_q, b_weights, b_out, b_max, b_sum, j, count, o_query, memory, barriers,
+                        seqlen_q, seqlen_k, left, right, scale, META, BACK != 1,
+                    )  # fmt: skip
+                    count += 1
 
         if not META.q_in_registers:
             mbarrier.arrive(q_empty.index(I_GROUP), count=1)

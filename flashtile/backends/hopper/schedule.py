@@ -1,5 +1,6 @@
 """Which query tile a program works on, and in which order: persistent programs, the tiles with the most to do first."""
 
+import triton
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier
@@ -48,6 +49,25 @@ def key_tiles(i_row, seqlen_q, seqlen_k, left, right, META: gl.constexpr):
     full_begin = gl.minimum(gl.maximum(full_begin, begin), end)
     full_end = gl.maximum(gl.minimum(full_end, end), full_begin)
     return begin, full_begin, full_end, end
+
+
+@gluon.jit
+def part(begin, full_begin, full_end, end, PART: gl.constexpr):
+    """[from, to) of the tiles before the full ones (PART 0), of those (1), and of those behind (2)."""
+    if PART == 0:
+        end = full_begin
+    elif PART == 1:
+        begin = full_begin
+        end = full_end
+    else:
+        begin = full_end
+    return begin, end
+
+
+@triton.constexpr_function
+def has_part(number, before, behind):
+    """Whether a walk has such a part: `before`, `behind`: whether a window ends on that side."""
+    return number == 1 or (before if number == 0 else behind)
 
 
 @gluon.jit
