@@ -84,5 +84,6 @@ def kernel(plan: Plan) -> Kernel:
 
 
 def builds() -> int:
-    """Kernels compiled so far, by all backends that can run here."""
-    return sum(backends.load(name).builds() for name, missing in available() if missing is None)
+    """Kernels compiled so far, by all backends that can run here, those that run by name alone too."""
+    modules = map(backends.load, (*backends.ORDER, *backends.BY_NAME))
+    return sum(module.builds() for module in modules if module.unavailable() is None)

@@ -23,7 +23,7 @@ def _compiled(headdim: int, mask: str, backward: bool) -> Any:
     """The kernel of one pass."""
     found: list[Any] = []
 
-    def build(kernel: Any, grid: tuple[int, ...], given: Sequence[Any], options: dict[str, Any]) -> None:
+    def build(kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any]) -> None:
         found.append(aot.build(kernel, given, **options))
 
     tensors = [torch.zeros(1, 256, 2, headdim, dtype=torch.bfloat16) for _ in range(3)]

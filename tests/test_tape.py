@@ -95,3 +95,7 @@ def test_what_reads_another_tensor_is_never_played() -> None:
         a, b, copy = torch.empty(4), torch.empty(6), torch.empty(2)
         perform(_launches(kernel, a, b, (copy, 1)), (a, b), memory)
         assert kernel.seen[-1][1][2][2][0] is copy
+    kernel.seen.clear()
+    kept = weakref.ref(copy)
+    del copy
+    assert kept() is None

@@ -24,13 +24,13 @@ class Emulated:
         self.complaints: list[str] = []
         self.machine = Machine(self._launch, processors)
 
-    def _launch(self, kernel: Any, grid: tuple[int, ...], given: Sequence[Any], options: dict[str, Any]) -> None:
+    def _launch(self, kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any]) -> None:
         compiled = aot.build(kernel, given, **options)
         maps = iter(compiled.metadata.tensordesc_meta)
         constant = [parameter.is_constexpr for parameter in kernel.params]
         values = [value for value, is_constant in zip(given, constant, strict=True) if not is_constant]
         bound = [_map(value, next(maps)) if isinstance(value, TensorDescriptor) else _plain(value) for value in values]
-        report = emulate_kernel(compiled, (*grid, 1, 1)[:3], bound, **self.schedule)
+        report = emulate_kernel(compiled, (programs, 1, 1), bound, **self.schedule)
         self.complaints += report.warnings
 
 

@@ -13,16 +13,7 @@ from tools.ptx_emulation.formats import I32, PTX_TYPES, U16, U32, U64, UNSIGNED,
 from tools.ptx_emulation.machine import Operation, Warp
 from tools.ptx_emulation.memory import SHARED_BASE, Mask, active, check_fenced, resolve
 from tools.ptx_emulation.parse import Instruction, Memory, Operand
-from tools.ptx_emulation.tensor_maps import TensorMap
-
-_REDUCTIONS: dict[str, Any] = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}
+from tools.ptx_emulation.tensor_maps import REDUCTIONS, TensorMap
 
 
 def copy(access: Access) -> Effect:
@@ -35,7 +26,7 @@ def copy(access: Access) -> Effect:
         return lambda warp, mask: None
     spaces = [part for part in access.parts if part.split("::")[0] in ("shared", "global")]
     to_shared = spaces[0].startswith("shared")
-    reduction = access.one_of(tuple(_REDUCTIONS)) if access.parts[1] == "reduce" else None
+    reduction = access.one_of(tuple(REDUCTIONS)) if access.parts[1] == "reduce" else None
     if "tensor" in access.parts:
         return _tensor_load(access) if to_shared else _tensor_store(access, reduction)
     if to_shared and not spaces[1].startswith("global"):
@@ -257,10 +248,10 @@ def _bytes_store(
             data[:] = source
         elif kind == "bf16":
             old, new = bf2f(data.view(U16)), bf2f(source.view(U16))
-            data.view(U16)[:] = f2bf(_REDUCTIONS[reduction](old, new))
+            data.view(U16)[:] = f2bf(REDUCTIONS[reduction](old, new))
         else:
             dtype = PTX_TYPES[kind]
-            data.view(dtype)[:] = _REDUCTIONS[reduction](data.view(dtype), source.view(dtype))
+            data.view(dtype)[:] = REDUCTIONS[reduction](data.view(dtype), source.view(dtype))
         warp.launch.version += 1
 
     return Operation(perform)

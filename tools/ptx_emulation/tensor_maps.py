@@ -9,7 +9,7 @@ from tools.ptx_emulation.errors import Unsupported
 from tools.ptx_emulation.formats import I64, PTX_TYPES, UNSIGNED, Array, bf2f, f2bf
 
 _SWIZZLES = (0, 32, 64, 128)
-_REDUCTIONS = {
+REDUCTIONS = {
     "add": np.add,
     "min": np.minimum,
     "max": np.maximum,
@@ -114,7 +114,7 @@ class TensorMap:
 
     def _reduced(self, old: Array, new: Array, reduction: str) -> Array:
         """Old and new numbers combined, as bits."""
-        combine = _REDUCTIONS[reduction]
+        combine = REDUCTIONS[reduction]
         old, new = np.ascontiguousarray(old), np.ascontiguousarray(new)
         if self.dtype == "bf16":
             return f2bf(combine(bf2f(old), bf2f(new)))

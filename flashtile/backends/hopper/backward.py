@@ -25,10 +25,11 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def place_of_program(heads_kv):
+def place_of_program(seqlen_k, heads_kv, META: gl.constexpr):
     """(batch entry, key/value head, key tile): the first tiles, which a diagonal lets most queries see, come first."""
-    i_pair = gl.program_id(1)
-    return i_pair // heads_kv, i_pair % heads_kv, gl.program_id(0)
+    tiles = gl.cdiv(seqlen_k, META.tile_kv)
+    i_pair = gl.program_id(0) // tiles
+    return i_pair // heads_kv, i_pair % heads_kv, gl.program_id(0) % tiles
 
 
 @gluon.jit
@@ -42,7 +43,7 @@ def loader(descriptors, memory, barriers, statistics, sizes, window, META: gl.co
     kv_full, q_full, q_empty, do_full, do_empty, _ready = barriers
     seqlen_q, seqlen_k, heads_kv = sizes
     left, right = window
-    i_batch, i_head, i_column = place_of_program(heads_kv)
+    i_batch, i_head, i_column = place_of_program(seqlen_k, heads_kv, META)
     begin, _full_begin, _full_end, end = query_tiles(i_column, seqlen_q, seqlen_k, left, right, META)
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [i_batch, i_column * META.tile_kv, i_head, 0], kv_full, k_smem)
@@ -175,7 +176,7 @@ def consumer(
     kv_full, _q_full, _q_empty, _do_full, _do_empty, ready = barriers
     seqlen_q, seqlen_k, heads_kv = sizes
     left, right = window
-    i_batch, i_shared, i_column = place_of_program(heads_kv)
+    i_batch, i_shared, i_column = place_of_program(seqlen_k, heads_kv, META)
     begin, full_begin, full_end, end = query_tiles(i_column, seqlen_q, seqlen_k, left, right, META)
     b_grad_k = gl.zeros([ROWS, BLOCK_D], gl.float32, keys)
     b_grad_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, values)

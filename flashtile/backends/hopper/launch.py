@@ -86,16 +86,16 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(tensor, tensor.shape, tensor.stride(), shape, layout)
 
 
-def on_device(kernel: Any, grid: tuple[int, ...], given: Sequence[Any], options: dict[str, Any]) -> None:
+def on_device(kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any]) -> None:
     """Launches on the device of the tensors."""
     with torch.cuda.device(given[0].base.device):
-        kernel[grid](*given, **options)
+        kernel[(programs,)](*given, **options)
 
 
 class Machine(NamedTuple):
     """Where launches go, a device or an emulator in its place; processors: how many programs run at once there."""
 
-    launch: Callable[[Any, tuple[int, ...], Sequence[Any], dict[str, Any]], None] = on_device
+    launch: Callable[[Any, int, Sequence[Any], dict[str, Any]], None] = on_device
     processors: int | None = None
 
     def programs(self, total: int, device: torch.device) -> int:
@@ -129,7 +129,7 @@ def forward(
         problem.scale * math.log2(math.e),
         meta,
     )
-    machine.launch(forward_kernel, (machine.programs(tiles, q.device),), given, options(config))
+    machine.launch(forward_kernel, machine.programs(tiles, q.device), given, options(config))
     return out, lse
 
 
@@ -171,6 +171,6 @@ def backward(
         problem.scale,
         meta,
     )
-    grid = (-(-problem.seqlen_kv // meta.tile_kv), problem.batch * problem.heads_kv)
-    machine.launch(backward_kernel, grid, given, options(config))
+    programs = -(-problem.seqlen_kv // meta.tile_kv) * problem.batch * problem.heads_kv
+    machine.launch(backward_kernel, programs, given, options(config))
     return Gradients((dq * problem.scale).to(q.dtype), dk, dv)

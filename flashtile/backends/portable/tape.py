@@ -88,11 +88,12 @@ def perform(
         launches(None)
         return
     kind = kind_of(tensors)
-    tape = memory.get(kind)
-    if tape is not None and tape.whole:
+    known, tape = kind in memory, memory.get(kind)
+    if tape is not None:
         tape.play(tensors, tensors[0].device)
         return
-    recorded = None if tape is not None else Tape(tensors)
+    recorded = None if known else Tape(tensors)
     launches(recorded)
     if recorded is not None:
-        memory[kind] = recorded
+        # One that is not whole is not kept, for it holds the tensors that it should not have read.
+        memory[kind] = recorded if recorded.whole else None
