@@ -18,6 +18,7 @@ ROOMS = {
               "trace", "interval_rules", "intervals", "dropout", "region"},
     "mathematics": {"state", "reference", "fp8", "kvcache"},
     "triton": {"lower", "lower_rules"},
+    "kernels": {"kernels"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
     "doors": {"request", "autograd", "recall", "api"},
@@ -29,6 +30,7 @@ FOREIGN = {
     "words": {"torch"},
     "mathematics": {"torch"},
     "triton": {"torch", "triton"},
+    "kernels": {"torch", "triton"},
     "choice": {"torch"},
     "doors": {"torch"},
 }

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtile.backends.portable.sweep import Rows, Stats
-from flashtile.backends.portable.tape import Tape, perform
+from flashtile.kernels.tape import Tape, perform
+from flashtile.kernels.words import Rows, Stats
 
 
 class Noting:

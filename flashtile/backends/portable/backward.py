@@ -12,37 +12,33 @@ Every sum has a fixed order: results repeat bit for bit.
 import triton
 import triton.language as tl
 
-from flashtile.backends.portable.sweep import (
-    LOG2E,
-    Place,
-    alibi_distance,
-    allowed,
+from flashtile.backends.portable.tiles import (
+    load_queries,
+    load_rows,
+    load_stats,
+    load_tile,
+    open_keys,
+    open_tiles,
+    store_rows,
+)
+from flashtile.kernels.places import (
     diagonal_of,
-    has_nan,
-    kept,
     key_range,
     keys_of_tile,
     lengths_of,
-    load_queries,
-    load_rows,
-    load_tile,
     locate,
     masked_in,
-    modify,
     number_of,
-    only,
-    only_seen,
-    open_keys,
-    open_tiles,
     program_of,
     query_range,
     query_span,
     stats_pointers,
     steps_of,
-    store_rows,
     tile_at,
     with_head,
 )
+from flashtile.kernels.rules import alibi_distance, allowed, grad_scores, has_nan, kept, only_seen
+from flashtile.kernels.words import Place
 
 
 @triton.jit
@@ -56,79 +52,6 @@ def delta_kernel(out, grad_out, grad_lse, delta, packing, size, META: tl.constex
     if grad_lse is not None:
         b_delta -= tl.load(stats_pointers(grad_lse, place, o_query), mask=o_query < place.seqlen_q, other=0.0)
     tl.store(stats_pointers(delta, place, o_query), b_delta, mask=o_query < place.seqlen_q)
-
-
-@triton.jit
-def load_stats(lse, delta, place, o_query, PACKED: tl.constexpr):
-    """(lse, delta). Rows that saw no key or do not exist get lse inf: all their weights are 0."""
-    if PACKED:
-        m_rows = o_query < place.seqlen_q
-        b_lse = tl.load(stats_pointers(lse, place, o_query), mask=m_rows, other=float("inf"))
-        b_delta = tl.load(stats_pointers(delta, place, o_query), mask=m_rows, other=0.0)
-    else:
-        # The padding holds lse -inf and delta 0; without a mask several numbers come at once.
-        b_lse = tl.load(stats_pointers(lse, place, o_query))
-        b_delta = tl.load(stats_pointers(delta, place, o_query))
-    return tl.where(b_lse == -float("inf"), float("inf"), b_lse), b_delta
-
-
-@triton.jit
-def grad_scores(
-    b_dots, b_grad_weights, b_lse, b_delta, m_kept, m_edge, o_query, o_key, place, rules,
-    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
-    MASKED: tl.constexpr, GUARDED: tl.constexpr, COLLECT: tl.constexpr,
-):  # fmt: skip
-    """(weights as the values saw them, gradient at the dot products, gradient at the scores before ALiBi).
-
-    The tile lies either way round: `b_lse`, `b_delta`, `o_query` and `o_key` broadcast to it. MASKED: see
-    `forward_sweep`; `m_edge`: this is a tile at the edge. GUARDED: what the mask hides gets gradient 0 whatever it is.
-    COLLECT: gradients of captured tensors are added.
-    """
-    modifiers = rules.modifiers
-    b_scores = b_dots
-    b_capped = b_dots
-    b_plain = b_dots
-    if META.modified:
-        b_scores, b_capped, b_plain = modify(b_dots * rules.scale, place, rules, o_query, o_key, META, SCORE)
-    m_valid = o_query < place.seqlen_q
-    if MASKED == "edges":
-        if m_edge:
-            b_scores = tl.where(allowed(place, rules, o_query, o_key, META, MASK), b_scores, -float("inf"))
-    if MASKED == "always":
-        m_valid = allowed(place, rules, o_query, o_key, META, MASK)
-        b_scores = tl.where(m_valid, b_scores, -float("inf"))
-    if META.modified:
-        # The difference first: a large score times log2(e) would be rounded where it is large.
-        b_weights = tl.exp2((b_scores - b_lse) * rules.factor)
-    else:
-        b_weights = tl.exp2(b_scores * rules.factor - b_lse * LOG2E)
-    b_dropped = b_weights
-    if rules.dropout is not None:
-        b_dropped = only(m_kept, b_weights * rules.dropout.factor)
-        b_grad_weights = only(m_kept, b_grad_weights * rules.dropout.factor)
-    b_grad = b_weights * (b_grad_weights - b_delta)
-    if SCORE is not None:
-        b_grad = DERIVATIVE(
-            b_plain,
-            place.batch,
-            place.head,
-            o_query,
-            o_key,
-            modifiers.score,
-            modifiers.totals,
-            b_grad,
-            m_valid,
-            COLLECT,
-        )
-    if GUARDED:
-        # Under the mask a derivative may be infinite, and a key may hold NaN: a weight of 0 does not stop them.
-        b_grad = tl.where(m_valid, b_grad, 0.0)
-    b_outer = b_grad
-    if META.modified:
-        if modifiers.softcap is not None:
-            b_ratio = b_capped / modifiers.softcap
-            b_grad *= 1.0 - b_ratio * b_ratio
-    return b_dropped, b_grad, b_outer
 
 
 @triton.jit

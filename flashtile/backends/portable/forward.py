@@ -3,24 +3,9 @@
 import triton
 import triton.language as tl
 
-from flashtile.backends.portable.sweep import (
-    allowed,
-    has_nan,
-    kept,
-    keys_of_tile,
-    load_queries,
-    load_tile,
-    locate,
-    masked_in,
-    modify,
-    only,
-    only_seen,
-    open_keys,
-    stats_pointers,
-    steps_of,
-    store_rows,
-    tile_at,
-)
+from flashtile.backends.portable.tiles import load_queries, load_tile, open_keys, store_rows
+from flashtile.kernels.places import keys_of_tile, locate, masked_in, stats_pointers, steps_of, tile_at
+from flashtile.kernels.rules import allowed, has_nan, kept, modify, only, only_seen
 
 
 @triton.jit

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from flashtile import lower
 from flashtile.backends import Gradients
-from flashtile.backends.portable import visits
-from flashtile.backends.portable.arguments import (
-    by_copy_engine,
+from flashtile.backends.portable.backward import bias_kernel, delta_kernel, key_kernel, query_kernel
+from flashtile.backends.portable.forward import forward_kernel
+from flashtile.backends.portable.meta import by_copy_engine, meta_of
+from flashtile.kernels import visits
+from flashtile.kernels.arguments import (
     empty_stats,
     grid_of,
-    meta_of,
     modified,
     packing_of,
     padded,
@@ -25,10 +26,8 @@ from flashtile.backends.portable.arguments import (
     size_of,
     stats_of,
 )
-from flashtile.backends.portable.backward import bias_kernel, delta_kernel, key_kernel, query_kernel
-from flashtile.backends.portable.forward import forward_kernel
-from flashtile.backends.portable.sweep import Packing, Rules
-from flashtile.backends.portable.tape import Tape, perform, prepared
+from flashtile.kernels.tape import Tape, perform, prepared
+from flashtile.kernels.words import Packing, Rules
 from flashtile.problem import Inputs, Problem
 from flashtile.region import region
 from flashtile.scores import four_dimensions, zero_grads
@@ -116,7 +115,7 @@ class Call:
                 self.packing,
                 size_of(problem, heads, count),
                 self.rules,
-                visits.of(inputs, problem, tiles, keys) if self.listed else None,
+                visits.of(inputs, problem, tiles.tile_q, tiles.tile_kv, keys) if self.listed else None,
                 **self.functions,
                 **more,
                 META=meta_of(problem, tiles, self.listed, keys, tma, gives or "both"),
@@ -164,7 +163,7 @@ def _lists(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Sequen
     """The tensors of the lists that a launch with these tiles reads."""
     if not listed(inputs, problem):
         return (None, None, None)
-    return visits.of(inputs, problem, tiles, keys)[:3]
+    return visits.of(inputs, problem, tiles.tile_q, tiles.tile_kv, keys)[:3]
 
 
 def stats(inputs: Inputs, problem: Problem, fill: float) -> Tensor:

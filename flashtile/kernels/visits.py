@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from flashtile import mask_nodes
-from flashtile.backends.portable.sweep import Visits, odd
+from flashtile.kernels.words import Visits, odd
 from flashtile.problem import Inputs, Problem
 from flashtile.spans import FULL, PARTIAL, Tiling
-from flashtile.tuning.portable import Tiles
 
 _KEPT = 64
 _known: dict[Any, tuple[list[weakref.ref[Tensor]], Visits]] = {}
@@ -22,27 +21,27 @@ def possible(inputs: Inputs, problem: Problem) -> bool:
     return not problem.varlen and not (inputs.q.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def of(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Visits:
+def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:
     """The tiles that each query tile visits; `keys`: each key tile."""
     sizes = (problem.seqlen_q, problem.seqlen_kv, problem.batch, problem.heads)
     tensors = tuple((id(tensor), tensor._version) for tensor in inputs.mask)
-    key = (problem.mask, sizes, tiles[:2], keys, inputs.q.device, tensors)
+    key = (problem.mask, sizes, tile_q, tile_kv, keys, inputs.q.device, tensors)
     found = _known.get(key)
     if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], inputs.mask, strict=True)):
         if len(_known) >= _KEPT:
             del _known[next(iter(_known))]
-        found = [weakref.ref(tensor) for tensor in inputs.mask], _make(inputs, problem, tiles, keys)
+        found = [weakref.ref(tensor) for tensor in inputs.mask], _make(inputs, problem, tile_q, tile_kv, keys)
         _known[key] = found
     return found[1]
 
 
-def _make(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Visits:
+def _make(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:
     lengths = (problem.seqlen_q, problem.seqlen_kv)
-    tiling = Tiling(*lengths, tiles.tile_q, tiles.tile_kv, problem.batch, problem.heads, inputs.q.device)
+    tiling = Tiling(*lengths, tile_q, tile_kv, problem.batch, problem.heads, inputs.q.device)
     state = mask_nodes.parse(problem.mask).lower(tiling, inputs.mask).to_layout(tiling).state
     if keys:
         state = state.transpose(-1, -2)
-    length, tile = (lengths[0], tiles.tile_q) if keys else (lengths[1], tiles.tile_kv)
+    length, tile = (lengths[0], tile_q) if keys else (lengths[1], tile_kv)
     if length % tile:
         # The last tile reaches beyond the end, which only the mask's evaluation keeps out.
         state = torch.cat((state[..., :-1], state[..., -1:].clamp(max=PARTIAL)), dim=-1)

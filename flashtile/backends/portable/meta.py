@@ -1,0 +1,99 @@
+"""What the kernels are compiled for, beside types."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from flashtile.kernels.arguments import modified
+from flashtile.kernels.words import Rows
+from flashtile.problem import Problem
+from flashtile.region import region
+from flashtile.tuning.portable import Tiles
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a kernel is compiled for, beside types and which fields are None.
+
+    masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
+    tma: tiles come through NVIDIA's tensor memory accelerator.
+    gives: what the kernel of key tiles computes, "dk", "dv" or "both".
+    repeats: a tile whose sums hold NaN is done again with care: it may come from what the mask hides.
+    packed: sequences lie side by side, so that another one's numbers follow the end of one.
+    """
+
+    tile_q: int
+    tile_kv: int
+    headdim: int
+    headdim_v: int
+    block_d: int
+    block_dv: int
+    group: int
+    precision: str
+    modified: bool
+    reversed: bool
+    window_top_left: bool
+    alibi_top_left: bool
+    masked: str
+    repeats: bool
+    tma: bool
+    slope_gradient: bool
+    gives: str
+    packed: bool
+
+
+@lru_cache(maxsize=4096)
+def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool, gives: str = "both") -> Meta:
+    """`listed`: tiles come from lists; `keys`: the kernel walks the queries of a key tile; the rest: see `Meta`."""
+    place = region(problem.mask)
+    # Sums over what functions captured leave out what the mask hides, so the mask is asked everywhere.
+    always = bool(place.rest) or any(problem.wanted.score)
+    return Meta(
+        tile_q=tiles.tile_q,
+        tile_kv=tiles.tile_kv,
+        headdim=problem.headdim,
+        headdim_v=problem.headdim_v,
+        block_d=block(problem.headdim),
+        block_dv=block(problem.headdim_v),
+        group=problem.group,
+        precision="ieee",  # for float32; AMD's compiler refuses others whatever the dtype
+        modified=modified(problem),
+        reversed=place.right is not None and not keys and not listed,
+        window_top_left=place.top_left,
+        alibi_top_left=problem.alignment == "top_left",
+        masked="lists" if listed else "always" if always else "edges",
+        # A function's derivative may be infinite under the mask.
+        repeats=bool(place.rest) or (problem.backward and bool(problem.score_mod)),
+        tma=tma,
+        slope_gradient=problem.wanted.alibi_slopes,
+        gives=gives,
+        packed=problem.varlen,
+    )
+
+
+def by_copy_engine(loaded: Sequence[Rows], there: bool | None) -> bool:
+    """Whether the tensor memory accelerator is there (None: ask the device) and can read all of these tensors."""
+    there = copy_engine(loaded[0].pointer.device) if there is None else there
+    return there and all(map(_described, loaded))
+
+
+def _described(rows: Rows) -> bool:
+    """Whether the copy engine can read its tiles: 16-byte aligned rows."""
+    size = rows.pointer.element_size()
+    aligned = all(stride * size % 16 == 0 for stride in (rows.batch, rows.row, rows.head))
+    return bool(aligned and rows.pointer.data_ptr() % 16 == 0)
+
+
+@lru_cache
+def copy_engine(device: torch.device) -> bool:
+    """Whether the device has NVIDIA's tensor memory accelerator."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def block(headdim: int) -> int:
+    """Columns of a tile: a power of two, as Triton wants, and at least 16, as matrix instructions want."""
+    return max(16, 1 << (headdim - 1).bit_length())

@@ -1,0 +1,97 @@
+"""Tiles of rows between memory and registers."""
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.places import diagonal_of, key_range, rows_of_tile, stats_pointers
+from flashtile.kernels.words import Source
+
+
+@triton.jit
+def row_pointers(rows, i_batch, i_head, first, o_rows, BLOCK: tl.constexpr):
+    base = rows.pointer + i_batch.to(tl.int64) * rows.batch + i_head.to(tl.int64) * rows.head
+    return base + (first + o_rows).to(tl.int64)[:, None] * rows.row + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def load_rows(rows, i_batch, i_head, first, o_rows, begin, end, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows first + o_rows of one head; zeros outside [begin, end) and beyond DIM columns."""
+    pointers = row_pointers(rows, i_batch, i_head, first, o_rows, BLOCK)
+    m_rows = ((o_rows >= begin) & (o_rows < end))[:, None]
+    return tl.load(pointers, mask=m_rows & (tl.arange(0, BLOCK) < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_queries(rows, place, o_query, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    return load_rows(rows, place.batch, place.head, place.first_q, o_query, 0, place.seqlen_q, DIM, BLOCK)
+
+
+@triton.jit
+def open_tiles(
+    rows, i_batch, i_head, first, begin, end,
+    DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The `Source` of rows [begin, end) of one head."""
+    base = rows.pointer + i_batch.to(tl.int64) * rows.batch + i_head.to(tl.int64) * rows.head
+    tiles = base + first.to(tl.int64) * rows.row
+    if TMA:
+        tiles += begin.to(tl.int64) * rows.row
+        length = tl.maximum(end - begin, 0)
+        tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
+    return Source(rows, tiles, begin, end)
+
+
+@triton.jit
+def load_tile(source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    """Rows of tile `i_tile`, with zeros outside of [begin, end) and beyond DIM columns."""
+    first_row = i_tile * TILE
+    if TMA:
+        # The descriptor begins at `begin`: rows before it have negative coordinates and come as zeros.
+        b_rows = source.tiles.load([first_row - source.begin, 0])
+    else:
+        o_rows = tl.arange(0, TILE)
+        o_columns = tl.arange(0, BLOCK)[None, :]
+        stride = source.rows.row
+        pointers = source.tiles + first_row.to(tl.int64) * stride + o_rows[:, None] * stride + o_columns
+        m_tile = ((first_row + o_rows >= source.begin) & (first_row + o_rows < source.end))[:, None]
+        if DIM != BLOCK:
+            m_tile &= o_columns < DIM
+        b_rows = tl.load(pointers, mask=m_tile, other=0.0)
+    return b_rows
+
+
+@triton.jit
+def store_rows(rows, i_batch, i_head, first, o_rows, end, b_rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    pointers = row_pointers(rows, i_batch, i_head, first, o_rows, BLOCK)
+    m_rows = (o_rows < end)[:, None] & (tl.arange(0, BLOCK) < DIM)[None, :]
+    tl.store(pointers, b_rows.to(rows.pointer.dtype.element_ty), mask=m_rows)
+
+
+@triton.jit
+def open_keys(keys, values, place, window, META: tl.constexpr):
+    """The `Source`s of the keys and values that a query tile may see."""
+    first_row, last_row = rows_of_tile(place, META.tile_q)
+    diagonal = diagonal_of(place, META.window_top_left)
+    begin, end = key_range(window, diagonal, first_row, last_row, place.seqlen_k)
+    i_head = place.head // META.group
+    k = open_tiles(
+        keys, place.batch, i_head, place.first_k, begin, end, META.headdim, META.tile_kv, META.block_d, META.tma
+    )
+    v = open_tiles(
+        values, place.batch, i_head, place.first_k, begin, end, META.headdim_v, META.tile_kv, META.block_dv, META.tma
+    )
+    return k, v
+
+
+@triton.jit
+def load_stats(lse, delta, place, o_query, PACKED: tl.constexpr):
+    """(lse, delta). Rows that saw no key or do not exist get lse inf: all their weights are 0."""
+    if PACKED:
+        m_rows = o_query < place.seqlen_q
+        b_lse = tl.load(stats_pointers(lse, place, o_query), mask=m_rows, other=float("inf"))
+        b_delta = tl.load(stats_pointers(delta, place, o_query), mask=m_rows, other=0.0)
+    else:
+        # The padding holds lse -inf and delta 0; without a mask several numbers come at once.
+        b_lse = tl.load(stats_pointers(lse, place, o_query))
+        b_delta = tl.load(stats_pointers(delta, place, o_query))
+    return tl.where(b_lse == -float("inf"), float("inf"), b_lse), b_delta

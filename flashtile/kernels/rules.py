@@ -1,0 +1,150 @@
+"""What happens to scores: masks, modifiers, dropout, and the way back through them."""
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.places import diagonal_of, number_of
+from flashtile.lower_rules import tanh, whole
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def allowed(place, rules, o_query, o_key, META: tl.constexpr, MASK: tl.constexpr):
+    """What the mask allows; `o_query` and `o_key` broadcast to the tile, either way round."""
+    m_tile = (o_key < place.seqlen_k) & (o_query < place.seqlen_q)
+    diagonal = diagonal_of(place, META.window_top_left)
+    if rules.window.right is not None:
+        m_tile &= o_key <= o_query + diagonal + number_of(rules.window.right)
+    if rules.window.left is not None:
+        m_tile &= o_key >= o_query + diagonal - number_of(rules.window.left)
+    if MASK is not None:
+        shift = place.seqlen_k - place.seqlen_q
+        m_tile &= MASK(place.batch, place.head, o_query, o_key, shift, rules.modifiers.mask)
+    return m_tile
+
+
+@triton.jit
+def bias_pointers(modifiers, place, o_query, o_key):
+    base = place.batch.to(tl.int64) * whole(modifiers.bias_batch) + place.head.to(tl.int64) * whole(modifiers.bias_head)
+    tile = o_query.to(tl.int64) * whole(modifiers.bias_query) + o_key.to(tl.int64) * whole(modifiers.bias_key)
+    return modifiers.bias + base + tile
+
+
+@triton.jit
+def alibi_distance(place, o_query, o_key, META: tl.constexpr):
+    """In float32 from the start: to convert every element of a tile costs as much as its exponential."""
+    diagonal = diagonal_of(place, META.alibi_top_left)
+    return tl.abs((o_query + diagonal).to(tl.float32) - o_key.to(tl.float32))
+
+
+@triton.jit
+def modify(b_scores, place, rules, o_query, o_key, META: tl.constexpr, SCORE: tl.constexpr):
+    """(modified scores, scores between softcap and the rest, scores before SCORE), natural base."""
+    modifiers = rules.modifiers
+    if modifiers.softcap is not None:
+        b_scores = modifiers.softcap * tanh(b_scores / modifiers.softcap)
+    b_capped = b_scores
+    if modifiers.bias is not None:
+        m_tile = (o_query < place.seqlen_q) & (o_key < place.seqlen_k)
+        pointers = bias_pointers(modifiers, place, o_query, o_key)
+        b_scores += tl.load(pointers, mask=m_tile, other=0.0).to(tl.float32)
+    if modifiers.slopes is not None:
+        slope = tl.load(modifiers.slopes + place.batch * whole(modifiers.slopes_batch) + place.head).to(tl.float32)
+        b_scores -= slope * alibi_distance(place, o_query, o_key, META)
+    b_plain = b_scores
+    if SCORE is not None:
+        b_scores = SCORE(b_scores, place.batch, place.head, o_query, o_key, modifiers.score)
+    return b_scores, b_capped, b_plain
+
+
+@triton.jit
+def kept(dropout, place, o_query, first_key, TILE: tl.constexpr):
+    """Which entries dropout keeps, (queries, TILE keys): four keys share one counter (see `flashtile.dropout`).
+
+    All bits of an int32 or none, for `only`: for AMD, Triton 3.9 fails to pass booleans on to a matrix product.
+    """
+    seed = tl.load(dropout.seed)
+    o_groups = first_key // 4 + tl.arange(0, TILE // 4)
+    zeros = tl.zeros_like(o_query[:, None] + o_groups[None, :])
+    c0, c1 = zeros + o_groups[None, :], zeros + o_query[:, None]
+    r0, r1, r2, r3 = tl.philox(seed, c0, c1, zeros + place.head, zeros + place.batch, 7)
+    lanes = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(o_query.shape[0], TILE)
+    return ((whole(dropout.threshold).to(tl.int64) - 1 - lanes.to(tl.int64)) >> 63).to(tl.int32)
+
+
+@triton.jit
+def only(m_kept, b_values):
+    """The values, 0 where `m_kept`, all bits of an int32 or none, has none: even NaN, and without a boolean tile."""
+    WHOLE: tl.constexpr = tl.int32 if b_values.dtype.primitive_bitwidth == 32 else tl.int16
+    return (b_values.to(WHOLE, bitcast=True) & m_kept.to(WHOLE)).to(b_values.dtype, bitcast=True)
+
+
+@triton.jit
+def only_seen(m_tile, b_rows):
+    """The rows of keys that some query of the tile sees, 0 in place of the others."""
+    return only(-tl.max(m_tile.to(tl.int32), 0)[:, None], b_rows)
+
+
+@triton.jit
+def has_nan(b_tile):
+    return tl.max((b_tile != b_tile).to(tl.int32)) > 0
+
+
+@triton.jit
+def grad_scores(
+    b_dots, b_grad_weights, b_lse, b_delta, m_kept, m_edge, o_query, o_key, place, rules,
+    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
+    MASKED: tl.constexpr, GUARDED: tl.constexpr, COLLECT: tl.constexpr,
+):  # fmt: skip
+    """(weights as the values saw them, gradient at the dot products, gradient at the scores before ALiBi).
+
+    The tile lies either way round: `b_lse`, `b_delta`, `o_query` and `o_key` broadcast to it. MASKED: see
+    `forward_sweep`; `m_edge`: this is a tile at the edge. GUARDED: what the mask hides gets gradient 0 whatever it is.
+    COLLECT: gradients of captured tensors are added.
+    """
+    modifiers = rules.modifiers
+    b_scores = b_dots
+    b_capped = b_dots
+    b_plain = b_dots
+    if META.modified:
+        b_scores, b_capped, b_plain = modify(b_dots * rules.scale, place, rules, o_query, o_key, META, SCORE)
+    m_valid = o_query < place.seqlen_q
+    if MASKED == "edges":
+        if m_edge:
+            b_scores = tl.where(allowed(place, rules, o_query, o_key, META, MASK), b_scores, -float("inf"))
+    if MASKED == "always":
+        m_valid = allowed(place, rules, o_query, o_key, META, MASK)
+        b_scores = tl.where(m_valid, b_scores, -float("inf"))
+    if META.modified:
+        # The difference first: a large score times log2(e) would be rounded where it is large.
+        b_weights = tl.exp2((b_scores - b_lse) * rules.factor)
+    else:
+        b_weights = tl.exp2(b_scores * rules.factor - b_lse * LOG2E)
+    b_dropped = b_weights
+    if rules.dropout is not None:
+        b_dropped = only(m_kept, b_weights * rules.dropout.factor)
+        b_grad_weights = only(m_kept, b_grad_weights * rules.dropout.factor)
+    b_grad = b_weights * (b_grad_weights - b_delta)
+    if SCORE is not None:
+        b_grad = DERIVATIVE(
+            b_plain,
+            place.batch,
+            place.head,
+            o_query,
+            o_key,
+            modifiers.score,
+            modifiers.totals,
+            b_grad,
+            m_valid,
+            COLLECT,
+        )
+    if GUARDED:
+        # Under the mask a derivative may be infinite, and a key may hold NaN: a weight of 0 does not stop them.
+        b_grad = tl.where(m_valid, b_grad, 0.0)
+    b_outer = b_grad
+    if META.modified:
+        if modifiers.softcap is not None:
+            b_ratio = b_capped / modifiers.softcap
+            b_grad *= 1.0 - b_ratio * b_ratio
+    return b_dropped, b_grad, b_outer

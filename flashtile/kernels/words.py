@@ -1,0 +1,156 @@
+"""The arguments of kernels, in groups.
+
+In kernel code a prefix says what a name is: i_ an index, o_ offsets, m_ a mask, p_ a pointer, b_ a block of values.
+Scores meet the exponential in base 2 (exp2 is one instruction); the log-sum-exp is natural outside of the kernels.
+
+A field that is None is known to be None when a kernel is compiled, so `is not None` is a compile-time switch: what a
+call does not use costs nothing. Triton compiles anew where an integer becomes 1 or a multiple of 16; those that follow
+from lengths come as `odd` numbers, which are neither: one kernel serves all lengths.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Rows(NamedTuple):
+    """A tensor (batch, row, head, column): strides in elements, columns side by side. Packed: batch stride 0."""
+
+    pointer: Any
+    batch: Any
+    row: Any
+    head: Any
+
+
+class Stats(NamedTuple):
+    """One number a query, (batch, head, row), rows side by side and padded (see `PADDED`). Packed: batch stride 0."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+
+
+class Packing(NamedTuple):
+    """Packed sequences: where each begins (one more than there are), how many rows are in use (None: all), how many
+    sequences (`odd`). All None: the problem is dense."""
+
+    offsets_q: Any
+    offsets_k: Any
+    used_q: Any
+    used_k: Any
+    sequences: Any
+
+
+class Size(NamedTuple):
+    """A dense problem's lengths, or 0; programs a head (query or key tiles, packed: their `slots`). All `odd`."""
+
+    seqlen_q: Any
+    seqlen_k: Any
+    heads: Any
+    tiles: Any
+
+
+class Grid(NamedTuple):
+    """A contiguous (batch, head, row, column) tensor; strides of the first two, sizes of the last two, `odd`."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    rows: Any
+    columns: Any
+
+
+class Window(NamedTuple):
+    """The keys from `left` before the diagonal to `right` behind it, `odd`; None: no limit."""
+
+    left: Any
+    right: Any
+
+
+class Visits(NamedTuple):
+    """Which tiles a tile meets, those that need the mask first: counts (batch, head, tile, 2), tiles (.., tile, n).
+
+    order (batch, head, tile): the tiles, those that meet the most first. `length`, n, and the strides are `odd`.
+    """
+
+    counts: Any
+    tiles: Any
+    order: Any
+    length: Any
+    batch: Any
+    head: Any
+
+
+class Modifiers(NamedTuple):
+    """What changes scores: softcap; bias with strides (batch, head, query, key); slopes; arguments of functions.
+
+    Strides are as `whole` reads them. `score`, `mask`: what the functions of that name get, `totals`: where gradients
+    of the first go (see `lower`).
+    """
+
+    softcap: Any
+    bias: Any
+    bias_batch: Any
+    bias_head: Any
+    bias_query: Any
+    bias_key: Any
+    slopes: Any
+    slopes_batch: Any
+    score: Any
+    totals: Any
+    mask: Any
+
+
+class Dropout(NamedTuple):
+    """Entries whose 32-bit number is under `threshold` are dropped, the others scaled by `factor`."""
+
+    seed: Any
+    threshold: Any
+    factor: Any
+
+
+class Rules(NamedTuple):
+    """What happens to scores. `factor` takes scores (or dot products that nothing modifies) to base 2, `scale` dot
+    products to scores."""
+
+    window: Any
+    modifiers: Any
+    dropout: Any
+    factor: Any
+    scale: Any
+
+
+class Place(NamedTuple):
+    """What a program works on: a tile of a head of a batch entry or packed sequence, and where that lies."""
+
+    batch: Any
+    head: Any
+    tile: Any
+    first_q: Any
+    first_k: Any
+    seqlen_q: Any
+    seqlen_k: Any
+
+
+class Source(NamedTuple):
+    """What a sweep reads tile by tile: rows [begin, end) of one head; `tiles`: a descriptor for the copy engine, or a
+    pointer to row 0."""
+
+    rows: Any
+    tiles: Any
+    begin: Any
+    end: Any
+
+
+class Steps(NamedTuple):
+    """The tiles [begin, end) of a sweep, by number, or by their place in the list at `tiles`; [full_begin, full_end)
+    need no mask at the edges."""
+
+    tiles: Any
+    begin: Any
+    end: Any
+    full_begin: Any
+    full_end: Any
+
+
+def odd(number: int) -> int:
+    """An integer that Triton tells apart from no other (see above); at least 0. `number_of` undoes it in a kernel."""
+    return 2 * number + 3
