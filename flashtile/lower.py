@@ -126,7 +126,7 @@ def _score_function(key: str) -> Any:
     traced = trace.graph(key)
     writer = _Writer()
     result = writer.graph(traced.forward, _score_inputs(traced))
-    writer.line(f"return tl.zeros_like(score) + {writer.text(result, 'f')}")
+    writer.line(f"return spread({writer.text(result, 'f')}, score)")
     return writer.function(f"score_{key}", "score, b, h, q, k, arguments")
 
 
@@ -163,7 +163,7 @@ def _derivative_function(key: str, wanted: tuple[bool, ...]) -> Any:
         if wanted[capture]:
             writer.collect(f"totals[{sum(wanted[:capture])}]", capture, at, part)
     writer.indent -= 1
-    writer.line(f"return tl.zeros_like(score) + {writer.text(grad_score, 'f')}")
+    writer.line(f"return spread({writer.text(grad_score, 'f')}, score)")
     return writer.function(
         f"derivative_{key}", "score, b, h, q, k, arguments, totals, grad, valid, COLLECT: tl.constexpr"
     )
@@ -319,10 +319,10 @@ class _Writer:
         kind, bounds = self._integer("where", [a, b], dtype)
         one, other = self.text(a, kind), self.text(b, kind)
         if a.number is not None and b.number is not None:
-            one = f"tl.full([1, 1], {one}, {_TYPES[kind]})"
+            one = f"tl.cast({one}, {_TYPES[kind]})"
         chosen = self.text(condition, "b")
         if condition.number is not None:
-            chosen = f"tl.full([1, 1], {chosen}, tl.int1)"
+            chosen = f"tl.cast({chosen}, tl.int1)"
         text = f"tl.where({chosen}, {one}, {other})"
         return self.bind(text, dtype, condition.axes | a.axes | b.axes, bounds)
 
@@ -343,7 +343,7 @@ class _Writer:
         # Functions of tensors take no plain number, and something must be one where all operands are numbers.
         for position in range(len(values) if name == "pow" else 1):
             if values[position].number is not None:
-                texts[position] = f"tl.full([1, 1], {texts[position]}, {_TYPES[kind]})"
+                texts[position] = f"tl.cast({texts[position]}, {_TYPES[kind]})"
         text = template.format(*texts, T=_TYPES[kind])
         wrapped = _wrapped(bounds, dtype)
         if wrapped is not None:
@@ -431,7 +431,7 @@ class _Writer:
     def collect(self, pointer: str, capture: int, at: Sequence[_Value], part: _Value) -> None:
         """Adds a tile's part to a gradient: first summed over what the place does not depend on."""
         axes = frozenset().union(*(index.axes for index in at)) if at else frozenset()
-        value = f"tl.where(valid, tl.zeros_like(score) + {self.text(part, 'f')}, 0.0)"
+        value = f"tl.where(valid, spread({self.text(part, 'f')}, score), 0.0)"
         if not axes:
             value = f"tl.sum({value})"
         elif axes != _BOTH:

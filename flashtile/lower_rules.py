@@ -13,6 +13,12 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
+def spread(x, like):
+    """x in the shape of another tensor; no layout is named, so Gluon takes it too, and nothing is computed."""
+    return tl.where(like == like, x, x)
+
+
+@triton.jit
 def tanh(x):
     """From the exponential of -|x|, which never overflows; a series where the difference would cancel."""
     size = tl.abs(x)
@@ -106,7 +112,7 @@ HELPERS = {
     function.__name__: function
     for function in (
         *(tanh, log1p, expm1, power, softplus, silu_backward, round_half_even),
-        *(floor_divide, remainder, whole, wrapped),
+        *(floor_divide, remainder, whole, wrapped, spread),
     )
 } | {"NAN": NAN}
 

@@ -84,6 +84,6 @@ def kernel(plan: Plan) -> Kernel:
 
 
 def builds() -> int:
-    """Kernels compiled so far, by all backends that can run here, those that run by name alone too."""
-    modules = map(backends.load, (*backends.ORDER, *backends.BY_NAME))
+    """Kernels compiled so far, by all backends that can run here."""
+    modules = map(backends.load, backends.ORDER)
     return sum(module.builds() for module in modules if module.unavailable() is None)

@@ -120,7 +120,7 @@ def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) 
     check.scale(arguments.scale)
     check.dropout(arguments.dropout_p, arguments.seed, q)
     check.out_dtype(arguments.out_dtype, q)
-    check.backend(arguments.backend, (*backends.ORDER, *backends.BY_NAME))
+    check.backend(arguments.backend, backends.ORDER)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

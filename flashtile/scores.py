@@ -152,6 +152,16 @@ def zero_grads(inputs: Inputs, problem: Problem) -> Grads:
     )
 
 
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """What the gradient of the sinks, (heads,), loses; lse and delta: (batch, heads, seqlen_q) or (heads, total).
+
+    A sink is a key of value 0: its gradient is its weight times 0 - delta, and no weight where the row's lse is -inf.
+    """
+    rows, deltas = (tensor.transpose(0, tensor.ndim - 2).flatten(1) for tensor in (lse, delta))
+    weights = torch.exp(sinks.float()[:, None] - torch.where(rows == -torch.inf, torch.inf, rows))
+    return (weights * deltas).sum(1)
+
+
 def four_dimensions(tensor: Tensor) -> Tensor:
     """A view with leading dimensions of size 1."""
     return tensor.reshape((1,) * (4 - tensor.ndim) + tensor.shape)

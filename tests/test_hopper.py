@@ -12,7 +12,8 @@ import torch
 import triton
 
 from flashtile.backends import hopper
-from flashtile.backends.hopper import aot, launch
+from flashtile.backends.hopper import launch
+from flashtile.kernels import aot
 from flashtile.problem import Inputs, Options, describe
 from flashtile.tuning.hopper import spills_allowed
 

@@ -5,7 +5,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from flashtile import lower, masks, trace
-from flashtile.backends.portable import aot
+from flashtile.kernels import aot
 from tests import functions, test_masks
 
 NVIDIA, AMD = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from flashtile.problem import Inputs, Problem
 
-ORDER: tuple[str, ...] = ("portable", "pytorch")
+ORDER: tuple[str, ...] = ("hopper", "portable", "pytorch")
 """Names of the backends, fastest first."""
-
-BY_NAME: tuple[str, ...] = ("hopper",)
-"""Backends that run only where they are asked for: not yet timed on a device."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from triton.backends.compiler import GPUTarget
 
 from flashtile.autograd import wanted_of
 from flashtile.backends import portable
-from flashtile.backends.portable import aot, launch
+from flashtile.backends.portable import launch
 from flashtile.compiling import matrix
 from flashtile.compiling.matrix import Entry
 from flashtile.compiling.targets import TARGETS, Target
+from flashtile.kernels import aot
 from flashtile.problem import describe
 from flashtile.tuning.portable import Tiles, spills_allowed
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashtile import lower
 from flashtile.kernels.words import Dropout, Grid, Modifiers, Packing, Rows, Rules, Size, Stats, Window, odd
 from flashtile.lower_rules import without_ones
 from flashtile.problem import Inputs, Problem
@@ -110,3 +111,26 @@ def _dropout(inputs: Inputs, problem: Problem) -> Dropout | None:
 def modified(problem: Problem) -> bool:
     """Whether anything changes scores between the dot product and the mask."""
     return bool(set(problem.modified) - {"sinks", "dropout_p"})
+
+
+def functions_of(
+    inputs: Inputs, problem: Problem, totals: Sequence[Tensor | None] | None = None
+) -> tuple[dict[str, Any], list[Any]]:
+    """(the functions that kernels call, by parameter; the arguments of SCORE, DERIVATIVE and MASK, for `rules_of`).
+
+    `totals`: where gradients of captured tensors go; None: this is a forward pass, which has no DERIVATIVE.
+    """
+    rest, key = region(problem.mask).rest, problem.score_mod
+    score = lower.score_hook(key, inputs.score) if key else None
+    derivative = lower.derivative_hook(key, totals) if key and totals is not None else None
+    mask = lower.mask_hook(rest, inputs.mask) if rest else None
+    functions = {"SCORE": score and score.function, "MASK": mask and mask.function}
+    if totals is not None:
+        functions["DERIVATIVE"] = derivative and derivative.function
+    return functions, [hook and (hook.arguments or None) for hook in (score, derivative, mask)]
+
+
+def beside(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """What kernels read beside queries, keys, values and lists of tiles."""
+    *plain, mask, score = inputs[3:]
+    return (*plain, *mask, *score)

@@ -49,16 +49,16 @@ def slots(offsets, o_sequences, TILE: tl.constexpr):
 
 
 @triton.jit
-def packed_tile(offsets, sequences, i_slot, TILE: tl.constexpr):
+def packed_tile(offsets, sequences, i_slot, o_lanes, TILE: tl.constexpr):
     """(sequence, tile of it) of a program: the last sequence whose first program is not a later one.
 
-    The search reads some of the sequences at a time, evenly spread over those that are left.
+    The search reads some of the sequences at a time, evenly spread over those that are left: `o_lanes`, 0, 1, ...
     """
     begin = sequences * 0
     within = sequences
     while within > 1:
         step = (within + SCANNED - 1) // SCANNED
-        o_sequences = begin + step * tl.arange(0, SCANNED)
+        o_sequences = begin + step * o_lanes
         i_first = slots(offsets, tl.minimum(o_sequences, sequences), TILE)
         begun = tl.sum(((o_sequences < sequences) & (i_first <= i_slot)).to(tl.int32), 0)
         begin += (begun - 1) * step
@@ -79,14 +79,25 @@ def program_of(size):
 def locate(packing, size, visits, TILE: tl.constexpr, KEYS: tl.constexpr, REVERSED: tl.constexpr, LISTS: tl.constexpr):
     """The `Place` of this program, a tile of keys or of queries; those that have more to do start first. REVERSED: the
     later ones (causal masks). LISTS: those that `visits` name."""
-    i_batch, i_head, i_tile = program_of(size)
+    i_batch, i_head, i_rank = program_of(size)
+    o_lanes = tl.arange(0, SCANNED)
+    return place_at(i_batch, i_head, i_rank, o_lanes, packing, size, visits, TILE, KEYS, REVERSED, LISTS)
+
+
+@triton.jit
+def place_at(
+    i_batch, i_head, i_rank, o_lanes, packing, size, visits,
+    TILE: tl.constexpr, KEYS: tl.constexpr, REVERSED: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    """The `Place` of a head's tile, by its rank in the order of `locate`; `o_lanes`: see `packed_tile`."""
+    i_tile = i_rank
     if LISTS:
-        i_tile = tl.load(visits.order + row_of(visits, i_batch, i_head) + i_tile)
+        i_tile = tl.load(visits.order + row_of(visits, i_batch, i_head) + i_rank)
     if REVERSED:
-        i_tile = number_of(size.tiles) - 1 - i_tile
+        i_tile = number_of(size.tiles) - 1 - i_rank
     if packing.sequences is not None:
         offsets = packing.offsets_k if KEYS else packing.offsets_q
-        i_batch, i_tile = packed_tile(offsets, number_of(packing.sequences), i_tile, TILE)
+        i_batch, i_tile = packed_tile(offsets, number_of(packing.sequences), i_tile, o_lanes, TILE)
     first_q, first_k, seqlen_q, seqlen_k = lengths_of(packing, size, i_batch)
     if packing.sequences is not None:
         # A program behind the last tile of its sequence has nothing to walk.

@@ -92,18 +92,15 @@ def has_nan(b_tile):
 
 
 @triton.jit
-def grad_scores(
-    b_dots, b_grad_weights, b_lse, b_delta, m_kept, m_edge, o_query, o_key, place, rules,
-    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
-    MASKED: tl.constexpr, GUARDED: tl.constexpr, COLLECT: tl.constexpr,
+def ruled(
+    b_dots, m_edge, o_query, o_key, place, rules,
+    META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(weights as the values saw them, gradient at the dot products, gradient at the scores before ALiBi).
+    """(scores as modifiers and the mask leave them, what the mask allows, scores after softcap, scores before SCORE).
 
-    The tile lies either way round: `b_lse`, `b_delta`, `o_query` and `o_key` broadcast to it. MASKED: see
-    `forward_sweep`; `m_edge`: this is a tile at the edge. GUARDED: what the mask hides gets gradient 0 whatever it is.
-    COLLECT: gradients of captured tensors are added.
+    The tile lies either way round: `o_query` and `o_key` broadcast to it. MASKED: the mask is evaluated "always",
+    "never", or at the "edges": where `m_edge` says that this is one.
     """
-    modifiers = rules.modifiers
     b_scores = b_dots
     b_capped = b_dots
     b_plain = b_dots
@@ -116,15 +113,19 @@ def grad_scores(
     if MASKED == "always":
         m_valid = allowed(place, rules, o_query, o_key, META, MASK)
         b_scores = tl.where(m_valid, b_scores, -float("inf"))
-    if META.modified:
-        # The difference first: a large score times log2(e) would be rounded where it is large.
-        b_weights = tl.exp2((b_scores - b_lse) * rules.factor)
-    else:
-        b_weights = tl.exp2(b_scores * rules.factor - b_lse * LOG2E)
-    b_dropped = b_weights
-    if rules.dropout is not None:
-        b_dropped = only(m_kept, b_weights * rules.dropout.factor)
-        b_grad_weights = only(m_kept, b_grad_weights * rules.dropout.factor)
+    return b_scores, m_valid, b_capped, b_plain
+
+
+@triton.jit
+def grad_dots(
+    b_weights, b_grad_weights, b_delta, m_valid, b_capped, b_plain, o_query, o_key, place, rules,
+    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, GUARDED: tl.constexpr, COLLECT: tl.constexpr,
+):  # fmt: skip
+    """(gradient at the dot products, gradient at the scores before ALiBi), from that at the weights.
+
+    GUARDED: what the mask hides gets gradient 0 whatever it is. COLLECT: gradients of captured tensors are added.
+    """
+    modifiers = rules.modifiers
     b_grad = b_weights * (b_grad_weights - b_delta)
     if SCORE is not None:
         b_grad = DERIVATIVE(
@@ -147,4 +148,33 @@ def grad_scores(
         if modifiers.softcap is not None:
             b_ratio = b_capped / modifiers.softcap
             b_grad *= 1.0 - b_ratio * b_ratio
+    return b_grad, b_outer
+
+
+@triton.jit
+def grad_scores(
+    b_dots, b_grad_weights, b_lse, b_delta, m_kept, m_edge, o_query, o_key, place, rules,
+    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
+    MASKED: tl.constexpr, GUARDED: tl.constexpr, COLLECT: tl.constexpr,
+):  # fmt: skip
+    """(weights as the values saw them, gradient at the dot products, gradient at the scores before ALiBi).
+
+    `b_lse`, `b_delta`: they broadcast to the tile; the rest: see `ruled` and `grad_dots`.
+    """
+    b_scores, m_valid, b_capped, b_plain = ruled(
+        b_dots, m_edge, o_query, o_key, place, rules, META, SCORE, MASK, MASKED
+    )
+    if META.modified:
+        # The difference first: a large score times log2(e) would be rounded where it is large.
+        b_weights = tl.exp2((b_scores - b_lse) * rules.factor)
+    else:
+        b_weights = tl.exp2(b_scores * rules.factor - b_lse * LOG2E)
+    b_dropped = b_weights
+    if rules.dropout is not None:
+        b_dropped = only(m_kept, b_weights * rules.dropout.factor)
+        b_grad_weights = only(m_kept, b_grad_weights * rules.dropout.factor)
+    b_grad, b_outer = grad_dots(
+        b_weights, b_grad_weights, b_delta, m_valid, b_capped, b_plain, o_query, o_key, place, rules,
+        META, SCORE, DERIVATIVE, GUARDED, COLLECT,
+    )  # fmt: skip
     return b_dropped, b_grad, b_outer

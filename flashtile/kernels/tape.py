@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 Filler = Callable[[Sequence[Any]], Any]
 
@@ -48,6 +49,8 @@ class Tape:
             place = self._places.get(argument.data_ptr())
             self.whole = self.whole and place is not None
             return None if place is None else lambda tensors: tensors[place]
+        if isinstance(argument, TensorDescriptor):
+            return self._described(argument)
         if not isinstance(argument, tuple):
             return None
         inner = [self._filler(field) for field in argument]
@@ -58,6 +61,21 @@ class Tape:
             first, rest = inner[0], argument[1:]
             return lambda tensors: tuple.__new__(kind, (first(tensors), *rest))
         return lambda tensors: tuple.__new__(kind, [field if fill is None else fill(tensors) for field, fill in plain])
+
+    def _described(self, descriptor: TensorDescriptor) -> Filler | None:
+        """Of the copy engine's tiles: the same ones of another tensor."""
+        base = self._filler(descriptor.base)
+        if base is None:
+            return None
+        fields = dict(vars(descriptor))
+
+        def filled(tensors: Sequence[Any]) -> TensorDescriptor:
+            # What the constructor checks was checked the first time.
+            other = object.__new__(TensorDescriptor)
+            vars(other).update(fields, base=base(tensors))
+            return other
+
+        return filled
 
     def play(self, tensors: Sequence[Tensor | None], device: torch.device) -> None:
         """The same launches over other tensors of the same shapes, strides, dtypes and alignment."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from flashtile import mask_nodes
 from flashtile.kernels.words import Visits, odd
 from flashtile.problem import Inputs, Problem
+from flashtile.region import region
 from flashtile.spans import FULL, PARTIAL, Tiling
 
 _KEPT = 64
@@ -19,6 +20,11 @@ def possible(inputs: Inputs, problem: Problem) -> bool:
     """Packed sequences have lengths that only the device knows, and while a CUDA graph is captured none may be asked:
     the mask is then evaluated in every tile that the window leaves."""
     return not problem.varlen and not (inputs.q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def listed(inputs: Inputs, problem: Problem) -> bool:
+    """Whether kernels get lists of tiles."""
+    return bool(region(problem.mask).rest) and possible(inputs, problem)
 
 
 def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:
@@ -33,6 +39,11 @@ def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) 
         found = [weakref.ref(tensor) for tensor in inputs.mask], _make(inputs, problem, tile_q, tile_kv, keys)
         _known[key] = found
     return found[1]
+
+
+def tensors_of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> tuple[Tensor | None, ...]:
+    """The tensors of the lists that a launch with such tiles reads, if it reads any."""
+    return of(inputs, problem, tile_q, tile_kv, keys)[:3] if listed(inputs, problem) else ()
 
 
 def _make(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:

@@ -6,27 +6,36 @@ from typing import NamedTuple
 class HopperConfig(NamedTuple):
     """consumers: math warpgroups, each with 64 rows of the query tile; stages: key and value tiles in flight.
 
-    q_in_registers: queries are multiplied from registers, which frees their memory for the next tile; else from shared
-    memory. section: heads whose tiles are handed out together, heaviest first, so that they share the L2 cache.
+    shared_o: the output leaves through the memory of its queries, which makes room for larger tiles, but the next
+    queries must wait for it. section: heads whose tiles are handed out together, heaviest first, so that they share the
+    L2 cache.
     """
 
     consumers: int
     tile_kv: int
     stages: int
-    q_in_registers: bool
-    section: int = 8
+    shared_o: bool = False
+    section: int = 16
 
     @property
     def tile_q(self) -> int:
         return 64 * self.consumers
 
 
-FORWARD: tuple[tuple[int, HopperConfig], ...] = (
-    (64, HopperConfig(consumers=3, tile_kv=128, stages=2, q_in_registers=False)),
-    (128, HopperConfig(consumers=2, tile_kv=128, stages=2, q_in_registers=True)),
-    (256, HopperConfig(consumers=2, tile_kv=32, stages=2, q_in_registers=False)),
-)
-"""(head dimension, tiles): a row holds up to the head dimension named. Not timed yet."""
+FORWARD: dict[str, tuple[tuple[int, HopperConfig], ...]] = {
+    "full": (
+        (64, HopperConfig(consumers=3, tile_kv=128, stages=2)),
+        (128, HopperConfig(consumers=2, tile_kv=128, stages=2)),
+        (256, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True)),
+    ),
+    "cut": (
+        (64, HopperConfig(consumers=2, tile_kv=128, stages=3)),
+        (128, HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)),
+        (256, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True)),
+    ),
+}
+"""By what the scores meet, nothing or anything (a mask, a modifier): (head dimension, tiles), where a row holds up to
+the head dimension named. Timed on an H100 at 1k, 4k and 16k tokens, plain and causal."""
 
 
 class BackwardConfig(NamedTuple):
@@ -42,7 +51,7 @@ BACKWARD: tuple[tuple[int, BackwardConfig], ...] = (
     (64, BackwardConfig(tile_q=128, stages=2)),
     (128, BackwardConfig(tile_q=64, stages=2)),
 )
-"""(head dimension, tiles), as above. Not timed yet."""
+"""(head dimension, tiles), as above; timed plain and causal."""
 
 
 def backward_config(headdim: int) -> BackwardConfig:
@@ -50,9 +59,9 @@ def backward_config(headdim: int) -> BackwardConfig:
     return next(config for limit, config in BACKWARD if headdim <= limit)
 
 
-def forward_config(headdim: int) -> HopperConfig:
-    """The tiles for heads of this many columns, the wider of keys and values."""
-    return next(config for limit, config in FORWARD if headdim <= limit)
+def forward_config(headdim: int, kind: str) -> HopperConfig:
+    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD`."""
+    return next(config for limit, config in FORWARD[kind] if headdim <= limit)
 
 
 SPILLS: dict[tuple[int, str, bool], int] = {

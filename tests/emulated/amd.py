@@ -12,7 +12,7 @@ import importlib
 import os
 import shutil
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from flashtile.backends.portable import aot
 from flashtile.backends.portable.launch import Machine
 from flashtile.compiling.targets import TARGETS
+from flashtile.kernels import aot
 from flashtile.tuning.portable import Tiles
 
 EMULATED = ("gfx942", "gfx950", "gfx1100", "gfx1201")
@@ -94,21 +94,12 @@ def device_arguments(values: tuple[Any, ...], constants: Container[tuple[int, ..
     """
     arrays: dict[int, np.ndarray] = {}
     taken = []
-    for path, value in _leaves(values):
+    for path, value in aot.leaves(values, ()):
         if isinstance(value, Tensor):
             taken.append(arrays.setdefault(value.data_ptr(), _bytes(value)))
         elif path not in constants:
             taken.append(value)
     return taken
-
-
-def _leaves(value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """What lies in nested tuples, each with its place."""
-    if not isinstance(value, tuple):
-        yield path, value
-        return
-    for index, field in enumerate(value):
-        yield from _leaves(field, (*path, index))
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

@@ -1,15 +1,20 @@
 """A Hopper GPU for the Gluon kernels' launches: their PTX in `tools.ptx_emulation`, on CPU tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile.backends.hopper import aot
+from flashtile import plan
+from flashtile.backends import hopper
+from flashtile.backends.hopper import launch
 from flashtile.backends.hopper.launch import Machine
+from flashtile.kernels import aot
 from tools.ptx_emulation import TensorMap, emulate_kernel
 
 
@@ -24,14 +29,33 @@ class Emulated:
         self.complaints: list[str] = []
         self.machine = Machine(self._launch, processors)
 
-    def _launch(self, kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any]) -> None:
-        compiled = aot.build(kernel, given, **options)
-        maps = iter(compiled.metadata.tensordesc_meta)
-        constant = [parameter.is_constexpr for parameter in kernel.params]
-        values = [value for value, is_constant in zip(given, constant, strict=True) if not is_constant]
-        bound = [_map(value, next(maps)) if isinstance(value, TensorDescriptor) else _plain(value) for value in values]
-        report = emulate_kernel(compiled, (programs, 1, 1), bound, **self.schedule)
+    def _launch(self, kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any]) -> None:
+        bound = {parameter.name: argument for parameter, argument in zip(kernel.params, arguments, strict=True)}
+        compiled = aot.build(kernel, bound, aot.HOPPER, **options)
+        constants = aot.source(kernel, bound).constants
+        maps = iter(compiled.metadata.tensordesc_meta or ())
+        values = [
+            _map(leaf, next(maps)) if isinstance(leaf, TensorDescriptor) else _plain(leaf)
+            for index, value in enumerate(bound.values())
+            for path, leaf in aot.leaves(value, (index,))
+            if path not in constants
+        ]
+        report = emulate_kernel(compiled, (programs, 1, 1), values, **self.schedule)
         self.complaints += report.warnings
+
+
+@contextmanager
+def emulated(schedule: dict[str, Any], processors: int = 2) -> Iterator[Emulated]:
+    """The backend "hopper" takes CPU tensors and runs under one schedule."""
+    there = Emulated(schedule, processors)
+    plan.choose.cache_clear()
+    with (
+        patch.object(hopper, "unavailable", lambda: None),
+        patch.object(hopper, "DEVICE", "cpu"),
+        patch.object(launch, "DEVICE", there.machine),
+    ):
+        yield there
+    plan.choose.cache_clear()
 
 
 def _map(descriptor: Any, meta: dict[str, Any]) -> TensorMap:

@@ -77,6 +77,6 @@ def test_every_schedule_gives_the_same_bits(name: str) -> None:
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_any_number_of_stages(stages: int) -> None:
-    config = HopperConfig(consumers=2, tile_kv=64, stages=stages, q_in_registers=True)
+    config = HopperConfig(consumers=2, tile_kv=64, stages=stages)
     call, found = _run(CASES[2], SWEEP[-1], config)
     oracle.compare(found, call)

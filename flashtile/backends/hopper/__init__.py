@@ -1,6 +1,6 @@
 """The Hopper backend: Gluon kernels for sm_90a, with the tensor memory accelerator, wgmma and specialised warps.
 
-So far plain, causal and windowed attention, run in an emulator alone; it is used where it is asked for by name.
+Half precision: every mask, score_mod, softcap, ALiBi, bias, sinks, packed sequences; the backward pass to headdim 128.
 """
 
 import importlib.util
@@ -14,8 +14,10 @@ from torch import Tensor
 from flashtile import backends
 from flashtile.backends import Gradients, Kernel, Memory
 from flashtile.problem import Inputs, Problem
-from flashtile.region import region
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig, backward_config, forward_config
+
+DEVICE = "cuda"
+"""Where tensors must be; an emulator takes them elsewhere."""
 
 
 def unavailable() -> str | None:
@@ -30,26 +32,34 @@ def unavailable() -> str | None:
 
 
 def builds() -> int:
-    return backends.compiled((_launch().forward_kernel, _launch().backward_kernel))
+    return backends.compiled(_launch().KERNELS)
 
 
 def refuses(problem: Problem) -> str | None:
-    """Takes dense calls in half precision under a window."""
+    """Takes half precision with rows that the copy engine can read."""
     largest = 128 if problem.backward else 256
+    wanted = problem.wanted
     checks = (
-        (problem.device != "cuda", f"it runs on cuda, the tensors are on {problem.device}"),
+        (problem.device != DEVICE, f"it runs on {DEVICE}, the tensors are on {problem.device}"),
         (problem.backward and problem.deterministic, "its backward pass adds in any order"),
-        (problem.varlen, "it takes no packed sequences"),
         (problem.dtype not in (torch.float16, torch.bfloat16), f"it takes no {problem.dtype}"),
         (problem.out_dtype is not problem.dtype, f"it writes {problem.dtype}, not {problem.out_dtype}"),
         (max(problem.headdim, problem.headdim_v) > largest, f"its {_pass(problem)} takes up to headdim {largest}"),
         (not problem.described, "rows of q, k or v do not begin at multiples of 16 bytes"),
-        (bool(problem.modified), f"it has no {', '.join(problem.modified)}"),
-        (bool(region(problem.mask).rest), "its only masks are causal and windows"),
+        (problem.dropout_p > 0, "it has no dropout"),
+        (wanted.bias or wanted.alibi_slopes, "it gives no gradient of bias or alibi_slopes"),
         (problem.scale <= 0, "its scale must be positive"),
         (0 in (problem.batch, problem.seqlen_q, problem.seqlen_kv), "it takes no empty tensors"),
     )
-    return next((reason for found, reason in checks if found), None)
+    reason = next((reason for found, reason in checks if found), None)
+    return reason or _functions(problem)
+
+
+def _functions(problem: Problem) -> str | None:
+    """Imported when first asked: it loads triton."""
+    from flashtile.kernels import support
+
+    return support.functions(problem)
 
 
 def _pass(problem: Problem) -> str:
@@ -59,7 +69,10 @@ def _pass(problem: Problem) -> str:
 def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
     headdim = max(problem.headdim, problem.headdim_v)
-    return backward_config(headdim) if problem.backward else forward_config(headdim)
+    if problem.backward:
+        return backward_config(headdim)
+    full = problem.mask == '["full"]' and not set(problem.modified) - {"sinks"}
+    return forward_config(headdim, "full" if full else "cut")
 
 
 @cache
@@ -71,14 +84,19 @@ def _launch() -> ModuleType:
 
 
 def _forward(inputs: Inputs, problem: Problem, config: HopperConfig, memory: Memory) -> tuple[Tensor, Tensor]:
-    out_and_lse: tuple[Tensor, Tensor] = _launch().forward(inputs, problem, config)
+    out_and_lse: tuple[Tensor, Tensor] = _launch().forward(inputs, problem, config, memory=_kept(memory))
     return out_and_lse
 
 
 def _backward(inputs: Inputs, problem: Problem, config: BackwardConfig, *rest: Any) -> Gradients:
-    *saved, _memory = rest
-    gradients: Gradients = _launch().backward(inputs, problem, config, *saved)
+    *saved, memory = rest
+    gradients: Gradients = _launch().backward(inputs, problem, config, *saved, memory=_kept(memory))
     return gradients
+
+
+def _kept(memory: Memory) -> Memory | None:
+    """Emulated launches leave nothing behind."""
+    return memory if DEVICE == "cuda" else None
 
 
 KERNELS = (Kernel("warp_specialized", refuses, configure, _forward, _backward),)

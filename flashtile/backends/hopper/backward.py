@@ -17,58 +17,67 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_load, tma_store, tma_store_wait, view_as
-from flashtile.backends.hopper.forward import new_barriers, visible
-from flashtile.backends.hopper.schedule import has_part, part, query_tiles
-
-ROWS = gl.constexpr(64)
-LOG2E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def place_of_program(seqlen_k, heads_kv, META: gl.constexpr):
-    """(batch entry, key/value head, key tile): the first tiles, which a diagonal lets most queries see, come first."""
-    tiles = gl.cdiv(seqlen_k, META.tile_kv)
-    i_pair = gl.program_id(0) // tiles
-    return i_pair // heads_kv, i_pair % heads_kv, gl.program_id(0) % tiles
+from flashtile.backends.hopper.forward import new_barriers, store_rows
+from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, has_rows_part, row_tile, rows_part, rows_walk
+from flashtile.backends.hopper.softmax import LOG2E, ROWS
+from flashtile.kernels.places import SCANNED, place_at, program_of, stats_pointers, with_head
+from flashtile.kernels.rules import grad_dots, ruled
 
 
 @gluon.jit
-def loader(descriptors, memory, barriers, statistics, sizes, window, META: gl.constexpr):
+def key_tile(packing, size, visits, layout: gl.constexpr, META: gl.constexpr):
+    """The `Place` of this program, a key tile; its head is one of the keys'. `layout`: of the warps that ask."""
+    i_batch, i_head, i_rank = program_of(size)
+    o_lanes = gl.arange(0, SCANNED, layout)
+    lists: gl.constexpr = META.masked == "lists"
+    return place_at(i_batch, i_head, i_rank, o_lanes, packing, size, visits, META.tile_kv, True, False, lists)
+
+
+@gluon.jit
+def load_statistics(lse, delta, place, o_query):
+    """(lse in base 2, delta) of some rows. Those that saw no key or do not exist get lse inf: all weights are 0."""
+    m_rows = o_query < place.seqlen_q
+    b_lse = gl.load(stats_pointers(lse, place, o_query), mask=m_rows, other=float("inf"))
+    b_delta = gl.load(stats_pointers(delta, place, o_query), mask=m_rows, other=0.0)
+    return gl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), b_delta
+
+
+@gluon.jit
+def loader(
+    descriptors, memory, barriers, statistics, call, META: gl.constexpr
+):  # fmt: skip
     """The loading warp: keys and values once, then queries and gradients, each with its statistic, into rings."""
     TILE_Q: gl.constexpr = META.tile_q
     line: gl.constexpr = gl.BlockedLayout([TILE_Q // 32], [32], [1], [0])
     q_desc, k_desc, v_desc, do_desc, _dq_desc, _dk_desc, _dv_desc = descriptors
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, _ds_smem, _dq_smem = memory
-    lse, delta = statistics
     kv_full, q_full, q_empty, do_full, do_empty, _ready = barriers
-    seqlen_q, seqlen_k, heads_kv = sizes
-    left, right = window
-    i_batch, i_head, i_column = place_of_program(seqlen_k, heads_kv, META)
-    begin, _full_begin, _full_end, end = query_tiles(i_column, seqlen_q, seqlen_k, left, right, META)
+    lse, delta = statistics
+    packing, size, rules, visits = call
+    shared = key_tile(packing, size, visits, ONE_WARP, META)
+    i_entry = shared.batch * META.dense
+    first = shared.first_k + shared.tile * META.tile_kv
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma_load(k_desc, [i_batch, i_column * META.tile_kv, i_head, 0], kv_full, k_smem)
-    tma_load(v_desc, [i_batch, i_column * META.tile_kv, i_head, 0], kv_full, v_smem)
+    tma_load(k_desc, [i_entry, first, shared.head, 0], kv_full, k_smem)
+    tma_load(v_desc, [i_entry, first, shared.head, 0], kv_full, v_smem)
     count = 0
     for i_member in range(META.group):
-        i_query_head = i_head * META.group + i_member
-        base = (i_batch * heads_kv * META.group + i_query_head).to(gl.int64) * seqlen_q
-        for i_row in range(begin, end):
+        place = with_head(shared, shared.head * META.group + i_member)
+        walk = rows_walk(place, rules.window, visits, META)
+        for n in range(walk[1], walk[4]):
             slot = count % META.stages
             phase = (count // META.stages) & 1
-            place = [i_batch, i_row * TILE_Q, i_query_head, 0]
-            o_query = i_row * TILE_Q + gl.arange(0, TILE_Q, line)
-            # Rows that saw no key or do not exist have no weights.
-            b_lse = gl.load(lse + base + o_query, mask=o_query < seqlen_q, other=float("inf"))
-            b_lse = gl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
-            b_delta = gl.load(delta + base + o_query, mask=o_query < seqlen_q, other=0.0)
+            i_row = row_tile(walk, n, META)
+            where = [i_entry, place.first_q + i_row * TILE_Q, place.head, 0]
+            b_lse, b_delta = load_statistics(lse, delta, place, i_row * TILE_Q + gl.arange(0, TILE_Q, line))
             mbarrier.wait(q_empty.index(slot), phase ^ 1)
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
-            tma_load(q_desc, place, q_full.index(slot), q_smem.index(slot))
+            tma_load(q_desc, where, q_full.index(slot), q_smem.index(slot))
             lse_smem.index(slot).store(b_lse)
             mbarrier.arrive(q_full.index(slot), count=1)
             mbarrier.wait(do_empty.index(slot), phase ^ 1)
             mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes)
-            tma_load(do_desc, place, do_full.index(slot), do_smem.index(slot))
+            tma_load(do_desc, where, do_full.index(slot), do_smem.index(slot))
             delta_smem.index(slot).store(b_delta)
             mbarrier.arrive(do_full.index(slot), count=1)
             count += 1
@@ -91,22 +100,24 @@ def half_of_grad_q(ds_smem, k_smem, I_GROUP: gl.constexpr, META: gl.constexpr):
 
 
 @gluon.jit
-def add_grad_q(dq_desc, dq_smem, b_grad_q, i_batch, i_row, i_head, I_GROUP: gl.constexpr, META: gl.constexpr):
+def add_grad_q(dq_desc, dq_smem, b_grad_q, place, i_row, I_GROUP: gl.constexpr, META: gl.constexpr):
     """Hands the half to the copy engine, which adds it; the engine has read the one before by then."""
     tma_store_wait(0)
     dq_smem.index(I_GROUP).reshape([64, 64]).store(b_grad_q)
     fence_async_shared()
-    row = i_row * META.tile_q
+    i_batch = place.batch * META.dense
+    row = place.first_q + i_row * META.tile_q
     if META.tile_q == 128:
-        tma_add(dq_desc, [i_batch, row + I_GROUP * 64, i_head, 0], dq_smem.index(I_GROUP))
+        tma_add(dq_desc, [i_batch, row + I_GROUP * 64, place.head, 0], dq_smem.index(I_GROUP))
     else:
-        tma_add(dq_desc, [i_batch, row, i_head, I_GROUP * 64], dq_smem.index(I_GROUP))
+        tma_add(dq_desc, [i_batch, row, place.head, I_GROUP * 64], dq_smem.index(I_GROUP))
 
 
 @gluon.jit
 def step(
-    b_grad_k, b_grad_v, i_row, count, place, o_key, descriptors, memory, barriers, sizes, window, factor,
-    META: gl.constexpr, I_GROUP: gl.constexpr, MASKED: gl.constexpr,
+    b_grad_k, b_grad_v, i_row, count, place, o_key, descriptors, memory, barriers, rules,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
+    I_GROUP: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One query tile of one head."""
     TILE_Q: gl.constexpr = META.tile_q
@@ -118,9 +129,7 @@ def step(
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = memory
     _kv_full, q_full, q_empty, do_full, do_empty, ready = barriers
-    seqlen_q, seqlen_k, _heads_kv = sizes
-    left, right = window
-    i_batch, i_head = place
+    _q, _k, _v, _do, dq_desc, _dk, _dv = descriptors
     slot = count % META.stages
     phase = (count // META.stages) & 1
     half = count % 2
@@ -135,21 +144,26 @@ def step(
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
     weight_token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     b_scores = warpgroup_mma_wait(1, [score_token])
+    o_query = (i_row * TILE_Q + gl.arange(0, TILE_Q, gl.SliceLayout(0, scores)))[None, :]
+    MASKED_AT: gl.constexpr = "always" if MASKED else "never"
+    b_scores, m_valid, b_capped, b_plain = ruled(
+        b_scores, True, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED_AT
+    )
     b_lse = lse_smem.index(slot).load(gl.SliceLayout(0, scores))
-    b_weights = gl.exp2(b_scores * factor - b_lse[None, :])
-    if MASKED:
-        o_query = i_row * TILE_Q + gl.arange(0, TILE_Q, gl.SliceLayout(0, scores))
-        m_tile = visible(o_query[None, :], o_key[:, None], seqlen_q, seqlen_k, left, right, META)
-        b_weights = gl.where(m_tile, b_weights, 0.0)
+    b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
     b_left = gl.convert_layout(b_weights.to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
     b_grad_weights = warpgroup_mma_wait(0, [weight_token])
     value_token = warpgroup_mma(b_left, b_grad_out, b_grad_v, is_async=True)
     b_delta = delta_smem.index(slot).load(gl.SliceLayout(0, scores))
-    b_grad = (b_weights * (b_grad_weights - b_delta[None, :])).to(k_smem.dtype)
-    ds_smem.index(half).slice(I_GROUP * ROWS, ROWS, dim=0).store(b_grad)
+    b_grad, _outer = grad_dots(
+        b_weights, b_grad_weights, b_delta[None, :], m_valid, b_capped, b_plain, o_query, o_key[:, None], place, rules,
+        META, SCORE, DERIVATIVE, META.guarded and MASKED, META.collects,
+    )  # fmt: skip
+    b_half = b_grad.to(k_smem.dtype)
+    ds_smem.index(half).slice(I_GROUP * ROWS, ROWS, dim=0).store(b_half)
     fence_async_shared()
     mbarrier.arrive(ready.index(half), count=1)
-    key_token = warpgroup_mma(gl.convert_layout(b_grad, gl.DotOperandLayout(0, keys, 2)), b_q, b_grad_k, is_async=True)
+    key_token = warpgroup_mma(gl.convert_layout(b_half, gl.DotOperandLayout(0, keys, 2)), b_q, b_grad_k, is_async=True)
     b_grad_v = warpgroup_mma_wait(1, [value_token])
     mbarrier.arrive(do_empty.index(slot), count=1)
     mbarrier.wait(ready.index(half), (count // 2) & 1)
@@ -157,55 +171,91 @@ def step(
     b_grad_k = warpgroup_mma_wait(1, [key_token])
     mbarrier.arrive(q_empty.index(slot), count=1)
     b_grad_q = warpgroup_mma_wait(0, [query_token])
-    _q, _k, _v, _do, dq_desc, _dk, _dv = descriptors
-    add_grad_q(dq_desc, dq_smem, b_grad_q, i_batch, i_row, i_head, I_GROUP, META)
+    add_grad_q(dq_desc, dq_smem, b_grad_q, place, i_row, I_GROUP, META)
     return b_grad_k, b_grad_v
 
 
 @gluon.jit
+def walk_rows(
+    b_grad_k, b_grad_v, count, place, o_key, descriptors, memory, barriers, rules, visits,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+):  # fmt: skip
+    """(dK, dV, steps so far) after the queries of one head."""
+    walk = rows_walk(place, rules.window, visits, META)
+    for PART in gl.static_range(3):
+        if has_rows_part(PART, META.masked, META.left):
+            begin, end = rows_part(walk, PART)
+            # Read one step ahead; lists have room for that.
+            i_next = row_tile(walk, begin, META)
+            for n in range(begin, end):
+                i_row = i_next
+                i_next = row_tile(walk, n + 1, META)
+                b_grad_k, b_grad_v = step(
+                    b_grad_k, b_grad_v, i_row, count, place, o_key, descriptors, memory, barriers, rules,
+                    META, SCORE, DERIVATIVE, MASK, I_GROUP, PART != 1,
+                )  # fmt: skip
+                count += 1
+    return b_grad_k, b_grad_v, count
+
+
+@gluon.jit
+def without_nan(smem):
+    """Puts zeros where rows of shared memory hold what is no number, for a weight of 0 does not stop that.
+
+    Rows of queries that saw such a key need no care: their log-sum-exp or delta is NaN.
+    """
+    BLOCK: gl.constexpr = smem.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    b_rows = smem.load(layout).to(gl.float32)
+    m_bad = b_rows - b_rows != 0.0
+    if gl.max(gl.max(m_bad.to(gl.int32), 1), 0) > 0:
+        smem.store(gl.where(m_bad, 0.0, b_rows).to(smem.dtype))
+        fence_async_shared()
+
+
+@gluon.jit
 def consumer(
-    descriptors, memory, barriers, sizes, window, scale, META: gl.constexpr, I_GROUP: gl.constexpr
+    descriptors, memory, barriers, results, call,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
     """One math warpgroup: 64 keys, and half of every dQ."""
     TILE_Q: gl.constexpr = META.tile_q
+    TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     kv_full, _q_full, _q_empty, _do_full, _do_empty, ready = barriers
-    seqlen_q, seqlen_k, heads_kv = sizes
-    left, right = window
-    i_batch, i_shared, i_column = place_of_program(seqlen_k, heads_kv, META)
-    begin, full_begin, full_end, end = query_tiles(i_column, seqlen_q, seqlen_k, left, right, META)
+    dk, dv = results
+    packing, size, rules, visits = call
+    shared = key_tile(packing, size, visits, ONE_GROUP, META)
     b_grad_k = gl.zeros([ROWS, BLOCK_D], gl.float32, keys)
     b_grad_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, values)
-    first = i_column * META.tile_kv + I_GROUP * ROWS
+    first = shared.tile * TILE_KV + I_GROUP * ROWS
     o_key = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
-    factor = scale * LOG2E
     count = 0
     mbarrier.wait(kv_full, 0)
+    if META.guarded:
+        k_smem, v_smem, _q, _do, _lse, _delta, _ds, _dq = memory
+        without_nan(k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0))
+        without_nan(v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0))
     for i_member in range(META.group):
-        i_head = i_shared * META.group + i_member
-        for PART in gl.static_range(3):
-            if has_part(PART, META.right, META.left):
-                low, high = part(begin, full_begin, full_end, end, PART)
-                for i_row in range(low, high):
-                    b_grad_k, b_grad_v = step(
-                        b_grad_k, b_grad_v, i_row, count, (i_batch, i_head), o_key, descriptors, memory, barriers,
-                        sizes, window, factor, META, I_GROUP, PART != 1,
-                    )  # fmt: skip
-                    count += 1
+        place = with_head(shared, shared.head * META.group + i_member)
+        b_grad_k, b_grad_v, count = walk_rows(
+            b_grad_k, b_grad_v, count, place, o_key, descriptors, memory, barriers, rules, visits,
+            META, SCORE, DERIVATIVE, MASK, I_GROUP,
+        )  # fmt: skip
     tma_store_wait(0)
     # Both are done reading queries and gradients once both are here: that memory takes the results.
     mbarrier.arrive(ready.index(2), count=1)
     mbarrier.wait(ready.index(2), 0)
-    store_grads(descriptors, memory, b_grad_k * scale, b_grad_v, i_batch, first, i_shared, I_GROUP, META)
+    store_grads(descriptors, memory, dk, dv, b_grad_k * rules.scale, b_grad_v, shared, first, I_GROUP, META)
 
 
 @gluon.jit
 def store_grads(
-    descriptors, memory, b_grad_k, b_grad_v, i_batch, first, i_head, I_GROUP: gl.constexpr, META: gl.constexpr
+    descriptors, memory, dk, dv, b_grad_k, b_grad_v, place, first, I_GROUP: gl.constexpr, META: gl.constexpr
 ):  # fmt: skip
     """dK and dV of 64 keys, through the memory of a slot of queries and of gradients."""
     HALVES: gl.constexpr = META.tile_q // 64
@@ -217,38 +267,52 @@ def store_grads(
     v_out = view_as(do_smem.index(I_GROUP), k_desc.dtype, [HALVES, 1, ROWS, 1, BLOCK_DV], dv_desc.layout).index(0)
     k_out.reshape([ROWS, BLOCK_D]).store(b_grad_k.to(k_desc.dtype))
     v_out.reshape([ROWS, BLOCK_DV]).store(b_grad_v.to(k_desc.dtype))
-    fence_async_shared()
-    tma_store(dk_desc, [i_batch, first, i_head, 0], k_out)
-    tma_store(dv_desc, [i_batch, first, i_head, 0], v_out)
-    tma_store_wait(0)
+    if META.packed:
+        row, left = place.first_k + first, place.seqlen_k - first
+        store_rows(dk, k_out.reshape([ROWS, BLOCK_D]), row, left, place.head, META.headdim)
+        store_rows(dv, v_out.reshape([ROWS, BLOCK_DV]), row, left, place.head, META.headdim_v)
+    else:
+        fence_async_shared()
+        tma_store(dk_desc, [place.batch, first, place.head, 0], k_out)
+        tma_store(dv_desc, [place.batch, first, place.head, 0], v_out)
+        tma_store_wait(0)
 
 
 @gluon.jit
-def first_consumer(descriptors, memory, barriers, sizes, window, scale, META: gl.constexpr):
-    consumer(descriptors, memory, barriers, sizes, window, scale, META, 0)
+def first_consumer(
+    descriptors, memory, barriers, results, call,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    consumer(descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK, 0)
 
 
 @gluon.jit
-def second_consumer(descriptors, memory, barriers, sizes, window, scale, META: gl.constexpr):
-    consumer(descriptors, memory, barriers, sizes, window, scale, META, 1)
+def second_consumer(
+    descriptors, memory, barriers, results, call,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    consumer(descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK, 1)
 
 
 @gluon.jit
-def specialize(descriptors, memory, barriers, statistics, sizes, window, scale, META: gl.constexpr):
+def specialize(
+    descriptors, memory, barriers, statistics, results, call,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
     """The roles of the warps, and their registers."""
     gl.warp_specialize([
-        (first_consumer, (descriptors, memory, barriers, sizes, window, scale, META)),
-        (second_consumer, (descriptors, memory, barriers, sizes, window, scale, META)),
-        (loader, (descriptors, memory, barriers, statistics, sizes, window, META)),
+        (first_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
+        (second_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
+        (loader, (descriptors, memory, barriers, statistics, call, META)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "heads_kv", "left", "right"])
+@gluon.jit
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, lse, delta,
-    seqlen_q, seqlen_k, heads_kv, left, right, scale, META: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, lse, delta, dk, dv, packing, size, rules, visits,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """One program a key tile and key/value head. lse, delta: (batch, heads, seqlen_q); dQ unscaled, float32."""
+    """One program a key tile and key/value head; dQ unscaled, float32. Gradients of captured tensors are added."""
     STAGES: gl.constexpr = META.stages
     TILE_Q: gl.constexpr = META.tile_q
     TILE_KV: gl.constexpr = META.tile_kv
@@ -276,8 +340,10 @@ def backward_kernel(
         (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem),
         (kv_full, q_full, q_empty, do_full, do_empty, ready),
         (lse, delta),
-        (seqlen_q, seqlen_k, heads_kv),
-        (left, right),
-        scale,
+        (dk, dv),
+        (packing, size, rules, visits),
         META,
+        SCORE,
+        DERIVATIVE,
+        MASK,
     )

@@ -1,8 +1,8 @@
 """Launches: descriptors over the caller's tensors, and the grid."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +11,29 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends import Gradients
+from flashtile.backends.hopper.around import after_kernel, before_kernel
 from flashtile.backends.hopper.backward import backward_kernel
-from flashtile.backends.hopper.forward import ROWS, forward_kernel
+from flashtile.backends.hopper.forward import forward_kernel
+from flashtile.backends.hopper.softmax import ROWS
+from flashtile.kernels import visits
+from flashtile.kernels.arguments import (
+    beside,
+    functions_of,
+    modified,
+    packing_of,
+    programs_of,
+    rows_of,
+    rules_of,
+    size_of,
+    stats_of,
+)
+from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.region import region
+from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig
+
+KERNELS = (forward_kernel, before_kernel, backward_kernel, after_kernel)
 
 REGISTERS = {2: 168, 3: 128}
 """Registers a thread that a kernel is compiled for, by consumers; they trade among the warps once it runs."""
@@ -23,47 +41,73 @@ REGISTERS = {2: 168, 3: 128}
 
 @dataclass(frozen=True)
 class Meta:
-    """What a kernel is compiled for, beside types: see the configs of `tuning.hopper`, and `Problem`.
+    """What a kernel is compiled for, beside types and which fields are None: see the configs of `tuning.hopper`.
 
-    left, right: whether the window ends on that side. dynamic: tiles go to whoever is done first.
+    masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
+    left, right: whether the window ends on that side. sections: tiles of several heads are handed out together.
+    dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
+    shared_o: the output leaves through the memory of its queries. guarded: what a mask hides may hold NaN, or have no
+    finite gradient. careful: what lies beside what is seen may hold NaN.
+    collects: gradients of captured tensors are added.
     """
 
     tile_q: int
     tile_kv: int
     consumers: int
     stages: int
+    headdim: int
+    headdim_v: int
     block_d: int
     block_dv: int
     group: int
+    modified: bool
+    reversed: bool
+    sections: bool
+    window_top_left: bool
+    alibi_top_left: bool
+    masked: str
     left: bool
     right: bool
-    top_left: bool
-    dynamic: bool
-    q_in_registers: bool
+    dense: int
+    packed: bool
+    shared_o: bool
+    guarded: bool
+    careful: bool
+    collects: bool
 
 
-def meta_of(problem: Problem, config: HopperConfig | BackwardConfig) -> Meta:
-    left, right, top_left, _ = region(problem.mask)
+@lru_cache(maxsize=4096)
+def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: bool) -> Meta:
+    left, right, top_left, rest = region(problem.mask)
+    # Sums over what functions captured leave out what the mask hides, so the mask is asked everywhere.
+    always = bool(rest) or any(problem.wanted.score)
     return Meta(
         tile_q=config.tile_q,
         tile_kv=config.tile_kv,
         consumers=config.consumers,
         stages=config.stages,
+        headdim=problem.headdim,
+        headdim_v=problem.headdim_v,
         block_d=block(problem.headdim),
         block_dv=block(problem.headdim_v),
         group=problem.group,
+        modified=modified(problem),
+        reversed=right is not None and not listed,
+        sections=right is not None or listed,
+        window_top_left=top_left,
+        alibi_top_left=problem.alignment == "top_left",
+        masked="lists" if listed else "always" if always else "edges",
         left=left is not None,
         right=right is not None,
-        top_left=top_left,
-        dynamic=right is not None and not problem.backward,
-        q_in_registers=isinstance(config, HopperConfig) and config.q_in_registers,
+        dense=int(not problem.varlen),
+        packed=problem.varlen,
+        shared_o=isinstance(config, HopperConfig)
+        and config.shared_o
+        and block(problem.headdim) == block(problem.headdim_v),
+        guarded=bool(rest) or bool(problem.score_mod),
+        careful=bool(rest) or problem.varlen,
+        collects=any(problem.wanted.score),
     )
-
-
-def limits_of(problem: Problem) -> tuple[int, int]:
-    """The window's numbers, 0 where it has none."""
-    left, right, _, _ = region(problem.mask)
-    return left or 0, right or 0
 
 
 def block(headdim: int) -> int:
@@ -74,63 +118,149 @@ def block(headdim: int) -> int:
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
-def options(config: HopperConfig | BackwardConfig) -> dict[str, Any]:
-    """What the compiler is told."""
-    return {"num_warps": 4, "maxnreg": REGISTERS[config.consumers], "enable_fp_fusion": True}
-
-
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
-    """Tiles of `rows` of one head of a (batch, seqlen, heads, headdim) tensor."""
+    """Tiles of `rows` of one head of a (batch, seqlen, heads, headdim) or packed (total, heads, headdim) tensor."""
+    tensor = tensor if tensor.ndim == 4 else tensor[None]
     shape = [1, rows, 1, columns]
     layout = gl.NVMMASharedLayout.get_default_for(shape, _TYPES[tensor.dtype])
     return TensorDescriptor(tensor, tensor.shape, tensor.stride(), shape, layout)
 
 
-def on_device(kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any]) -> None:
-    """Launches on the device of the tensors."""
-    with torch.cuda.device(given[0].base.device):
-        kernel[(programs,)](*given, **options)
+def on_device(kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Launches on the current device; returns the compiled kernel."""
+    return kernel[(programs,)](*arguments, **options)
 
 
 class Machine(NamedTuple):
     """Where launches go, a device or an emulator in its place; processors: how many programs run at once there."""
 
-    launch: Callable[[Any, int, Sequence[Any], dict[str, Any]], None] = on_device
+    launch: Callable[[Any, int, Sequence[Any], dict[str, Any]], Any] = on_device
     processors: int | None = None
 
     def programs(self, total: int, device: torch.device) -> int:
-        there = self.processors or torch.cuda.get_device_properties(device).multi_processor_count
-        return min(total, there)
+        """Of a kernel whose programs take one tile after the other."""
+        return min(total, self.processors or _processors(device))
+
+
+DEVICE = Machine()
+"""Where launches go if nobody says otherwise: to the device that holds the tensors."""
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all launches of one pass share."""
+
+    machine: Machine
+    tape: Tape | None
+    inputs: Inputs
+    problem: Problem
+    config: Any
+    meta: Meta
+    shared: dict[str, Any]
+    functions: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        machine: Machine | None,
+        inputs: Inputs,
+        problem: Problem,
+        config: Any,
+        tape: Tape | None = None,
+        totals: Sequence[Tensor | None] | None = None,
+    ) -> "Call":
+        """`totals`: where gradients of captured tensors go; None: this is a forward pass."""
+        functions, arguments = functions_of(inputs, problem, totals)
+        meta = meta_of(problem, config, visits.listed(inputs, problem))
+        shared = {"packing": packing_of(inputs), "rules": rules_of(inputs, problem, *arguments)}
+        return cls(machine or DEVICE, tape, inputs, problem, config, meta, shared, functions)
+
+    def tiles(self, keys: bool) -> tuple[int, dict[str, Any]]:
+        """(how many tiles of queries or keys there are, of all heads; what tells a kernel where they lie)."""
+        problem, config = self.problem, self.config
+        rows, tile, heads = self.inputs.q.shape[-3], config.tile_q, problem.heads
+        if keys:
+            rows, tile, heads = self.inputs.k.shape[-3], config.tile_kv, problem.heads_kv
+        count = programs_of(problem, rows, tile)
+        total = count * heads * (1 if problem.varlen else problem.batch)
+        return total, {**self.shared, "size": size_of(problem, heads, count)}
+
+    def lists(self, keys: bool) -> dict[str, Any]:
+        """Which tiles a tile meets, where the mask is no window."""
+        if self.meta.masked != "lists":
+            return {"visits": None}
+        tiles = self.config.tile_q, self.config.tile_kv
+        return {"visits": visits.of(self.inputs, self.problem, *tiles, keys)}
+
+    def launch(self, kernel: Any, programs: int, given: dict[str, Any], **options: Any) -> None:
+        """Nothing to do is no launch."""
+        if programs == 0:
+            return
+        given = {**given, "META": self.meta}
+        arguments = [given[parameter.name] for parameter in kernel.params]
+        with prepared(self.inputs.q.device):
+            compiled = self.machine.launch(kernel, programs, arguments, {"enable_fp_fusion": True, **options})
+        if self.tape is not None:
+            self.tape.record(compiled, programs, arguments)
+
+    def warps(self) -> dict[str, Any]:
+        """What the compiler is told of specialised warps: those of one group."""
+        return {"num_warps": 4, "maxnreg": REGISTERS[self.config.consumers]}
 
 
 def forward(
-    inputs: Inputs, problem: Problem, config: HopperConfig, machine: Machine = Machine()
+    inputs: Inputs,
+    problem: Problem,
+    config: HopperConfig,
+    machine: Machine | None = None,
+    memory: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
-    q = inputs.q
-    out = torch.empty((*q.shape[:-1], problem.headdim_v), dtype=problem.out_dtype, device=q.device)
-    lse = torch.empty((problem.batch, problem.heads, problem.seqlen_q), dtype=torch.float32, device=q.device)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    # Rows between packed sequences belong to no program.
+    make = torch.zeros if problem.varlen else torch.empty
+    out = make((*q.shape[:-1], problem.headdim_v), dtype=problem.out_dtype, device=q.device)
+    lse = _stats(inputs, problem, -torch.inf)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    meta, rows = meta_of(problem, config), ROWS.value
-    tiles = -(-problem.seqlen_q // config.tile_q) * problem.batch * problem.heads
-    given = (
-        descriptor(q, rows, meta.block_d),
-        descriptor(inputs.k, meta.tile_kv, meta.block_d),
-        descriptor(inputs.v, meta.tile_kv, meta.block_dv),
-        descriptor(out, rows, meta.block_dv),
-        lse,
-        counter,
-        problem.seqlen_q,
-        problem.seqlen_kv,
-        problem.heads,
-        min(config.section, problem.batch * problem.heads),
-        tiles,
-        *limits_of(problem),
-        problem.scale * math.log2(math.e),
-        meta,
-    )
-    machine.launch(forward_kernel, machine.programs(tiles, q.device), given, options(config))
+
+    def launches(tape: Tape | None) -> None:
+        call = Call.of(machine, inputs, problem, config, tape)
+        total, where = call.tiles(keys=False)
+        meta, rows = call.meta, ROWS.value
+        given = {
+            "q_desc": descriptor(q, rows, meta.block_d),
+            "k_desc": descriptor(k, meta.tile_kv, meta.block_d),
+            "v_desc": descriptor(v, meta.tile_kv, meta.block_dv),
+            "o_desc": descriptor(out, rows, meta.block_dv),
+            "sources": tuple(map(rows_of, (q, k, v))) if meta.careful else None,
+            "out": rows_of(out) if problem.varlen else None,
+            "lse": stats_of(lse),
+            "counter": counter,
+            "section": min(config.section, problem.heads * (1 if problem.varlen else problem.batch)),
+            "total": total,
+            **where,
+            **call.lists(keys=False),
+            "sinks": inputs.sinks,
+            **call.functions,
+        }
+        call.launch(forward_kernel, call.machine.programs(total, q.device), given, **call.warps())
+
+    lists = visits.tensors_of(inputs, problem, config.tile_q, config.tile_kv, False)
+    perform(launches, (q, k, v, out, lse, counter, *lists, *beside(inputs)), memory)
     return out, lse
+
+
+def _stats(inputs: Inputs, problem: Problem, fill: float) -> Tensor:
+    """Memory for one number a query, (batch, heads, seqlen_q), packed (heads, total); `fill` where no kernel writes."""
+    q = inputs.q
+    if problem.varlen:
+        return torch.full((problem.heads, len(q)), fill, dtype=torch.float32, device=q.device)
+    return torch.empty((problem.batch, problem.heads, problem.seqlen_q), dtype=torch.float32, device=q.device)
 
 
 def backward(
@@ -141,36 +271,75 @@ def backward(
     lse: Tensor,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
-    machine: Machine = Machine(),
+    machine: Machine | None = None,
+    memory: dict[Any, Any] | None = None,
 ) -> Gradients:
-    """The gradients of q, k and v."""
+    """The gradients of q, k and v, of sinks, and of what functions captured."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = zero_grads(inputs, problem)
+    totals = [None if total is None else total.float() for total in grads.score]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.to(q.dtype)
     if not described(grad_out):
         grad_out = grad_out.contiguous()
-    # delta = rowsum(dO * O) - dlse, as (batch, heads, seqlen_q).
-    delta = (out.float() * grad_out).sum(-1).transpose(1, 2)
-    delta = (delta if grad_lse is None else delta - grad_lse).contiguous()
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=q.device) for tensor in (k, v))
-    meta, rows = meta_of(problem, config), ROWS.value
-    given = (
-        descriptor(q, meta.tile_q, meta.block_d),
-        descriptor(k, meta.tile_kv, meta.block_d),
-        descriptor(v, meta.tile_kv, meta.block_dv),
-        descriptor(grad_out, meta.tile_q, meta.block_dv),
-        descriptor(dq, rows, rows),
-        descriptor(dk, rows, meta.block_d),
-        descriptor(dv, rows, meta.block_dv),
-        lse.contiguous(),
-        delta,
-        problem.seqlen_q,
-        problem.seqlen_kv,
-        problem.heads_kv,
-        *limits_of(problem),
-        problem.scale,
-        meta,
-    )
-    programs = -(-problem.seqlen_kv // meta.tile_kv) * problem.batch * problem.heads_kv
-    machine.launch(backward_kernel, programs, given, options(config))
-    return Gradients((dq * problem.scale).to(q.dtype), dk, dv)
+    lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
+    make = torch.zeros if problem.varlen else torch.empty
+    dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    delta = _stats(inputs, problem, 0.0)
+    sums = make(q.shape, dtype=torch.float32, device=q.device)
+    written = (dq, dk, dv, delta, sums, *totals)
+
+    def launches(tape: Tape | None) -> None:
+        call = Call.of(machine, inputs, problem, config, tape, totals)
+        _before(call, out, grad_out, grad_lse, delta, sums)
+        _through(call, grad_out, lse, delta, sums, dk, dv)
+        programs, where = call.tiles(keys=False)
+        given = {"sums": rows_of(sums), "dq": rows_of(dq), "scale": problem.scale, **_plain(where)}
+        call.launch(after_kernel, programs, given)
+
+    lists = visits.tensors_of(inputs, problem, config.tile_q, config.tile_kv, True)
+    perform(launches, (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs)), memory)
+    if inputs.sinks is not None and grads.sinks is not None:
+        grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
+    return Gradients(dq, dk, dv, sinks=grads.sinks, score=totals)
+
+
+def _plain(where: dict[str, Any]) -> dict[str, Any]:
+    """What kernels need that ask nothing of scores."""
+    return {name: where[name] for name in ("packing", "size")}
+
+
+def _before(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor, sums: Tensor) -> None:
+    """rowsum(dO * O) - dlse, and zeros for the sums of dQ."""
+    programs, where = call.tiles(keys=False)
+    given = {
+        "out": rows_of(out),
+        "grad_out": rows_of(grad_out),
+        "grad_lse": None if grad_lse is None else stats_of(grad_lse),
+        "delta": stats_of(delta),
+        "sums": rows_of(sums),
+        **_plain(where),
+    }
+    call.launch(before_kernel, programs, given)
+
+
+def _through(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, sums: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """dK, dV and the sums of dQ."""
+    inputs, meta, rows = call.inputs, call.meta, ROWS.value
+    programs, where = call.tiles(keys=True)
+    given = {
+        "q_desc": descriptor(inputs.q, meta.tile_q, meta.block_d),
+        "k_desc": descriptor(inputs.k, meta.tile_kv, meta.block_d),
+        "v_desc": descriptor(inputs.v, meta.tile_kv, meta.block_dv),
+        "do_desc": descriptor(grad_out, meta.tile_q, meta.block_dv),
+        "dq_desc": descriptor(sums, rows, rows),
+        "dk_desc": descriptor(dk, rows, meta.block_d),
+        "dv_desc": descriptor(dv, rows, meta.block_dv),
+        "lse": stats_of(lse),
+        "delta": stats_of(delta),
+        "dk": rows_of(dk) if meta.packed else None,
+        "dv": rows_of(dv) if meta.packed else None,
+        **where,
+        **call.lists(keys=True),
+        **call.functions,
+    }
+    call.launch(backward_kernel, programs, given, **call.warps())

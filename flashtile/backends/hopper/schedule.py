@@ -1,59 +1,195 @@
-"""Which query tile a program works on, and in which order: persistent programs, the tiles with the most to do first."""
+"""Which tile a program works on next, and in which order: persistent programs, the tiles with the most to do first."""
 
 import triton
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier
+from flashtile.kernels.places import SCANNED, diagonal_of, keys_of_tile, number_of, place_at, query_span, visited
+from flashtile.kernels.words import Place
+
+ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+ONE_GROUP = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
-def place_of(i_tile, tiles_q, heads, section, total, META: gl.constexpr):
-    """(batch entry, head, query tile) of a number below `total`.
+def query_tile(i_number, packing, size, section, total, visits, META: gl.constexpr):
+    """The `Place` of a number below `total`, for the loading warp.
 
-    Without a diagonal the tiles of a head follow each other. With one, later tiles have more to do: `section` heads,
-    whose keys fit into the L2 cache together, give their last tiles first, then those before.
+    `section` heads, whose keys fit into the L2 cache together, give their heaviest tiles first, then those after; where
+    all tiles weigh the same, those of a head follow each other.
     """
-    if META.right:
-        i_section = i_tile // (tiles_q * section)
-        within = i_tile % (tiles_q * section)
-        members = gl.minimum(section, total // tiles_q - i_section * section)
-        i_row = tiles_q - 1 - within // members
+    tiles = number_of(size.tiles)
+    heads = number_of(size.heads)
+    if META.sections:
+        i_section = i_number // (tiles * section)
+        within = i_number % (tiles * section)
+        members = gl.minimum(section, total // tiles - i_section * section)
+        i_rank = within // members
         i_pair = i_section * section + within % members
     else:
-        i_row = i_tile % tiles_q
-        i_pair = i_tile // tiles_q
-    return i_pair // heads, i_pair % heads, i_row
+        i_rank = i_number % tiles
+        i_pair = i_number // tiles
+    o_lanes = gl.arange(0, SCANNED, ONE_WARP)
+    return place_at(
+        i_pair // heads, i_pair % heads, i_rank, o_lanes, packing, size, visits,
+        META.tile_q, False, META.reversed, META.masked == "lists",
+    )  # fmt: skip
 
 
 @gluon.jit
-def key_tiles(i_row, seqlen_q, seqlen_k, left, right, META: gl.constexpr):
-    """(begin, full_begin, full_end, end) of the key tiles of a query tile; [full_begin, full_end) need no mask.
+def walk_of(place, window, visits, META: gl.constexpr):
+    """(tiles, first, full_begin, full_end, steps): how a query tile walks its keys, at least one step.
 
-    At least one: where a tile sees nothing, its mask says so.
+    Step n meets tile `first` - n, or the n-th of the list at `tiles`; steps [full_begin, full_end) need no mask.
     """
-    first = i_row * META.tile_q
-    last = gl.minimum(first + META.tile_q, seqlen_q) - 1
-    diagonal = 0 if META.top_left else seqlen_k - seqlen_q
-    tiles = gl.cdiv(seqlen_k, META.tile_kv)
-    begin = tiles * 0
-    full_begin = tiles * 0
-    end = tiles
-    full_end = seqlen_k // META.tile_kv
-    if META.right:
-        end = gl.minimum(tiles, gl.cdiv(gl.maximum(last + diagonal + right + 1, 0), META.tile_kv))
-        full_end = gl.minimum(full_end, gl.maximum(first + diagonal + right + 1, 0) // META.tile_kv)
-    if META.left:
-        begin = gl.minimum(gl.maximum(first + diagonal - left, 0) // META.tile_kv, tiles - 1)
-        full_begin = gl.cdiv(gl.maximum(last + diagonal - left, 0), META.tile_kv)
-    end = gl.maximum(end, begin + 1)
-    full_begin = gl.minimum(gl.maximum(full_begin, begin), end)
-    full_end = gl.maximum(gl.minimum(full_end, end), full_begin)
-    return begin, full_begin, full_end, end
+    if META.masked == "lists":
+        partial, steps, tiles = visited(visits, place)
+        first = partial * 0
+        full_begin = partial
+        full_end = steps
+    else:
+        begin, every_begin, every_end, end = keys_of_tile(place, window, META)
+        end = gl.maximum(end, begin + 1)
+        tiles = end - 1
+        first = end - 1
+        full_begin = end - every_end
+        full_end = end - every_begin
+        steps = end - begin
+    return tiles, first, full_begin, full_end, gl.maximum(steps, 1)
 
 
 @gluon.jit
-def part(begin, full_begin, full_end, end, PART: gl.constexpr):
-    """[from, to) of the tiles before the full ones (PART 0), of those (1), and of those behind (2)."""
+def tile_of(walk, n, META: gl.constexpr):
+    """The number of the tile that step n meets."""
+    tiles, first, _full_begin, _full_end, _steps = walk
+    return gl.load(tiles + n) if META.masked == "lists" else first - n
+
+
+@gluon.jit
+def part_of(walk, PART: gl.constexpr, META: gl.constexpr):
+    """[begin, end) of the steps that come before those without a mask (PART 0), of those (1), and of those after (2);
+    step 0 is none of them: it asks the mask in any case."""
+    _tiles, _first, full_begin, full_end, steps = walk
+    begin = steps * 0 + 1
+    end = steps
+    if META.masked != "always":
+        if PART == 0:
+            end = gl.minimum(full_begin, steps)
+        elif PART == 1:
+            begin = gl.maximum(full_begin, 1)
+            end = gl.minimum(full_end, steps)
+        else:
+            begin = gl.maximum(full_end, 1)
+    return begin, end
+
+
+@triton.constexpr_function
+def has_part(part, masked, before, after):
+    """Whether a walk has such a part, see `part_of`. `before`, `after`: whether a window cuts there."""
+    if masked == "always":
+        return part == 0
+    if masked == "lists":
+        return part < 2
+    return part == 1 or (before if part == 0 else after)
+
+
+@gluon.jit
+def announce(mailbox, place, turn, META: gl.constexpr):
+    """The loader tells the math warpgroups which tile comes next."""
+    values, full, empty = mailbox
+    mbarrier.wait(empty, (turn & 1) ^ 1)
+    write(values, 0, place.batch)
+    write(values, 1, place.head)
+    write(values, 2, place.tile)
+    if META.packed:
+        write(values, 3, place.first_q)
+        write(values, 4, place.first_k)
+        write(values, 5, place.seqlen_q)
+        write(values, 6, place.seqlen_k)
+    mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def end(mailbox, turn):
+    """The loader tells them that none does."""
+    values, full, empty = mailbox
+    mbarrier.wait(empty, (turn & 1) ^ 1)
+    write(values, 0, -1)
+    mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def hear(mailbox, size, turn, META: gl.constexpr):
+    """What `announce` said; the batch entry is -1 where there is nothing more to do."""
+    values, full, empty = mailbox
+    mbarrier.wait(full, turn & 1)
+    i_batch = read(values, 0)
+    i_head = read(values, 1)
+    i_tile = read(values, 2)
+    first_q = i_batch * 0
+    first_k = i_batch * 0
+    seqlen_q = number_of(size.seqlen_q)
+    seqlen_k = number_of(size.seqlen_k)
+    if META.packed:
+        first_q = read(values, 3)
+        first_k = read(values, 4)
+        seqlen_q = read(values, 5)
+        seqlen_k = read(values, 6)
+    mbarrier.arrive(empty, count=1)
+    return Place(i_batch, i_head, i_tile, first_q, first_k, seqlen_q, seqlen_k)
+
+
+@gluon.jit
+def write(values, FIELD: gl.constexpr, number):
+    values.index(FIELD).store(gl.full([1], 0, gl.int32, ONE_WARP) + number)
+
+
+@gluon.jit
+def read(values, FIELD: gl.constexpr):
+    return gl.sum(values.index(FIELD).load(ONE_GROUP), 0)
+
+
+@gluon.jit
+def rows_walk(place, window, visits, META: gl.constexpr):
+    """(tiles, begin, full_begin, full_end, end): how a key tile walks the queries of a head.
+
+    Step n meets tile n, or the n-th of the list at `tiles`; steps [full_begin, full_end) need no mask.
+    """
+    first_key = place.tile * META.tile_kv
+    last_key = gl.minimum(first_key + META.tile_kv, place.seqlen_k) - 1
+    if META.masked == "lists":
+        partial, end, tiles = visited(visits, place)
+        begin = partial * 0
+        full_begin = partial
+        full_end = end
+    else:
+        diagonal = diagonal_of(place, META.window_top_left)
+        begin, full_begin, full_end, end = query_span(
+            window, diagonal, first_key, last_key, place.seqlen_q, META.tile_q
+        )
+        tiles = begin
+        if META.left:
+            full_end = gl.maximum(full_end, full_begin)
+        else:
+            # Rows beyond the end have no weights: no mask is needed for them.
+            full_end = end
+    if META.masked == "always" or first_key + META.tile_kv > place.seqlen_k:
+        # Keys beyond the end may score more than any other.
+        full_begin = end
+        full_end = end
+    return tiles, begin, full_begin, full_end, end
+
+
+@gluon.jit
+def row_tile(walk, n, META: gl.constexpr):
+    """The number of the query tile that step n meets."""
+    return gl.load(walk[0] + n) if META.masked == "lists" else n
+
+
+@gluon.jit
+def rows_part(walk, PART: gl.constexpr):
+    """[begin, end) of the steps before those without a mask (PART 0), of those (1), and of those after (2)."""
+    _tiles, begin, full_begin, full_end, end = walk
     if PART == 0:
         end = full_begin
     elif PART == 1:
@@ -65,60 +201,8 @@ def part(begin, full_begin, full_end, end, PART: gl.constexpr):
 
 
 @triton.constexpr_function
-def has_part(number, before, behind):
-    """Whether a walk has such a part: `before`, `behind`: whether a window ends on that side."""
-    return number == 1 or (before if number == 0 else behind)
-
-
-@gluon.jit
-def query_tiles(i_column, seqlen_q, seqlen_k, left, right, META: gl.constexpr):
-    """(begin, full_begin, full_end, end) of the query tiles of a key tile; [full_begin, full_end) need no mask.
-
-    Rows and keys beyond the ends need none either: the former have no weights, the latter are zeros.
-    """
-    first = i_column * META.tile_kv
-    last = gl.minimum(first + META.tile_kv, seqlen_k) - 1
-    diagonal = 0 if META.top_left else seqlen_k - seqlen_q
-    end = gl.cdiv(seqlen_q, META.tile_q)
-    begin = end * 0
-    full_begin = end * 0
-    full_end = end
-    if META.right:
-        begin = gl.minimum(gl.maximum(first - diagonal - right, 0) // META.tile_q, end)
-        full_begin = gl.cdiv(gl.maximum(last - diagonal - right, 0), META.tile_q)
-    if META.left:
-        full_end = gl.maximum(first - diagonal + left + 1, 0) // META.tile_q
-        end = gl.minimum(end, gl.cdiv(gl.maximum(last - diagonal + left + 1, 0), META.tile_q))
-    end = gl.maximum(end, begin)
-    full_begin = gl.minimum(gl.maximum(full_begin, begin), end)
-    full_end = gl.maximum(gl.minimum(full_end, end), full_begin)
-    return begin, full_begin, full_end, end
-
-
-@gluon.jit
-def hand_out(counter, i_tile, META: gl.constexpr):
-    """The loader's next tile: whoever is done first takes the next one, or every program takes every n-th."""
-    if META.dynamic:
-        return gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
-    return i_tile + gl.num_programs(0)
-
-
-@gluon.jit
-def announce(mailbox, i_next, turn):
-    """The loader tells the math warpgroups which tile comes next."""
-    value, full, empty = mailbox
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(empty, (turn & 1) ^ 1)
-    value.store(gl.full([1], 0, gl.int32, one) + i_next)
-    mbarrier.arrive(full, count=1)
-
-
-@gluon.jit
-def hear(mailbox, turn):
-    """What `announce` said."""
-    value, full, empty = mailbox
-    four: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(full, turn & 1)
-    i_next = gl.sum(value.load(four), 0)
-    mbarrier.arrive(empty, count=1)
-    return i_next
+def has_rows_part(part, masked, after):
+    """Whether such a walk has such a part; `after`: whether a window cuts there."""
+    if masked == "always":
+        return part == 0
+    return part < 2 or (after and masked != "lists")

@@ -49,22 +49,9 @@ def refuses(problem: Problem) -> str | None:
         return f"it computes in float32; the tensors are {problem.dtype}"
     if max(problem.headdim, problem.headdim_v) > _LARGEST:
         return f"headdim {problem.headdim} and headdim_v {problem.headdim_v}: it takes up to {_LARGEST}"
-    return _functions(problem)
+    from flashtile.kernels import support
 
-
-def _functions(problem: Problem) -> str | None:
-    """What stands against the score function and the mask."""
-    from flashtile import lower
-
-    rest = region(problem.mask).rest
-    if (rest or problem.score_mod) and max(problem.seqlen_q, problem.seqlen_kv) > lower.LONGEST:
-        return f"functions of positions are exact up to {lower.LONGEST}"
-    reason = lower.unsupported_mask(rest) if rest else None
-    if reason is None and problem.score_mod:
-        reason = lower.unsupported(problem.score_mod)
-    if reason is None and problem.deterministic and any(problem.wanted.score):
-        reason = "gradients of captured tensors are added in any order, and deterministic results were asked for"
-    return reason
+    return support.functions(problem)
 
 
 def configure(problem: Problem, family: str | None = None) -> PortableConfig:

@@ -12,15 +12,6 @@ Every sum has a fixed order: results repeat bit for bit.
 import triton
 import triton.language as tl
 
-from flashtile.backends.portable.tiles import (
-    load_queries,
-    load_rows,
-    load_stats,
-    load_tile,
-    open_keys,
-    open_tiles,
-    store_rows,
-)
 from flashtile.kernels.places import (
     diagonal_of,
     key_range,
@@ -38,6 +29,15 @@ from flashtile.kernels.places import (
     with_head,
 )
 from flashtile.kernels.rules import alibi_distance, allowed, grad_scores, has_nan, kept, only_seen
+from flashtile.kernels.tiles import (
+    load_queries,
+    load_rows,
+    load_stats,
+    load_tile,
+    open_keys,
+    open_tiles,
+    store_rows,
+)
 from flashtile.kernels.words import Place
 
 

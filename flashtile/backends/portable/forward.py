@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from flashtile.backends.portable.tiles import load_queries, load_tile, open_keys, store_rows
 from flashtile.kernels.places import keys_of_tile, locate, masked_in, stats_pointers, steps_of, tile_at
-from flashtile.kernels.rules import allowed, has_nan, kept, modify, only, only_seen
+from flashtile.kernels.rules import has_nan, kept, only, only_seen, ruled
+from flashtile.kernels.tiles import load_queries, load_tile, open_keys, store_rows
 
 
 @triton.jit
@@ -43,17 +43,10 @@ def forward_sweep(
         b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
         b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
-        if META.modified:
-            b_scores, _, _ = modify(b_scores * rules.scale, place, rules, o_rows, o_columns, META, SCORE)
-        if MASKED == "edges":
-            if (i_step < steps.full_begin) | (i_step >= steps.full_end):
-                m_tile = allowed(place, rules, o_rows, o_columns, META, MASK)
-                b_scores = tl.where(m_tile, b_scores, -float("inf"))
-        if MASKED == "always":
-            m_tile = allowed(place, rules, o_rows, o_columns, META, MASK)
-            b_scores = tl.where(m_tile, b_scores, -float("inf"))
-            if GUARDED:
-                b_v = only_seen(m_tile, b_v)
+        m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
+        b_scores, m_tile, _, _ = ruled(b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED)
+        if GUARDED and MASKED == "always":
+            b_v = only_seen(m_tile, b_v)
         b_out, b_max, b_sum, b_weights = online_softmax(b_out, b_max, b_sum, b_scores, rules.factor, META.modified)
         if rules.dropout is not None:
             b_weights = only(kept(rules.dropout, place, o_query, i_tile * TILE, TILE), b_weights)

@@ -8,14 +8,15 @@ import torch
 import triton
 from torch import Tensor
 
-from flashtile import lower
 from flashtile.backends import Gradients
 from flashtile.backends.portable.backward import bias_kernel, delta_kernel, key_kernel, query_kernel
 from flashtile.backends.portable.forward import forward_kernel
 from flashtile.backends.portable.meta import by_copy_engine, meta_of
 from flashtile.kernels import visits
 from flashtile.kernels.arguments import (
+    beside,
     empty_stats,
+    functions_of,
     grid_of,
     modified,
     packing_of,
@@ -29,8 +30,7 @@ from flashtile.kernels.arguments import (
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.kernels.words import Packing, Rules
 from flashtile.problem import Inputs, Problem
-from flashtile.region import region
-from flashtile.scores import four_dimensions, zero_grads
+from flashtile.scores import four_dimensions, sink_gradient, zero_grads
 from flashtile.tuning.portable import PortableConfig, Tiles, smaller
 
 KERNELS = (forward_kernel, delta_kernel, query_kernel, key_kernel, bias_kernel)
@@ -78,20 +78,12 @@ class Call:
         cls, machine: Machine, inputs: Inputs, problem: Problem, totals: Sequence[Tensor | None] | None = None
     ) -> "Call":
         """`totals`: where gradients of captured tensors go; None: this is a forward pass."""
-        rest = region(problem.mask).rest
-        key = problem.score_mod
-        score = lower.score_hook(key, inputs.score) if key else None
-        derivative = lower.derivative_hook(key, totals) if key and totals is not None else None
-        mask = lower.mask_hook(rest, inputs.mask) if rest else None
-        functions = {"SCORE": score and score.function, "MASK": mask and mask.function}
-        if totals is not None:
-            functions["DERIVATIVE"] = derivative and derivative.function
-        arguments = [hook and (hook.arguments or None) for hook in (score, derivative, mask)]
+        functions, arguments = functions_of(inputs, problem, totals)
         return cls(
             machine,
             inputs,
             problem,
-            listed(inputs, problem),
+            visits.listed(inputs, problem),
             packing_of(inputs),
             rules_of(inputs, problem, *arguments),
             functions,
@@ -154,18 +146,6 @@ class Call:
         return not (modified(self.problem) and self.problem.dtype is torch.float32)
 
 
-def listed(inputs: Inputs, problem: Problem) -> bool:
-    """Whether kernels get lists of tiles."""
-    return bool(region(problem.mask).rest) and visits.possible(inputs, problem)
-
-
-def _lists(inputs: Inputs, problem: Problem, tiles: Tiles, keys: bool) -> Sequence[Tensor | None]:
-    """The tensors of the lists that a launch with these tiles reads."""
-    if not listed(inputs, problem):
-        return (None, None, None)
-    return visits.of(inputs, problem, tiles.tile_q, tiles.tile_kv, keys)[:3]
-
-
 def stats(inputs: Inputs, problem: Problem, fill: float) -> Tensor:
     """Memory for one number a query, (batch, heads, seqlen_q), packed (heads, total); `fill` where no kernel writes."""
     dense = (problem.batch, problem.heads, problem.seqlen_q)
@@ -192,15 +172,9 @@ def forward(
         tensors = [rows_of(tensor) for tensor in (q, k, v, out)]
         call.launch(forward_kernel, config.forward, (*tensors, stats_of(lse)), sinks=inputs.sinks)
 
-    lists = _lists(inputs, problem, config.forward, False)
-    perform(launches, (q, k, v, out, lse, *lists, *_beside(inputs)), memory)
+    lists = visits.tensors_of(inputs, problem, *config.forward[:2], False)
+    perform(launches, (q, k, v, out, lse, *lists, *beside(inputs)), memory)
     return out, lse.contiguous()
-
-
-def _beside(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """What kernels read beside queries, keys, values and lists of tiles."""
-    *plain, mask, score = inputs[3:]
-    return (*plain, *mask, *score)
 
 
 def backward(
@@ -234,22 +208,18 @@ def backward(
         for gives, tiles in config.passes_over_keys().items():
             call.launch(key_kernel, tiles, (*saved, rows_of(dk), rows_of(dv)), gives)
 
-    lists = [*_lists(inputs, problem, config.query, False)]
+    lists = [*visits.tensors_of(inputs, problem, *config.query[:2], False)]
     for tiles in config.passes_over_keys().values():
-        lists += _lists(inputs, problem, tiles, True)
+        lists += visits.tensors_of(inputs, problem, *tiles[:2], True)
     written = (delta, dq, dk, dv, slope if slope is not lse else None, *totals)
-    perform(launches, (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *_beside(inputs)), memory)
+    perform(launches, (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs)), memory)
     if grads.bias is not None:
         call = Call.of(machine, inputs, problem, totals)
         _bias_gradient(call, config.query, _saved(inputs, grad_out, lse, delta), grads.bias)
     if inputs.alibi_slopes is not None and grads.alibi_slopes is not None:
         grads.alibi_slopes += _per_head(inputs, slope, inputs.alibi_slopes)
     if inputs.sinks is not None and grads.sinks is not None:
-        # A sink is a key of value 0: its weight times (0 - delta), and no weight where the row's lse is -inf.
-        heads_last = (lse, delta) if problem.varlen else (lse.transpose(0, 1), delta.transpose(0, 1))
-        rows, deltas = (tensor.flatten(1) for tensor in heads_last)
-        weights = torch.exp(inputs.sinks.float()[:, None] - torch.where(rows == -torch.inf, torch.inf, rows))
-        grads.sinks -= (weights * deltas).sum(1)
+        grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
     return Gradients(dq, dk, dv, grads.bias, grads.alibi_slopes, grads.sinks, totals)
 
 

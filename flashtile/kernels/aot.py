@@ -7,8 +7,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 Path = tuple[int, ...]
+
+HOPPER = GPUTarget("cuda", 90, 32)
 
 
 def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
@@ -28,12 +32,15 @@ def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
             constants[(index,)] = value
             continue
         signature[name] = _type(value)
-        for path, leaf in _leaves(value, (index,)):
+        if kernel.params[index].do_not_specialize:
+            continue
+        for path, leaf in leaves(value, (index,)):
             if leaf is None or (type(leaf) is int and leaf == 1):
                 constants[path] = leaf
             elif isinstance(leaf, Tensor) or (type(leaf) is int and leaf % 16 == 0):
                 attributes[path] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return kind(kernel, signature, constants, attributes)
 
 
 def _type(value: Any) -> Any:
@@ -43,6 +50,9 @@ def _type(value: Any) -> Any:
         return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
     if value is None or (type(value) is int and value == 1):
         return "constexpr"
+    if isinstance(value, TensorDescriptor):
+        shape = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{_NAMES[str(value.base.dtype)]}[{shape}],{value.layout!r}>"
     if isinstance(value, Tensor):
         return "*" + _NAMES[str(value.dtype)]
     if isinstance(value, float):
@@ -64,12 +74,13 @@ _NAMES = {
 }
 
 
-def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """What lies in nested tuples, each with its place."""
     if not isinstance(value, tuple):
         yield path, value
         return
     for index, field in enumerate(value):
-        yield from _leaves(field, (*path, index))
+        yield from leaves(field, (*path, index))
 
 
 def build(kernel: Any, arguments: dict[str, Any], target: GPUTarget, **options: Any) -> Any:

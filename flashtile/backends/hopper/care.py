@@ -1,0 +1,93 @@
+"""A query tile done again, where its output holds NaN that may come from a key that nobody sees.
+
+A weight of 0 does not stop NaN in a product. Here values are loaded only where some row of the tile sees their key, by
+the math warpgroup itself and without specialised units, since this is rare: what is NaN afterwards was seen.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from flashtile.backends.hopper.compat import gl
+from flashtile.backends.hopper.schedule import tile_of, walk_of
+from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
+from flashtile.kernels.rules import ruled
+
+KEYS = gl.constexpr(16)
+TILE = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, TILE.value, 2))
+RIGHT = gl.constexpr(gl.DotOperandLayout(1, TILE.value, 2))
+
+
+@gluon.jit
+def any_nan(b_tile):
+    """Whether a tile holds NaN."""
+    return gl.max(gl.max((b_tile != b_tile).to(gl.int32), 1), 0) > 0
+
+
+@gluon.jit
+def pointers_of(rows, i_batch, i_head, o_rows, o_columns):
+    """Of some columns of some rows of one head; both broadcast to the tile."""
+    base = rows.pointer + i_batch.to(gl.int64) * rows.batch + i_head.to(gl.int64) * rows.head
+    return base + o_rows.to(gl.int64) * rows.row + o_columns
+
+
+@gluon.jit
+def load_queries(q, place, first, META: gl.constexpr):
+    """64 queries as the left side of a product."""
+    BLOCK_D: gl.constexpr = META.block_d
+    o_rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, LEFT))
+    o_columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LEFT))
+    p_q = pointers_of(q, place.batch, place.head, (place.first_q + o_rows)[:, None], o_columns[None, :])
+    m_q = (o_rows < place.seqlen_q)[:, None] & (o_columns < META.headdim)[None, :]
+    return gl.load(p_q, mask=m_q, other=0.0)
+
+
+@gluon.jit
+def load_keys(k, place, first, META: gl.constexpr):
+    """Some keys, transposed, as the right side of a product."""
+    BLOCK_D: gl.constexpr = META.block_d
+    o_columns = gl.arange(0, BLOCK_D, gl.SliceLayout(1, RIGHT))
+    o_keys = first + gl.arange(0, KEYS, gl.SliceLayout(0, RIGHT))
+    i_head = place.head // META.group
+    p_k = pointers_of(k, place.batch, i_head, (place.first_k + o_keys)[None, :], o_columns[:, None])
+    m_k = (o_keys < place.seqlen_k)[None, :] & (o_columns < META.headdim)[:, None]
+    return gl.load(p_k, mask=m_k, other=0.0)
+
+
+@gluon.jit
+def load_values(v, place, first, m_tile, META: gl.constexpr):
+    """The values of the keys that some row of the tile sees, 0 for the others, as the right side of a product."""
+    BLOCK_DV: gl.constexpr = META.block_dv
+    o_keys = first + gl.arange(0, KEYS, gl.SliceLayout(1, RIGHT))
+    o_columns = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, RIGHT))
+    i_head = place.head // META.group
+    p_v = pointers_of(v, place.batch, i_head, (place.first_k + o_keys)[:, None], o_columns[None, :])
+    m_seen = gl.convert_layout(gl.max(m_tile.to(gl.int32), 0), gl.SliceLayout(1, RIGHT)) > 0
+    return gl.load(p_v, mask=m_seen[:, None] & (o_columns < META.headdim_v)[None, :], other=0.0)
+
+
+@gluon.jit
+def careful_output(
+    sources, place, first, rules, visits, sinks, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr
+):  # fmt: skip
+    """The output of 64 rows; `sources`: queries, keys and values as `Rows`."""
+    BLOCK_DV: gl.constexpr = META.block_dv
+    q, k, v = sources
+    o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
+    b_q = load_queries(q, place, first, META)
+    b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, TILE))
+    b_out = gl.zeros([ROWS, BLOCK_DV], gl.float32, TILE)
+    walk = walk_of(place, rules.window, visits, META)
+    for n in range(0, walk[4]):
+        first_key = tile_of(walk, n, META) * META.tile_kv
+        for i_key in range(first_key, first_key + META.tile_kv, KEYS):
+            o_key = i_key + gl.arange(0, KEYS, gl.SliceLayout(0, TILE))
+            b_zeros = gl.zeros([ROWS, KEYS], gl.float32, TILE)
+            b_scores = mma_v2(b_q, load_keys(k, place, i_key, META), b_zeros)
+            b_scores, m_tile, _capped, _plain = ruled(
+                b_scores, True, o_query[:, None], o_key[None, :], place, rules, META, SCORE, MASK, "always"
+            )
+            b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, True)
+            b_left = gl.convert_layout(b_weights.to(b_q.dtype), LEFT)
+            b_out = mma_v2(b_left, load_values(v, place, i_key, m_tile, META), b_out * b_rescale[:, None])
+    return b_out / gl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
