@@ -31,9 +31,10 @@ def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
             signature[name] = "constexpr"
             constants[(index,)] = value
             continue
-        signature[name] = _type(value)
         if kernel.params[index].do_not_specialize:
+            signature[name] = "i32"
             continue
+        signature[name] = _type(value)
         for path, leaf in leaves(value, (index,)):
             if leaf is None or (type(leaf) is int and leaf == 1):
                 constants[path] = leaf

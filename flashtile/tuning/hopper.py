@@ -39,17 +39,21 @@ the head dimension named. Timed on an H100 at 1k, 4k and 16k tokens, plain and c
 
 
 class BackwardConfig(NamedTuple):
-    """tile_q: queries of a tile; stages: query tiles in flight. Two math warpgroups share 128 keys."""
+    """tile_q: queries of a tile; stages: query tiles in flight. Two math warpgroups share 128 keys.
+
+    late: dQ of a tile is handed over under the products of the next one, where there are registers to keep it.
+    """
 
     tile_q: int
     stages: int
+    late: bool = False
     tile_kv: int = 128
     consumers: int = 2
 
 
 BACKWARD: tuple[tuple[int, BackwardConfig], ...] = (
     (64, BackwardConfig(tile_q=128, stages=2)),
-    (128, BackwardConfig(tile_q=64, stages=2)),
+    (128, BackwardConfig(tile_q=64, stages=2, late=True)),
 )
 """(head dimension, tiles), as above; timed plain and causal."""
 

@@ -51,7 +51,7 @@ def loader(
     line: gl.constexpr = gl.BlockedLayout([TILE_Q // 32], [32], [1], [0])
     q_desc, k_desc, v_desc, do_desc, _dq_desc, _dk_desc, _dv_desc = descriptors
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, _ds_smem, _dq_smem = memory
-    kv_full, q_full, q_empty, do_full, do_empty, _ready = barriers
+    kv_full, full, empty, _ready = barriers
     lse, delta = statistics
     packing, size, rules, visits = call
     shared = key_tile(packing, size, visits, ONE_WARP, META)
@@ -70,16 +70,13 @@ def loader(
             i_row = row_tile(walk, n, META)
             where = [i_entry, place.first_q + i_row * TILE_Q, place.head, 0]
             b_lse, b_delta = load_statistics(lse, delta, place, i_row * TILE_Q + gl.arange(0, TILE_Q, line))
-            mbarrier.wait(q_empty.index(slot), phase ^ 1)
-            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
-            tma_load(q_desc, where, q_full.index(slot), q_smem.index(slot))
+            mbarrier.wait(empty.index(slot), phase ^ 1)
+            mbarrier.expect(full.index(slot), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+            tma_load(q_desc, where, full.index(slot), q_smem.index(slot))
+            tma_load(do_desc, where, full.index(slot), do_smem.index(slot))
             lse_smem.index(slot).store(b_lse)
-            mbarrier.arrive(q_full.index(slot), count=1)
-            mbarrier.wait(do_empty.index(slot), phase ^ 1)
-            mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes)
-            tma_load(do_desc, where, do_full.index(slot), do_smem.index(slot))
             delta_smem.index(slot).store(b_delta)
-            mbarrier.arrive(do_full.index(slot), count=1)
+            mbarrier.arrive(full.index(slot), count=1)
             count += 1
 
 
@@ -100,26 +97,33 @@ def half_of_grad_q(ds_smem, k_smem, I_GROUP: gl.constexpr, META: gl.constexpr):
 
 
 @gluon.jit
-def add_grad_q(dq_desc, dq_smem, b_grad_q, place, i_row, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Hands the half to the copy engine, which adds it; the engine has read the one before by then."""
+def add_grad_q(descriptors, memory, b_grad_q, owed, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Hands the half to the copy engine, which adds it; the engine has read the one before by then.
+
+    owed: where it belongs, (batch coordinate, first row, head).
+    """
+    _q, _k, _v, _do, dq_desc, _dk, _dv = descriptors
+    _k_smem, _v_smem, _q_smem, _do_smem, _lse, _delta, _ds, dq_smem = memory
+    i_entry, row, i_head = owed
     tma_store_wait(0)
     dq_smem.index(I_GROUP).reshape([64, 64]).store(b_grad_q)
     fence_async_shared()
-    i_batch = place.batch * META.dense
-    row = place.first_q + i_row * META.tile_q
     if META.tile_q == 128:
-        tma_add(dq_desc, [i_batch, row + I_GROUP * 64, place.head, 0], dq_smem.index(I_GROUP))
+        tma_add(dq_desc, [i_entry, row + I_GROUP * 64, i_head, 0], dq_smem.index(I_GROUP))
     else:
-        tma_add(dq_desc, [i_batch, row, place.head, I_GROUP * 64], dq_smem.index(I_GROUP))
+        tma_add(dq_desc, [i_entry, row, i_head, I_GROUP * 64], dq_smem.index(I_GROUP))
 
 
 @gluon.jit
 def step(
-    b_grad_k, b_grad_v, i_row, count, place, o_key, descriptors, memory, barriers, rules,
+    b_grad_k, b_grad_v, b_grad_q, owed, i_row, count, place, o_key, descriptors, memory, barriers, rules,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
     I_GROUP: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head."""
+    """One query tile of one head: (dK, dV, half of its dQ, where that belongs).
+
+    If `late`, dQ of the tile before, `b_grad_q`, is handed over while this one's scores are multiplied.
+    """
     TILE_Q: gl.constexpr = META.tile_q
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_D: gl.constexpr = META.block_d
@@ -127,9 +131,8 @@ def step(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = memory
-    _kv_full, q_full, q_empty, do_full, do_empty, ready = barriers
-    _q, _k, _v, _do, dq_desc, _dk, _dv = descriptors
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, _dq_smem = memory
+    _kv_full, full, empty, ready = barriers
     slot = count % META.stages
     phase = (count // META.stages) & 1
     half = count % 2
@@ -137,10 +140,11 @@ def step(
     b_q = q_smem.index(slot).reshape([TILE_Q, BLOCK_D])
     b_grad_out = do_smem.index(slot).reshape([TILE_Q, BLOCK_DV])
 
-    mbarrier.wait(q_full.index(slot), phase)
+    mbarrier.wait(full.index(slot), phase)
     b_k = k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0)
     score_token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
-    mbarrier.wait(do_full.index(slot), phase)
+    if META.late:
+        add_grad_q(descriptors, memory, b_grad_q, owed, I_GROUP, META)
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
     weight_token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     b_scores = warpgroup_mma_wait(1, [score_token])
@@ -164,23 +168,26 @@ def step(
     fence_async_shared()
     mbarrier.arrive(ready.index(half), count=1)
     key_token = warpgroup_mma(gl.convert_layout(b_half, gl.DotOperandLayout(0, keys, 2)), b_q, b_grad_k, is_async=True)
-    b_grad_v = warpgroup_mma_wait(1, [value_token])
-    mbarrier.arrive(do_empty.index(slot), count=1)
     mbarrier.wait(ready.index(half), (count // 2) & 1)
     query_token = half_of_grad_q(ds_smem.index(half), k_smem, I_GROUP, META)
+    b_grad_v = warpgroup_mma_wait(2, [value_token])
     b_grad_k = warpgroup_mma_wait(1, [key_token])
-    mbarrier.arrive(q_empty.index(slot), count=1)
-    b_grad_q = warpgroup_mma_wait(0, [query_token])
-    add_grad_q(dq_desc, dq_smem, b_grad_q, place, i_row, I_GROUP, META)
-    return b_grad_k, b_grad_v
+    mbarrier.arrive(empty.index(slot), count=1)
+    b_new = warpgroup_mma_wait(0, [query_token])
+    owed = (place.batch * META.dense, place.first_q + i_row * TILE_Q, place.head)
+    if META.late:
+        b_grad_q = b_new
+    else:
+        add_grad_q(descriptors, memory, b_new, owed, I_GROUP, META)
+    return b_grad_k, b_grad_v, b_grad_q, owed
 
 
 @gluon.jit
 def walk_rows(
-    b_grad_k, b_grad_v, count, place, o_key, descriptors, memory, barriers, rules, visits,
+    b_grad_k, b_grad_v, b_grad_q, owed, count, place, o_key, descriptors, memory, barriers, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(dK, dV, steps so far) after the queries of one head."""
+    """(dK, dV, half of the last dQ, where that belongs, steps so far) after the queries of one head."""
     walk = rows_walk(place, rules.window, visits, META)
     for PART in gl.static_range(3):
         if has_rows_part(PART, META.masked, META.left):
@@ -190,12 +197,12 @@ def walk_rows(
             for n in range(begin, end):
                 i_row = i_next
                 i_next = row_tile(walk, n + 1, META)
-                b_grad_k, b_grad_v = step(
-                    b_grad_k, b_grad_v, i_row, count, place, o_key, descriptors, memory, barriers, rules,
-                    META, SCORE, DERIVATIVE, MASK, I_GROUP, PART != 1,
+                b_grad_k, b_grad_v, b_grad_q, owed = step(
+                    b_grad_k, b_grad_v, b_grad_q, owed, i_row, count, place, o_key, descriptors, memory, barriers,
+                    rules, META, SCORE, DERIVATIVE, MASK, I_GROUP, PART != 1,
                 )  # fmt: skip
                 count += 1
-    return b_grad_k, b_grad_v, count
+    return b_grad_k, b_grad_v, b_grad_q, owed, count
 
 
 @gluon.jit
@@ -226,7 +233,7 @@ def consumer(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    kv_full, _q_full, _q_empty, _do_full, _do_empty, ready = barriers
+    kv_full, _full, _empty, ready = barriers
     dk, dv = results
     packing, size, rules, visits = call
     shared = key_tile(packing, size, visits, ONE_GROUP, META)
@@ -240,12 +247,17 @@ def consumer(
         k_smem, v_smem, _q, _do, _lse, _delta, _ds, _dq = memory
         without_nan(k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0))
         without_nan(v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0))
+    # Nothing is owed at first: zeros, to any row.
+    b_grad_q = gl.zeros([64, 64], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+    owed = (shared.batch * META.dense, shared.first_q, shared.head * META.group)
     for i_member in range(META.group):
         place = with_head(shared, shared.head * META.group + i_member)
-        b_grad_k, b_grad_v, count = walk_rows(
-            b_grad_k, b_grad_v, count, place, o_key, descriptors, memory, barriers, rules, visits,
+        b_grad_k, b_grad_v, b_grad_q, owed, count = walk_rows(
+            b_grad_k, b_grad_v, b_grad_q, owed, count, place, o_key, descriptors, memory, barriers, rules, visits,
             META, SCORE, DERIVATIVE, MASK, I_GROUP,
         )  # fmt: skip
+    if META.late:
+        add_grad_q(descriptors, memory, b_grad_q, owed, I_GROUP, META)
     tma_store_wait(0)
     # Both are done reading queries and gradients once both are here: that memory takes the results.
     mbarrier.arrive(ready.index(2), count=1)
@@ -330,15 +342,13 @@ def backward_kernel(
     ds_smem = gl.allocate_shared_memory(dtype, [2, TILE_KV, TILE_Q], grads)
     dq_smem = gl.allocate_shared_memory(gl.float32, [2, 1, 64, 1, 64], dq_desc.layout)
     kv_full = new_barriers(1, 1).index(0)
-    q_full = new_barriers(STAGES, 2)
-    q_empty = new_barriers(STAGES, 2)
-    do_full = new_barriers(STAGES, 2)
-    do_empty = new_barriers(STAGES, 2)
+    full = new_barriers(STAGES, 2)
+    empty = new_barriers(STAGES, 2)
     ready = new_barriers(3, 2)
     specialize(
         (q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc),
         (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem),
-        (kv_full, q_full, q_empty, do_full, do_empty, ready),
+        (kv_full, full, empty, ready),
         (lse, delta),
         (dk, dv),
         (packing, size, rules, visits),

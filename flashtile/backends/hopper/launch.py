@@ -48,7 +48,7 @@ class Meta:
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
     shared_o: the output leaves through the memory of its queries. guarded: what a mask hides may hold NaN, or have no
     finite gradient. careful: what lies beside what is seen may hold NaN.
-    collects: gradients of captured tensors are added.
+    collects: gradients of captured tensors are added. late: dQ is handed over in the next step.
     """
 
     tile_q: int
@@ -74,6 +74,7 @@ class Meta:
     guarded: bool
     careful: bool
     collects: bool
+    late: bool
 
 
 @lru_cache(maxsize=4096)
@@ -107,6 +108,7 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         guarded=bool(rest) or bool(problem.score_mod),
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score),
+        late=isinstance(config, BackwardConfig) and config.late,
     )
 
 
