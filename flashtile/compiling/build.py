@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from flashtile.autograd import wanted_of
-from flashtile.backends import portable
-from flashtile.backends.portable import launch
+from flashtile.backends import hopper, portable
+from flashtile.backends.hopper import launch as hopper_launch
+from flashtile.backends.portable import launch as portable_launch
 from flashtile.compiling import matrix
 from flashtile.compiling.matrix import Entry
-from flashtile.compiling.targets import TARGETS, Target
+from flashtile.compiling.targets import TARGETS
 from flashtile.kernels import aot
 from flashtile.problem import describe
-from flashtile.tuning.portable import Tiles, spills_allowed
+from flashtile.tuning import hopper as hopper_tables
+from flashtile.tuning import portable as portable_tables
+from flashtile.tuning.portable import Tiles
 
 _PRODUCTS = {
     "wgmma": r"wgmma\.mma_async",
@@ -38,6 +41,7 @@ class Row:
     """One kernel. spills: instructions that store registers to memory; bytes of memory; products: by instruction."""
 
     target: str
+    backend: str
     kernel: str
     headdim: int
     dtype: str
@@ -45,6 +49,7 @@ class Row:
     tiles: tuple[int, ...]
     registers: int = 0
     spills: int = 0
+    spills_allowed: int = 0
     shared: int = 0
     shared_limit: int = 0
     products: dict[str, int] = field(default_factory=dict)
@@ -52,63 +57,104 @@ class Row:
     broken: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{self.target} {self.kernel} headdim {self.headdim} {self.dtype} {self.variant} {self.tiles}"
+        kernel = f"{self.target} {self.backend}/{self.kernel}"
+        return f"{kernel} headdim {self.headdim} {self.dtype} {self.variant} {self.tiles}"
 
 
 def rows(entry: Entry) -> list[dict[str, Any]]:
-    """What a forward and a backward pass of the entry would launch, compiled, as dicts of `Row`."""
+    """What a forward and a backward pass of the entry would launch, compiled, as dicts of `Row`: by the portable
+    backend, and by Hopper's where it takes the call."""
     torch.set_num_threads(1)
-    launch.forget_fitting()
+    found = _portable(entry)
+    if entry.target == "sm_90a":
+        found += _hopper(entry)
+    return [asdict(row) for row in found]
+
+
+def _portable(entry: Entry) -> list[Row]:
+    portable_launch.forget_fitting()
     found: list[Row] = []
     target = TARGETS[entry.target]
 
     def compile_instead(kernel: Any, programs: int, tiles: Tiles, arguments: Any, options: dict[str, Any]) -> None:
-        row = _row(entry, target, kernel, tiles, arguments, options)
+        names = [parameter.name for parameter in kernel.params]
+        given = dict(zip(names, arguments, strict=False)) | {key: options[key] for key in options if key in names}
+        beside = {key: value for key, value in options.items() if key not in names}
+        row = _named(entry, "portable", kernel, tuple(tiles))
+        row.spills_allowed = portable_tables.spills_allowed(target.family, row.kernel, row.headdim, row.variant)
+        _measure(row, kernel, given, {**beside, "num_warps": tiles.warps, "num_stages": tiles.stages})
         if row.shared > target.shared and _smaller_left(tiles):
             # What the driver would say; the launch tries the next smaller tiles.
             raise triton.OutOfResources(row.shared, target.shared, "shared memory")
         found.append(row)
 
     inputs, options = matrix.call(entry)
-    machine = launch.Machine(compile_instead, target.copy_engine)
+    machine = portable_launch.Machine(compile_instead, target.copy_engine)
     problem = describe(inputs, options)
-    out, lse = launch.forward(inputs, problem, portable.configure(problem, target.family), machine)
+    out, lse = portable_launch.forward(inputs, problem, portable.configure(problem, target.family), machine)
     problem = describe(inputs, options, backward=True, wanted=wanted_of(inputs))
-    launch.backward(inputs, problem, portable.configure(problem, target.family), out, lse, out, None, machine)
-    return [asdict(row) for row in found]
+    config = portable.configure(problem, target.family)
+    portable_launch.backward(inputs, problem, config, out, lse, out, None, machine)
+    return found
 
 
 def _smaller_left(tiles: Tiles) -> bool:
     return tiles.stages > 1 or max(tiles.tile_q, tiles.tile_kv) > 16
 
 
-def _row(entry: Entry, target: Target, kernel: Any, tiles: Tiles, arguments: Any, options: dict[str, Any]) -> Row:
+def _hopper(entry: Entry) -> list[Row]:
+    found: list[Row] = []
+    inputs, options = matrix.call(entry)
+    out, lse = torch.empty_like(inputs.q), torch.zeros(inputs.q.shape[:-1]).transpose(-1, -2)
+    for backward in (False, True):
+        problem = describe(inputs, options, backward=backward, wanted=wanted_of(inputs) if backward else None)
+        if hopper.refuses(replace(problem, device=hopper.DEVICE)):
+            continue
+        config: Any = hopper.configure(problem)
+        tiles = (config.tile_q, config.tile_kv, 4 * config.consumers, config.stages)
+
+        def compile_instead(
+            kernel: Any, programs: int, arguments: Any, options: dict[str, Any], tiles: tuple[int, ...] = tiles
+        ) -> None:
+            given = {parameter.name: value for parameter, value in zip(kernel.params, arguments, strict=True)}
+            row = _named(entry, "hopper", kernel, tiles)
+            row.spills_allowed = hopper_tables.spills_allowed(row.kernel, row.headdim, row.variant)
+            _measure(row, kernel, given, options)
+            found.append(row)
+
+        machine = hopper_launch.Machine(compile_instead, 1)
+        if backward:
+            hopper_launch.backward(inputs, problem, config, out, lse, out, None, machine)
+        else:
+            hopper_launch.forward(inputs, problem, config, machine)
+    return found
+
+
+def _named(entry: Entry, backend: str, kernel: Any, tiles: tuple[int, ...]) -> Row:
+    limit = TARGETS[entry.target].shared
     name = kernel.fn.__name__
-    row = Row(entry.target, name, entry.headdim, entry.dtype, entry.variant, tuple(tiles), shared_limit=target.shared)
-    names = [parameter.name for parameter in kernel.params]
-    given = dict(zip(names, arguments, strict=False)) | {key: options[key] for key in options if key in names}
-    beside = {key: value for key, value in options.items() if key not in names}
+    return Row(entry.target, backend, name, entry.headdim, entry.dtype, entry.variant, tiles, shared_limit=limit)
+
+
+def _measure(row: Row, kernel: Any, given: dict[str, Any], options: dict[str, Any]) -> None:
+    """Compiles, and fills in what there is to see."""
+    target = TARGETS[row.target]
     start = time.perf_counter()
     try:
-        compiled = aot.build(
-            kernel,
-            given,
-            GPUTarget(target.backend, target.arch, target.warp),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-            **beside,
-        )
+        compiled = aot.build(kernel, given, GPUTarget(target.backend, target.arch, target.warp), **options)
     except Exception as error:  # whatever the compiler says is a finding
         row.broken.append(f"does not compile: {' '.join(str(_innermost(error)).split())[-300:]}")
-        return row
+        return
     row.seconds = round(time.perf_counter() - start, 2)
     row.shared = compiled.metadata.shared
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     counts = {label: len(re.findall(pattern, text)) for label, pattern in _PRODUCTS.items()}
     row.products = {label: count for label, count in counts.items() if count}
-    row.registers, row.spills = _nvidia(compiled.asm["cubin"]) if target.backend == "cuda" else _amd(text)
+    if target.backend == "cuda":
+        row.registers, row.spills, row.broken = _nvidia(compiled.asm["cubin"])
+    else:
+        row.registers, row.spills = _amd(text)
     row.broken += _breaches(row)
-    return row
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -120,18 +166,20 @@ def _innermost(error: BaseException) -> BaseException:
 
 def _breaches(row: Row) -> Iterator[str]:
     """Which limits a row breaks."""
-    allowed = spills_allowed(TARGETS[row.target].family, row.kernel, row.headdim, row.variant)
-    if row.spills > allowed:
-        yield f"{row.spills} spills, {allowed} allowed"
+    if row.spills > row.spills_allowed:
+        yield f"{row.spills} spills, {row.spills_allowed} allowed"
     if row.shared > row.shared_limit:
         yield f"{row.shared} bytes of shared memory, {row.shared_limit} allowed"
-    # Exact products of float32 are no matrix unit's; the delta kernel multiplies no matrices.
-    if not row.products and row.dtype != "float32" and row.kernel != "delta_kernel":
+    # Exact products of float32 are no matrix unit's.
+    if not row.products and row.dtype != "float32" and row.kernel not in _WITHOUT_PRODUCTS:
         yield "no matrix instruction"
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int]:
-    """(registers, spilling instructions) of a kernel, by NVIDIA's disassembler, which comes with Triton."""
+_WITHOUT_PRODUCTS = ("delta_kernel", "before_kernel", "after_kernel")
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, list[str]]:
+    """(registers, spilling instructions, what is wrong), by NVIDIA's disassembler, which comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -141,7 +189,10 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
             for option in ("-res-usage", "-sass")
         )
     registers = re.findall(r"REG:(\d+)", usage)
-    return max(map(int, registers), default=0), len(re.findall(r"\bSTL\b", text))
+    products, batches = (len(re.findall(pattern, text)) for pattern in (r"\bHGMMA\.", r"WARPGROUP\.ARRIVE"))
+    # The compiler may make each of a warpgroup's products wait for the one before.
+    serial = ["products wait for each other"] if batches > 4 and products < 2 * batches else []
+    return max(map(int, registers), default=0), len(re.findall(r"\bSTL\b", text)), serial
 
 
 def _amd(text: str) -> tuple[int, int]:

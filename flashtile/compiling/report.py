@@ -11,8 +11,8 @@ from flashtile.compiling import build
 from flashtile.compiling.build import Row
 from flashtile.compiling.matrix import Entry
 
-COLUMNS = ("target", "kernel", "dim", "variant", "tiles", "regs", "spills", "shared KB", "products", "s")
-"""tiles: queries x keys x warps x stages."""
+COLUMNS = ("target", "backend", "kernel", "dim", "variant", "tiles", "regs", "spills", "shared KB", "products", "s")
+"""tiles: queries x keys x warps that multiply x stages."""
 
 
 def compiled(entries: Sequence[Entry], note: Callable[[str], None]) -> Iterator[Row]:
@@ -40,5 +40,5 @@ def cells(row: Row) -> list[str]:
     products = ", ".join(f"{count} {name}" for name, count in row.products.items())
     shared = f"{row.shared / 1024:.0f} of {row.shared_limit / 1024:.0f}"
     tiles = "x".join(map(str, row.tiles))
-    named = [row.target, row.kernel.removesuffix("_kernel"), str(row.headdim), row.variant, tiles]
+    named = [row.target, row.backend, row.kernel.removesuffix("_kernel"), str(row.headdim), row.variant, tiles]
     return [*named, str(row.registers), str(row.spills), shared, products, f"{row.seconds:.1f}"]

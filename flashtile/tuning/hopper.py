@@ -53,7 +53,7 @@ class BackwardConfig(NamedTuple):
 
 BACKWARD: tuple[tuple[int, BackwardConfig], ...] = (
     (64, BackwardConfig(tile_q=128, stages=2)),
-    (128, BackwardConfig(tile_q=64, stages=2, late=True)),
+    (128, BackwardConfig(tile_q=64, stages=2)),
 )
 """(head dimension, tiles), as above; timed plain and causal."""
 
@@ -68,19 +68,11 @@ def forward_config(headdim: int, kind: str) -> HopperConfig:
     return next(config for limit, config in FORWARD[kind] if headdim <= limit)
 
 
-SPILLS: dict[tuple[int, str, bool], int] = {
-    (64, "plain", False): 60,
-    (64, "causal", False): 70,
-    (128, "plain", False): 20,
-    (128, "causal", False): 50,
-    (64, "plain", True): 30,
-    (64, "causal", True): 90,
-    (128, "causal", True): 40,
-}
-"""How many spilling instructions a kernel may have, by head dimension, mask and whether it is the backward one: what
-the worst of the supported Tritons makes, rounded up to tens. To be brought to none."""
+SPILLS: dict[tuple[str, int], dict[str, int]] = {}
+"""How many spilling instructions a kernel may have, by head dimension and variant, where not 0: what the worst of the
+supported Tritons makes, rounded up to tens. To be brought to none."""
 
 
-def spills_allowed(headdim: int, mask: str, backward: bool) -> int:
-    """The limit of a kernel; `mask`: plain or causal."""
-    return SPILLS.get((headdim, mask, backward), 0)
+def spills_allowed(kernel: str, headdim: int, variant: str) -> int:
+    """The limit of a row, for `flashtile compile`."""
+    return SPILLS.get((kernel, headdim), {}).get(variant, 0)
