@@ -1,9 +1,4 @@
-"""From a traced FlexAttention-style function to a `@triton.jit` function that kernels call: a hook.
-
-The graph of scalars (`scalar_graph`) becomes the text of a function over tiles, step by step (`lower_rules`); it is
-kept by its content, so equal functions are one function and one compiled kernel. Captured tensors are arguments: their
-sizes and strides are not part of the text.
-"""
+"""The hooks that kernels call, and why a function has none."""
 
 import hashlib
 import json
@@ -21,7 +16,7 @@ import triton.language as tl
 from torch import Tensor, fx
 
 from flashtile import trace
-from flashtile.lower_rules import (
+from flashtile.lower.rules import (
     ARITHMETIC,
     BOUNDS,
     COMPARE,
