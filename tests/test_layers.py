@@ -17,7 +17,7 @@ ROOMS = {
     "words": {"problem", "check", "masks", "mask_nodes", "spans", "scores", "captures", "recording", "scalar_graph",
               "trace", "interval_rules", "intervals", "dropout", "region"},
     "mathematics": {"state", "reference", "fp8", "kvcache"},
-    "triton": {"lower", "lower_rules"},
+    "triton": {"lower"},
     "kernels": {"kernels"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashtile import lower
 from flashtile.kernels.words import Dropout, Grid, Modifiers, Packing, Rows, Rules, Size, Stats, Window, odd
-from flashtile.lower_rules import without_ones
+from flashtile.lower.rules import without_ones
 from flashtile.problem import Inputs, Problem
 from flashtile.region import region
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from flashtile.kernels.places import diagonal_of, number_of
-from flashtile.lower_rules import tanh, whole
+from flashtile.lower.rules import tanh, whole
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -12,6 +12,10 @@ import triton.language as tl
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
+class Unsupported(Exception):
+    """A step for which there is no rule."""
+
+
 @triton.jit
 def spread(x, like):
     """x in the shape of another tensor; no layout is named, so Gluon takes it too, and nothing is computed."""

@@ -1,0 +1,69 @@
+"""`flashtile bench`: time, memory and error beside other implementations."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flashtile.cli.common import DTYPES, UsageError, add_command, need_device, need_extras
+
+
+def add_bench(commands: Any) -> None:
+    """The command and its options."""
+    text = "measure time, memory and error beside other implementations; `bench report` turns the records into docs"
+    command = add_command(commands, "bench", _bench, text)
+    command.add_argument(
+        "suites",
+        nargs="*",
+        metavar="suite",
+        help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity (default: all), or report",
+    )
+    command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
+    command.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes; default %(default)s")
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--dtype", nargs="+", choices=DTYPES[:3], default=["float32"])
+    command.add_argument("--seqlen", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
+    for name, value in (("batch", 1), ("heads", 8), ("headdim", 64)):
+        command.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
+    command.add_argument("--heads-kv", type=int, metavar="N", help="default: heads")
+    command.add_argument("--peers", nargs="+", metavar="peer", help="default: those that each suite names")
+    command.add_argument("--seconds", type=float, default=10.0, help="time for each peer and case; default %(default)s")
+    command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
+
+
+def _bench(given: argparse.Namespace) -> int:
+    need_extras()
+    from flashtile.bench import peers, show
+    from flashtile.bench.suite import SUITES, usual
+
+    if given.suites == ["report"]:
+        try:
+            return show.write_report(given.results, given.docs)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    for what, names, known in (("suite", given.suites, SUITES), ("--peers", given.peers or [], peers.PEERS)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UsageError(f"{what}: got {unknown[0]!r}, need one of {', '.join(known)}")
+    if given.heads % (given.heads_kv or given.heads):
+        raise UsageError(f"--heads-kv: got {given.heads_kv}, need a divisor of {given.heads} heads")
+    need_device(given.device)
+    settings = _bench_settings(given)
+    return show.run(given.suites or usual(settings.device), settings, given.results)
+
+
+def _bench_settings(given: argparse.Namespace) -> Any:
+    from flashtile.bench.suite import Settings
+    from flashtile.bench.timing import Effort
+
+    settings = Settings(
+        device=given.device,
+        dtypes=tuple(given.dtype),
+        batch=given.batch,
+        heads=given.heads,
+        heads_kv=given.heads_kv or given.heads,
+        headdim=given.headdim,
+        seqlens=tuple(sorted(given.seqlen)),
+        peers=tuple(given.peers) if given.peers else None,
+        effort=Effort(seconds=given.seconds),
+    )
+    return settings.quick() if given.quick else settings

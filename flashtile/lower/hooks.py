@@ -1,0 +1,133 @@
+"""The hooks that kernels call, and why a function has none."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtile import trace
+from flashtile.lower import graphs
+from flashtile.lower.masks import MaskWriter
+from flashtile.lower.rules import Unsupported, without_ones
+from flashtile.lower.source import Source
+from flashtile.lower.values import BOTH, Value
+
+
+class Hook(NamedTuple):
+    """A function for kernels to call, and what it gets as its last argument."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+
+def score_hook(key: str, tensors: Sequence[Tensor]) -> Hook:
+    """`function(b_scores, i_batch, i_head, o_query, o_key, arguments)`: modified scores, natural base, float32."""
+    return Hook(_score_function(key), _arguments(tensors))
+
+
+def derivative_hook(key: str, totals: Sequence[Tensor | None]) -> Hook:
+    """`function(b_scores, i_batch, i_head, o_query, o_key, score_arguments, arguments, b_grad, m_valid, COLLECT)`.
+
+    It returns the score's gradient; `score_arguments` are those of `score_hook`. If COLLECT, what the tile gives to the
+    gradients of captured tensors is added to `totals`, contiguous float32 or float64 tensors in their shapes (None: not
+    wanted), where `m_valid`; in no fixed order.
+    """
+    wanted = tuple(total is not None for total in totals)
+    return Hook(_derivative_function(key, wanted), tuple(total for total in totals if total is not None))
+
+
+def mask_hook(token: str, tensors: Sequence[Tensor]) -> Hook:
+    """`function(i_batch, i_head, o_query, o_key, shift, arguments)`: bool; `shift` is seqlen_kv - seqlen_q."""
+    shapes = tuple(tuple(min(size, 2) for size in tensor.shape) for tensor in tensors)
+    dtypes = tuple(tensor.dtype for tensor in tensors)
+    return Hook(_mask_function(token, shapes, dtypes), _arguments(tensors))
+
+
+@cache
+def unsupported(key: str) -> str | None:
+    """Why a score function cannot be lowered, or None."""
+    traced = trace.graph(key)
+    if not traced.elementwise or traced.backward is None:
+        return "score_mod computes with whole vectors, not with single elements"
+    try:
+        _score_function(key)
+        _derivative_function(key, (False,) * len(traced.captures))
+    except Unsupported as error:
+        return f"score_mod: {error}"
+    return None
+
+
+@cache
+def unsupported_mask(token: str) -> str | None:
+    """Why a mask cannot be lowered, or None."""
+    try:
+        for key in _custom_keys(json.loads(token)):
+            traced = trace.graph(key)
+            if not traced.elementwise:
+                return "mask_mod computes with whole vectors, not with single elements"
+            graphs.write(Source(), traced.forward, graphs.mask_inputs(traced, 0))
+    except Unsupported as error:
+        return f"mask_mod: {error}"
+    return None
+
+
+def _custom_keys(expression: list[Any]) -> list[str]:
+    inner = [key for part in expression if isinstance(part, list) for key in _custom_keys(part)]
+    return [expression[1], *inner] if expression[0] == "custom" else inner
+
+
+def _arguments(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """(tensor, size, stride, size, stride, ...) of each."""
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
+    places = []
+    for tensor in tensors:
+        sizes = [n for pair in zip(tensor.shape, tensor.stride(), strict=True) for n in pair]
+        places.append((tensor.detach().to(device), *without_ones(*sizes)))
+    return tuple(places)
+
+
+@cache
+def _score_function(key: str) -> Any:
+    traced = trace.graph(key)
+    source = Source()
+    result = graphs.write(source, traced.forward, graphs.score_inputs(traced))
+    source.line(f"return spread({source.text(result, 'f')}, score)")
+    return source.function(f"score_{key}", "score, b, h, q, k, arguments")
+
+
+@cache
+def _derivative_function(key: str, wanted: tuple[bool, ...]) -> Any:
+    """Reads first, then the graph of the derivative, then sums for the captured tensors."""
+    traced = trace.graph(key)
+    if traced.places is None or traced.backward is None:
+        raise Unsupported("its derivative is not a graph of single elements")
+    source = Source()
+    inputs = graphs.score_inputs(traced)
+    captures = inputs[graphs.FIRST_CAPTURE :]
+    places = [graphs.operands(at) for at in graphs.write(source, traced.places, inputs)]
+    reads = [source.read(captures[capture], at) for capture, at in zip(traced.reads_of, places, strict=True)]
+    outputs = graphs.write(source, traced.backward, [*inputs, *reads, Value("grad", torch.float32, axes=BOTH)])
+    grad_score, *parts = outputs
+    source.line("if COLLECT:")
+    source.indent += 1
+    source.line("KEYS: tl.constexpr = 1 if k.shape[0] == 1 else 0")
+    for capture, at, part in zip(traced.reads_of, places, parts, strict=True):
+        if wanted[capture]:
+            source.collect(f"totals[{sum(wanted[:capture])}]", capture, at, part)
+    source.indent -= 1
+    source.line(f"return spread({source.text(grad_score, 'f')}, score)")
+    return source.function(
+        f"derivative_{key}", "score, b, h, q, k, arguments, totals, grad, valid, COLLECT: tl.constexpr"
+    )
+
+
+@cache
+def _mask_function(token: str, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...]) -> Any:
+    """The text follows from the token and the shapes; `dtypes` only keep apart what is called with other tensors."""
+    source = Source()
+    result = MaskWriter(source, shapes).expression(json.loads(token))
+    source.line(f"return (q == q) & {result}")
+    return source.function("mask", "b, h, q, k, shift, arguments")
