@@ -381,7 +381,7 @@ def test_explain_says_why_the_gpu_backend_does_not_run() -> None:
     """A machine without a GPU, or tensors that are not on it."""
     rejected = explain(*qkv()).rejected
     assert [name.split("/")[0] for name, _ in rejected[:2]] == ["hopper", "portable"]
-    name, reason = rejected[1]
+    reason = rejected[1][1]
     assert reason in ("there is no GPU", "triton is not installed", "it runs on cuda, the tensors are on cpu")
 
 

@@ -51,16 +51,23 @@ class BackwardConfig(NamedTuple):
     consumers: int = 2
 
 
-BACKWARD: tuple[tuple[int, BackwardConfig], ...] = (
-    (64, BackwardConfig(tile_q=128, stages=2)),
-    (128, BackwardConfig(tile_q=64, stages=2)),
-)
-"""(head dimension, tiles), as above; timed plain and causal."""
+BACKWARD: dict[str, tuple[tuple[int, BackwardConfig], ...]] = {
+    "plain": (
+        (64, BackwardConfig(tile_q=128, stages=2)),
+        (128, BackwardConfig(tile_q=64, stages=2)),
+    ),
+    "modified": (
+        (64, BackwardConfig(tile_q=64, stages=3)),
+        (128, BackwardConfig(tile_q=64, stages=2)),
+    ),
+}
+"""By whether anything changes scores: (head dimension, tiles), as above. The plain ones are timed, plain and causal;
+the others have the registers that the way back through a function needs."""
 
 
-def backward_config(headdim: int) -> BackwardConfig:
-    """The tiles for heads of this many columns, the wider of keys and values."""
-    return next(config for limit, config in BACKWARD if headdim <= limit)
+def backward_config(headdim: int, kind: str) -> BackwardConfig:
+    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `BACKWARD`."""
+    return next(config for limit, config in BACKWARD[kind] if headdim <= limit)
 
 
 def forward_config(headdim: int, kind: str) -> HopperConfig:

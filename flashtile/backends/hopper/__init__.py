@@ -69,10 +69,10 @@ def _pass(problem: Problem) -> str:
 def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
     headdim = max(problem.headdim, problem.headdim_v)
+    modified = set(problem.modified) - {"sinks"}
     if problem.backward:
-        return backward_config(headdim)
-    full = problem.mask == '["full"]' and not set(problem.modified) - {"sinks"}
-    return forward_config(headdim, "full" if full else "cut")
+        return backward_config(headdim, "modified" if modified else "plain")
+    return forward_config(headdim, "cut" if modified or problem.mask != '["full"]' else "full")
 
 
 @cache

@@ -82,16 +82,20 @@ def loader(
 
 @gluon.jit
 def half_of_grad_q(ds_smem, k_smem, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Starts this warpgroup's half of dS^T K: 64 of 128 queries, or of 64 queries 64 of 128 columns."""
+    """Starts this warpgroup's half of dS^T K: 64 of 128 queries; of 64 queries, 64 of 128 columns; or the part of its
+    own keys, where there are no more than 64 of either."""
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_D: gl.constexpr = META.block_d
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     b_k = k_smem.reshape([TILE_KV, BLOCK_D])
+    b_grad = ds_smem
     if META.tile_q == 128:
         b_grad = ds_smem.slice(I_GROUP * 64, 64, dim=1)
-    else:
-        b_grad = ds_smem
+    elif META.block_d == 128:
         b_k = b_k.slice(I_GROUP * 64, 64, dim=1)
+    else:
+        b_grad = ds_smem.slice(I_GROUP * 64, 64, dim=0)
+        b_k = b_k.slice(I_GROUP * 64, 64, dim=0)
     b_zeros = gl.zeros([64, 64], gl.float32, layout)
     return warpgroup_mma(b_grad.permute((1, 0)), b_k, b_zeros, use_acc=False, is_async=True)
 
@@ -110,8 +114,10 @@ def add_grad_q(descriptors, memory, b_grad_q, owed, I_GROUP: gl.constexpr, META:
     fence_async_shared()
     if META.tile_q == 128:
         tma_add(dq_desc, [i_entry, row + I_GROUP * 64, i_head, 0], dq_smem.index(I_GROUP))
-    else:
+    elif META.block_d == 128:
         tma_add(dq_desc, [i_entry, row, i_head, I_GROUP * 64], dq_smem.index(I_GROUP))
+    else:
+        tma_add(dq_desc, [i_entry, row, i_head, 0], dq_smem.index(I_GROUP))
 
 
 @gluon.jit

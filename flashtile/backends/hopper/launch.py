@@ -44,7 +44,8 @@ class Meta:
     """What a kernel is compiled for, beside types and which fields are None: see the configs of `tuning.hopper`.
 
     masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
-    left, right: whether the window ends on that side. sections: tiles of several heads are handed out together.
+    exact: no, see `rules.capped`. left, right: whether the window ends on that side. sections: tiles of several heads
+    are handed out together.
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
     shared_o: the output leaves through the memory of its queries. guarded: what a mask hides may hold NaN, or have no
     finite gradient. careful: what lies beside what is seen may hold NaN.
@@ -61,6 +62,7 @@ class Meta:
     block_dv: int
     group: int
     modified: bool
+    exact: bool
     reversed: bool
     sections: bool
     window_top_left: bool
@@ -93,6 +95,7 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         block_dv=block(problem.headdim_v),
         group=problem.group,
         modified=modified(problem),
+        exact=False,
         reversed=right is not None and not listed,
         sections=right is not None or listed,
         window_top_left=top_left,

@@ -21,6 +21,7 @@ class Meta:
     tma: tiles come through NVIDIA's tensor memory accelerator.
     gives: what the kernel of key tiles computes, "dk", "dv" or "both".
     repeats: a tile whose sums hold NaN is done again with care: it may come from what the mask hides.
+    exact: the inputs are float32, so that what is cheap for half precision is too coarse.
     packed: sequences lie side by side, so that another one's numbers follow the end of one.
     """
 
@@ -33,6 +34,7 @@ class Meta:
     group: int
     precision: str
     modified: bool
+    exact: bool
     reversed: bool
     window_top_left: bool
     alibi_top_left: bool
@@ -60,6 +62,7 @@ def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool,
         group=problem.group,
         precision="ieee",  # for float32; AMD's compiler refuses others whatever the dtype
         modified=modified(problem),
+        exact=problem.dtype is torch.float32,
         reversed=place.right is not None and not keys and not listed,
         window_top_left=place.top_left,
         alibi_top_left=problem.alignment == "top_left",
