@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashtile import lower
-from flashtile.kernels.words import Dropout, Grid, Modifiers, Packing, Rows, Rules, Size, Stats, Window, odd
+from flashtile.kernels.words import Dropout, Grid, Modifiers, Numbers, Packing, Rows, Rules, Size, Stats, Window, odd
 from flashtile.lower.rules import without_ones
 from flashtile.problem import Inputs, Problem
 from flashtile.region import region
@@ -52,6 +52,11 @@ def padded(tensor: Tensor, fill: float) -> Tensor:
 def stats_of(tensor: Tensor) -> Stats:
     """Of a tensor with `padded` rows."""
     return Stats(tensor, tensor.stride(0) if tensor.ndim == 3 else 0, tensor.stride(-2))
+
+
+def numbers_of(tensor: Tensor) -> Numbers:
+    """Of a dense (batch, heads, seqlen) or packed (heads, total) tensor whose rows lie side by side."""
+    return Numbers(tensor, odd(tensor.stride(0) if tensor.ndim == 3 else 0), odd(tensor.stride(-2)))
 
 
 def packing_of(inputs: Inputs) -> Packing:

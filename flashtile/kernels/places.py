@@ -229,3 +229,10 @@ def tile_at(steps, i_step, LISTS: tl.constexpr):
 def stats_pointers(stats, place, o_query):
     row = place.batch.to(tl.int64) * stats.batch + place.head.to(tl.int64) * stats.head
     return stats.pointer + row + place.first_q + o_query
+
+
+@triton.jit
+def number_pointers(numbers, place, o_query):
+    """As `stats_pointers`, of `Numbers`."""
+    row = place.batch.to(tl.int64) * number_of(numbers.batch) + place.head.to(tl.int64) * number_of(numbers.head)
+    return numbers.pointer + row + place.first_q + o_query

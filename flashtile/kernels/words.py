@@ -28,6 +28,14 @@ class Stats(NamedTuple):
     head: Any
 
 
+class Numbers(NamedTuple):
+    """One number a query, (batch, head, row), rows side by side; strides are `odd`. Packed: batch stride 0."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+
+
 class Packing(NamedTuple):
     """Packed sequences: where each begins (one more than there are), how many rows are in use (None: all), how many
     sequences (`odd`). All None: the problem is dense."""

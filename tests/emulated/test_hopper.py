@@ -150,3 +150,30 @@ def test_nan_that_is_seen_is_not_hidden() -> None:
         out = flashtile.attention(q, k, v, mask=lambda b, h, q_idx, kv_idx: kv_idx <= q_idx, backend="hopper")
     assert out[:, 50:, 0].isnan().all()
     assert out[:, :, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_lies_beside_packed_sequences_may_be_anything(causal: bool) -> None:
+    """Rows that belong to no sequence, and those of a sequence that are not in use."""
+    offsets = torch.tensor([0, 100, 170], dtype=torch.int32)
+    used = torch.tensor([90, 70], dtype=torch.int32)
+    rows = torch.arange(200)
+    outside = ((rows >= 90) & (rows < 100)) | (rows >= 170)
+    tensors = torch.randn(4, 200, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def results() -> list[Tensor]:
+        *leaves, grad = [tensor.clone().requires_grad_() for tensor in tensors]
+        state = flashtile.attention_varlen(
+            *leaves, offsets, offsets, seqused_q=used, seqused_k=used, causal=causal, return_lse=True, backend="hopper"
+        )
+        gradients = torch.autograd.grad(state.out, leaves, grad.detach())
+        return [each[~outside] for each in (state.out, state.lse.transpose(0, 1), *gradients)]
+
+    with emulated(SWEEP[0]) as device:
+        tensors[:, outside] = 0.0
+        clean = results()
+        tensors[:, outside] = torch.nan
+        found = results()
+    assert device.complaints == []
+    for name, ours, expected in zip(("out", "lse", "dq", "dk", "dv"), found, clean, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2**-6, atol=2**-6, msg=name)

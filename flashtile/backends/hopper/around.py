@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from flashtile.kernels.places import locate, stats_pointers
+from flashtile.kernels.places import locate, number_pointers
 from flashtile.kernels.tiles import load_queries, store_rows
 
 
@@ -18,8 +18,8 @@ def before_kernel(out, grad_out, grad_lse, delta, sums, packing, size, META: tl.
     b_grad = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv)
     b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
     if grad_lse is not None:
-        b_delta -= tl.load(stats_pointers(grad_lse, place, o_query), mask=o_query < place.seqlen_q, other=0.0)
-    tl.store(stats_pointers(delta, place, o_query), b_delta, mask=o_query < place.seqlen_q)
+        b_delta -= tl.load(number_pointers(grad_lse, place, o_query), mask=o_query < place.seqlen_q, other=0.0)
+    tl.store(number_pointers(delta, place, o_query), b_delta, mask=o_query < place.seqlen_q)
     b_zeros = tl.zeros([TILE, BLOCK_D], tl.float32)
     store_rows(sums, place.batch, place.head, place.first_q, o_query, place.seqlen_q, b_zeros, META.headdim, BLOCK_D)
 

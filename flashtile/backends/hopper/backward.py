@@ -20,7 +20,7 @@ from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_load, tm
 from flashtile.backends.hopper.forward import new_barriers, store_rows
 from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, has_rows_part, row_tile, rows_part, rows_walk
 from flashtile.backends.hopper.softmax import LOG2E, ROWS
-from flashtile.kernels.places import SCANNED, place_at, program_of, stats_pointers, with_head
+from flashtile.kernels.places import SCANNED, number_pointers, place_at, program_of, with_head
 from flashtile.kernels.rules import grad_dots, ruled
 
 
@@ -37,8 +37,8 @@ def key_tile(packing, size, visits, layout: gl.constexpr, META: gl.constexpr):
 def load_statistics(lse, delta, place, o_query):
     """(lse in base 2, delta) of some rows. Those that saw no key or do not exist get lse inf: all weights are 0."""
     m_rows = o_query < place.seqlen_q
-    b_lse = gl.load(stats_pointers(lse, place, o_query), mask=m_rows, other=float("inf"))
-    b_delta = gl.load(stats_pointers(delta, place, o_query), mask=m_rows, other=0.0)
+    b_lse = gl.load(number_pointers(lse, place, o_query), mask=m_rows, other=float("inf"))
+    b_delta = gl.load(number_pointers(delta, place, o_query), mask=m_rows, other=0.0)
     return gl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), b_delta
 
 
@@ -147,6 +147,10 @@ def step(
     b_grad_out = do_smem.index(slot).reshape([TILE_Q, BLOCK_DV])
 
     mbarrier.wait(full.index(slot), phase)
+    if META.packed:
+        left = place.seqlen_q - i_row * TILE_Q
+        if left < TILE_Q:
+            clear_half(b_q, b_grad_out, left, ready.index(3), place.head % META.group, I_GROUP, META)
     b_k = k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0)
     score_token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     if META.late:
@@ -227,6 +231,30 @@ def without_nan(smem):
 
 
 @gluon.jit
+def without_rows(smem, count):
+    """Puts zeros behind the first `count` rows of shared memory: there begins another packed sequence, or nothing."""
+    BLOCK: gl.constexpr = smem.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    o_rows = gl.arange(0, smem.shape[0], gl.SliceLayout(1, layout))
+    b_rows = smem.load(layout)
+    smem.store(gl.where((o_rows < count)[:, None], b_rows, gl.zeros_like(b_rows)))
+    fence_async_shared()
+
+
+@gluon.jit
+def clear_half(b_q, b_grad_out, left, cleared, turn, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Of a packed sequence's last query tile, which both warpgroups read: each puts zeros behind the end in its half.
+
+    turn: how often this program has met that tile before.
+    """
+    HALF: gl.constexpr = META.tile_q // 2
+    without_rows(b_q.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
+    without_rows(b_grad_out.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
+    mbarrier.arrive(cleared, count=1)
+    mbarrier.wait(cleared, turn & 1)
+
+
+@gluon.jit
 def consumer(
     descriptors, memory, barriers, results, call,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
@@ -249,10 +277,16 @@ def consumer(
     o_key = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
     count = 0
     mbarrier.wait(kv_full, 0)
+    k_smem, v_smem, _q, _do, _lse, _delta, _ds, _dq = memory
+    b_k = k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0)
+    b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
+    if META.packed:
+        if shared.seqlen_k - first < ROWS:
+            without_rows(b_k, shared.seqlen_k - first)
+            without_rows(b_v, shared.seqlen_k - first)
     if META.guarded:
-        k_smem, v_smem, _q, _do, _lse, _delta, _ds, _dq = memory
-        without_nan(k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0))
-        without_nan(v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0))
+        without_nan(b_k)
+        without_nan(b_v)
     # Nothing is owed at first: zeros, to any row.
     b_grad_q = gl.zeros([64, 64], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
     owed = (shared.batch * META.dense, shared.first_q, shared.head * META.group)
@@ -350,7 +384,7 @@ def backward_kernel(
     kv_full = new_barriers(1, 1).index(0)
     full = new_barriers(STAGES, 2)
     empty = new_barriers(STAGES, 2)
-    ready = new_barriers(3, 2)
+    ready = new_barriers(4, 2)
     specialize(
         (q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc),
         (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem),

@@ -16,7 +16,7 @@ from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store, tma_store_wait
 from flashtile.backends.hopper.schedule import announce, end, has_part, hear, part_of, query_tile, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
-from flashtile.kernels.places import stats_pointers
+from flashtile.kernels.places import number_pointers
 from flashtile.kernels.rules import ruled
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -212,7 +212,7 @@ def consumer(
         m_empty = b_sum == 0.0
         b_lse = gl.where(m_empty, float("-inf"), (b_max + gl.log2(b_sum)) * LN2)
         b_inverse = 1.0 / gl.where(m_empty, 1.0, b_sum)
-        gl.store(stats_pointers(lse, place, o_query), b_lse, mask=o_query < place.seqlen_q)
+        gl.store(number_pointers(lse, place, o_query), b_lse, mask=o_query < place.seqlen_q)
         b_out = warpgroup_mma_wait(0, [token])
         mbarrier.arrive(v_empty.index((count - 1) % META.stages), count=1)
         b_out = b_out * gl.convert_layout(b_inverse, gl.SliceLayout(1, output))[:, None]
