@@ -13,7 +13,7 @@ from flashtile.compiling.targets import TARGETS
 from flashtile.tuning import portable
 
 FIELDS = {
-    *("target", "kernel", "headdim", "dtype", "variant", "tiles", "registers", "spills"),
+    *("target", "backend", "kernel", "headdim", "dtype", "variant", "tiles", "registers", "spills", "spills_allowed"),
     *("shared", "shared_limit", "products", "seconds", "broken"),
 }
 
@@ -21,7 +21,10 @@ FIELDS = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_of_a_target(target: str) -> None:
     rows = [Row(**row) for row in build.rows(Entry(target, 64, "bfloat16", "causal"))]
-    assert [row.kernel for row in rows] == ["forward_kernel", "delta_kernel", "query_kernel", "key_kernel"]
+    kernels = ["forward_kernel", "delta_kernel", "query_kernel", "key_kernel"]
+    hopper = ["forward_kernel", "before_kernel", "backward_kernel", "after_kernel"] if target == "sm_90a" else []
+    assert [row.kernel for row in rows] == kernels + hopper
+    assert {row.backend for row in rows} == ({"portable", "hopper"} if hopper else {"portable"})
     assert [str(row) for row in rows if row.broken] == []
     assert all(row.registers > 0 and row.shared <= row.shared_limit for row in rows)
     expected = {"sm_90a": "wgmma", "sm_100": "tcgen05", "gfx": "v_mfma", "gfx1": "v_wmma"}
@@ -34,6 +37,19 @@ def test_variants_on_the_gpu_that_is_measured(variant: str) -> None:
     rows = build.rows(Entry("sm_90a", 128, "bfloat16", variant))
     assert [row["broken"] for row in rows if row["broken"]] == []
     assert ("bias_kernel" in [row["kernel"] for row in rows]) == (variant == "bias")
+    assert ("hopper" in [row["backend"] for row in rows]) == (variant != "dropout")
+
+
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("variant", ["plain", "causal", "window", "softcap"])
+def test_hopper_kernels(variant: str, headdim: int) -> None:
+    """Products are in flight together, none waits for another, and spills do not grow."""
+    rows = [row for row in build.rows(Entry("sm_90a", headdim, "bfloat16", variant)) if row["backend"] == "hopper"]
+    assert [row["broken"] for row in rows if row["broken"]] == []
+    assert [row["kernel"] for row in rows if row["products"]] == ["forward_kernel", "backward_kernel"][
+        : 1 + (headdim < 256)
+    ]
+    assert all(row["products"]["wgmma"] >= 16 for row in rows if row["products"])
 
 
 def test_smaller_tiles_are_taken_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +63,20 @@ def test_smaller_tiles_are_taken_where_memory_is_short(monkeypatch: pytest.Monke
 
 class TestCommand:
     def _rows(self, monkeypatch: pytest.MonkeyPatch, **broken: Any) -> None:
-        row = Row("sm_90a", "key_kernel", 64, "bfloat16", "plain", (64, 64, 4, 2), 128, 0, 1024, 2048, {"wgmma": 8})
+        row = Row(
+            "sm_90a",
+            "portable",
+            "key_kernel",
+            64,
+            "bfloat16",
+            "plain",
+            (64, 64, 4, 2),
+            128,
+            0,
+            1024,
+            2048,
+            {"wgmma": 8},
+        )
         row.broken = ["7 spills, 0 allowed"] if broken else []
         monkeypatch.setattr("flashtile.compiling.report.compiled", lambda entries, note: iter([row]))
 
@@ -84,7 +113,7 @@ class TestCommand:
 
 
 def test_limits_are_checked() -> None:
-    row = Row("sm_90a", "key_kernel", 64, "bfloat16", "plain", (64, 64, 4, 2), 255, 9, 4096, 2048)
+    row = Row("sm_90a", "portable", "key_kernel", 64, "bfloat16", "plain", (64, 64, 4, 2), 255, 9, 4096, 2048)
     assert list(build._breaches(row)) == [
         "9 spills, 0 allowed",
         "4096 bytes of shared memory, 2048 allowed",

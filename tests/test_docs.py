@@ -55,10 +55,12 @@ def test_code_is_marked_as_python() -> None:
                 )
 
 
-def test_quoted_lines_are_those_of_the_kernels() -> None:
-    page = (ROOT / "docs" / "portable.md").read_text()
-    folder = ROOT / "flashtile" / "backends" / "portable"
-    source = {line.strip() for path in folder.glob("*.py") for line in path.read_text().splitlines()}
+@pytest.mark.parametrize("backend", ["portable", "hopper"])
+def test_quoted_lines_are_those_of_the_kernels(backend: str) -> None:
+    page = (ROOT / "docs" / f"{backend}.md").read_text()
+    folders = (ROOT / "flashtile" / "backends" / backend, ROOT / "flashtile" / "kernels")
+    files = [path for folder in folders for path in folder.glob("*.py")]
+    source = {line.strip() for path in files for line in path.read_text().splitlines()}
     blocks = [match.group(2) for match in FENCE.finditer(page) if match.group(1) == "text"]
     quoted = [line.strip() for block in blocks for line in block.splitlines()]
     assert len(quoted) > 10

@@ -75,7 +75,39 @@ def forward_config(headdim: int, kind: str) -> HopperConfig:
     return next(config for limit, config in FORWARD[kind] if headdim <= limit)
 
 
-SPILLS: dict[tuple[str, int], dict[str, int]] = {}
+SPILLS: dict[tuple[str, int], dict[str, int]] = {
+    ("backward_kernel", 64): {
+        "plain": 180,
+        "causal": 260,
+        "window": 260,
+        "softcap": 40,
+        "score_mod": 30,
+        "table": 70,
+        "mask_mod": 220,
+        "varlen": 250,
+    },
+    ("backward_kernel", 128): {
+        "plain": 120,
+        "causal": 130,
+        "window": 180,
+        "softcap": 350,
+        "score_mod": 300,
+        "table": 250,
+        "mask_mod": 180,
+        "varlen": 150,
+    },
+    ("forward_kernel", 64): {"plain": 50, "window": 10, "bias": 280, "table": 140},
+    ("forward_kernel", 128): {"bias": 410, "softcap": 10, "score_mod": 20, "table": 190, "mask_mod": 180, "varlen": 40},
+    ("forward_kernel", 256): {
+        "window": 10,
+        "bias": 160,
+        "softcap": 30,
+        "score_mod": 10,
+        "table": 80,
+        "mask_mod": 660,
+        "varlen": 560,
+    },
+}
 """How many spilling instructions a kernel may have, by head dimension and variant, where not 0: what the worst of the
 supported Tritons makes, rounded up to tens. To be brought to none."""
 
