@@ -38,6 +38,7 @@ def attention(
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Any:
     """Exact attention: softmax(scale * q k^T, modified and masked) v, with memory linear in the sequence length.
@@ -70,6 +71,7 @@ def attention(
         out_dtype: dtype of out: q's (default) or torch.float32.
         return_lse: return State(out, lse) instead of out.
         deterministic: gradients repeat bit for bit; default: torch.are_deterministic_algorithms_enabled().
+        batch_invariant: a sequence gets the same bits alone, in any batch and in any packing; implies deterministic.
         backend: insist on one backend; default: the fastest that takes the call (see `explain`).
 
     Returns:
@@ -97,6 +99,7 @@ def attention(
         out_dtype=out_dtype,
         return_lse=return_lse,
         deterministic=deterministic,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
     out, lse = recall.attention(q, k, v, arguments)
@@ -130,6 +133,7 @@ def attention_varlen(
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Any:
     """`attention` over sequences of different lengths, packed one after the other without padding.
@@ -170,6 +174,7 @@ def attention_varlen(
         out_dtype=out_dtype,
         return_lse=return_lse,
         deterministic=deterministic,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
@@ -204,6 +209,7 @@ def explain(
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Plan:
     """Says, without running anything, which backend, kernel and tiles `attention` would use, and why none faster.
@@ -233,6 +239,7 @@ def explain(
         out_dtype=out_dtype,
         return_lse=return_lse,
         deterministic=deterministic,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
     packing = described(
@@ -276,6 +283,7 @@ def warmup(
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> int:
     """Builds every kernel that a call with these arguments runs, and those of its backward pass if one requires it.
@@ -308,6 +316,7 @@ def warmup(
         out_dtype=out_dtype,
         return_lse=return_lse,
         deterministic=deterministic,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
     packing = described(

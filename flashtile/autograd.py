@@ -23,10 +23,10 @@ _TAIL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? bias, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor[] mask_tensors, Tensor[] score_tensors, str mask, "
     "str score_mod, float scale, float softcap, float dropout_p, str alignment, ScalarType out_dtype, "
-    "bool deterministic, str? backend, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
+    "bool deterministic, bool batch_invariant, str? backend, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 _SAVED = "Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[] wanted"
-_OPTION_COUNT = 11  # the arguments of _TAIL from `mask` on
+_OPTION_COUNT = 12  # the arguments of _TAIL from `mask` on
 _FIRST_LIST = 11  # the fields of Inputs before `mask`, each a tensor or None
 
 
@@ -61,6 +61,7 @@ def _pack(inputs: Inputs, options: Options) -> tuple[Any, ...]:
         options.alignment,
         options.out_dtype,
         options.deterministic,
+        options.batch_invariant,
         options.backend,
         options.max_seqlen_q,
         options.max_seqlen_k,

@@ -66,6 +66,7 @@ class Problem:
     alignment: str = "bottom_right"
     out_dtype: torch.dtype = torch.float32
     deterministic: bool = False
+    batch_invariant: bool = False
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     described: bool = True
@@ -112,6 +113,7 @@ class Options:
     alignment: str = "bottom_right"
     out_dtype: torch.dtype = torch.float32
     deterministic: bool = False
+    batch_invariant: bool = False
     backend: str | None = None
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
@@ -143,6 +145,7 @@ def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: W
         alignment=options.alignment,
         out_dtype=options.out_dtype,
         deterministic=options.deterministic,
+        batch_invariant=options.batch_invariant,
         max_seqlen_q=options.max_seqlen_q,
         max_seqlen_k=options.max_seqlen_k,
         described=all(map(described, (q, k, v))),

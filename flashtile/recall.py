@@ -18,7 +18,16 @@ from flashtile.request import Arguments, Packing, build, mask_value
 _KEPT = 4096
 _SIMPLE = frozenset((type(None), bool, int, float, str, tuple, torch.dtype))
 _values = attrgetter(
-    "causal", "window", "softcap", "scale", "alignment", "out_dtype", "return_lse", "deterministic", "backend"
+    "causal",
+    "window",
+    "softcap",
+    "scale",
+    "alignment",
+    "out_dtype",
+    "return_lse",
+    "deterministic",
+    "batch_invariant",
+    "backend",
 )
 _NO_MASK = Mask("")
 _NO_SCORE = trace.Lifted("", ())

@@ -33,6 +33,7 @@ class Arguments(NamedTuple):
     out_dtype: torch.dtype | None
     return_lse: bool
     deterministic: bool | None
+    batch_invariant: bool
     backend: str | None
 
 
@@ -86,7 +87,8 @@ def build(
         dropout_p=float(arguments.dropout_p),
         alignment=arguments.alignment,
         out_dtype=arguments.out_dtype or q.dtype,
-        deterministic=_deterministic(arguments.deterministic),
+        deterministic=_deterministic(arguments.deterministic) or arguments.batch_invariant,
+        batch_invariant=arguments.batch_invariant,
         backend=arguments.backend,
         max_seqlen_q=packing.max_seqlen_q if packing and not isinstance(packing.max_seqlen_q, Tensor) else None,
         max_seqlen_k=packing.max_seqlen_k if packing and not isinstance(packing.max_seqlen_k, Tensor) else None,
@@ -108,6 +110,7 @@ def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) 
     check.flag("causal", arguments.causal)
     check.flag("return_lse", arguments.return_lse)
     check.deterministic(arguments.deterministic)
+    check.flag("batch_invariant", arguments.batch_invariant)
     check.alignment(arguments.alignment)
     check.window(arguments.window)
     check.mask_argument(arguments.mask)

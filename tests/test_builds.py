@@ -57,6 +57,7 @@ class Counter:
         """One forward and one backward pass."""
         usual = dict.fromkeys(Arguments._fields)
         usual |= {"causal": False, "dropout_p": 0.0, "alignment": "bottom_right", "return_lse": False}
+        usual["batch_invariant"] = False
         inputs, options = build(q, k, v, Arguments(**{**usual, **given}), packing)  # type: ignore[arg-type]
         launch, there = LAUNCHES[backend], getattr(self, backend)
         machine: Any = launch.Machine(there, True) if backend == "portable" else launch.Machine(there, 132)

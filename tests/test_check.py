@@ -98,6 +98,7 @@ OPTIONS = [
     Refusal(TypeError, "causal", "1, need True or False", dense(causal=1)),
     Refusal(TypeError, "return_lse", "None, need True or False", dense(return_lse=None)),
     Refusal(TypeError, "deterministic", "0, need True, False or None", dense(deterministic=0)),
+    Refusal(TypeError, "batch_invariant", "1, need True or False", dense(batch_invariant=1)),
     Refusal(TypeError, "alignment", "NoneType, need the string", dense(alignment=None)),
     Refusal(
         ValueError, "alignment", "'bottom-right', need 'bottom_right'", dense(causal=True, alignment="bottom-right")

@@ -27,6 +27,7 @@ def add_explain(commands: Any) -> None:
     command.add_argument("--dropout-p", type=float, default=0.0)
     command.add_argument("--alignment", choices=("bottom_right", "top_left"), default="bottom_right")
     command.add_argument("--deterministic", action="store_true")
+    command.add_argument("--batch-invariant", action="store_true")
     command.add_argument("--backend", help="insist on this one")
 
 
@@ -77,5 +78,6 @@ def _explain_options(given: argparse.Namespace, q: Any, k: Any) -> dict[str, Any
         "dropout_p": given.dropout_p,
         "alignment": given.alignment,
         "deterministic": given.deterministic or None,
+        "batch_invariant": given.batch_invariant,
         "backend": given.backend,
     }

@@ -23,8 +23,8 @@ def possible(inputs: Inputs, problem: Problem) -> bool:
 
 
 def listed(inputs: Inputs, problem: Problem) -> bool:
-    """Whether kernels get lists of tiles."""
-    return bool(region(problem.mask).rest) and possible(inputs, problem)
+    """Whether kernels get lists of tiles: their order is not that of packed sequences, which have none."""
+    return bool(region(problem.mask).rest) and not problem.batch_invariant and possible(inputs, problem)
 
 
 def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:

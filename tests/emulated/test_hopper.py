@@ -9,7 +9,7 @@ from torch import Tensor
 import flashtile
 from flashtile.tuning import hopper as tables
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig
-from tests import conformance, oracle
+from tests import conformance, invariance, oracle
 from tests.conformance import HALF, HOPPER_REFUSES
 from tests.emulated.hopper import emulated
 from tests.oracle import assert_equal_bits
@@ -177,3 +177,10 @@ def test_what_lies_beside_packed_sequences_may_be_anything(causal: bool) -> None
     assert device.complaints == []
     for name, ours, expected in zip(("out", "lse", "dq", "dk", "dv"), found, clean, strict=True):
         torch.testing.assert_close(ours, expected, rtol=2**-6, atol=2**-6, msg=name)
+
+
+@pytest.mark.parametrize("name", invariance.OPTIONS)
+def test_a_sequence_gets_the_same_bits_everywhere(name: str) -> None:
+    """The forward pass; deterministic gradients come from another backend."""
+    with emulated(SWEEP[0]):
+        invariance.check(name, torch.bfloat16, "hopper", 64, gradients=False)

@@ -66,7 +66,8 @@ def kind_of(problem: Problem) -> str:
         return "single"
     if set(problem.modified) - {"sinks"}:
         return "modified"
-    return "masked" if problem.varlen or region(problem.mask).rest else "half"
+    packed = problem.varlen and not problem.batch_invariant
+    return "masked" if packed or region(problem.mask).rest else "half"
 
 
 @cache
