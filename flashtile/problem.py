@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
 class Problem:
     """What a plan may depend on. Two calls with equal Problems run the same kernel with the same configuration.
 
-    described: rows of q, k and v begin at multiples of 16 bytes, as copy engines ask.
+    described: rows of q, k and v begin at multiples of 16 bytes, no two of them at one, as copy engines ask.
     """
 
     batch: int
@@ -155,7 +155,7 @@ def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: W
 
 
 def described(tensor: Tensor) -> bool:
-    """Whether the first element and every row lie at multiples of 16 bytes, columns side by side."""
+    """Whether the first element and every row lie at multiples of 16 bytes, no two at one, columns side by side."""
     size = tensor.element_size()
-    rows = all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+    rows = all(stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:-1])
     return rows and tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0

@@ -17,24 +17,24 @@ from flashtile.problem import Inputs, Options
 class Arguments(NamedTuple):
     """The options that the public functions share, as the user gave them."""
 
-    causal: bool
-    window: tuple[int | None, int | None] | None
-    mask: Mask | Tensor | Callable[..., Any] | None
-    block_mask: Any
-    score_mod: Callable[..., Any] | None
-    bias: Tensor | None
-    alibi_slopes: Tensor | None
-    softcap: float | None
-    sinks: Tensor | None
-    scale: float | None
-    dropout_p: float
-    seed: int | Tensor | None
-    alignment: str
-    out_dtype: torch.dtype | None
-    return_lse: bool
-    deterministic: bool | None
-    batch_invariant: bool
-    backend: str | None
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    mask: Mask | Tensor | Callable[..., Any] | None = None
+    block_mask: Any = None
+    score_mod: Callable[..., Any] | None = None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    seed: int | Tensor | None = None
+    alignment: str = "bottom_right"
+    out_dtype: torch.dtype | None = None
+    return_lse: bool = False
+    deterministic: bool | None = None
+    batch_invariant: bool = False
+    backend: str | None = None
 
 
 class Packing(NamedTuple):

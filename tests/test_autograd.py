@@ -20,25 +20,6 @@ from tests.problems import CASES, Call, Case, Shape, make, packed
 
 EVERYTHING = ("causal", "bias_heads", "alibi", "softcap", "sinks", "score_mod", "dropout", "gqa", "headdim_v")
 SMALL = Shape(2, 13, 21, 4, 4, 8, 8)
-DEFAULTS: dict[str, Any] = {
-    "causal": False,
-    "window": None,
-    "mask": None,
-    "block_mask": None,
-    "score_mod": None,
-    "bias": None,
-    "alibi_slopes": None,
-    "softcap": None,
-    "sinks": None,
-    "scale": None,
-    "dropout_p": 0.0,
-    "seed": None,
-    "alignment": "bottom_right",
-    "out_dtype": None,
-    "return_lse": True,
-    "deterministic": None,
-    "backend": None,
-}
 
 
 def _operands(call: Call) -> tuple[Any, ...]:
@@ -47,7 +28,7 @@ def _operands(call: Call) -> tuple[Any, ...]:
     lengths = [packing.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")]
     where = Packing(*lengths, None, None) if packing else None  # type: ignore[arg-type]
     leaves = call.leaves
-    inputs, options = build(leaves["q"], leaves["k"], leaves["v"], Arguments(**{**DEFAULTS, **call.arguments()}), where)
+    inputs, options = build(leaves["q"], leaves["k"], leaves["v"], Arguments(**call.arguments()), where)
     return autograd._pack(inputs, options)
 
 
@@ -378,7 +359,7 @@ def _compiled(*tensors: Tensor) -> Tensor:
 
 
 def _operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    inputs, options = build(q, k, v, Arguments(**DEFAULTS))
+    inputs, options = build(q, k, v, Arguments())
     out: Tensor = torch.ops.flashtile.forward(*autograd._pack(inputs, options))[0]
     return out
 

@@ -55,10 +55,7 @@ class Counter:
 
     def call(self, backend: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None, **given: Any) -> None:
         """One forward and one backward pass."""
-        usual = dict.fromkeys(Arguments._fields)
-        usual |= {"causal": False, "dropout_p": 0.0, "alignment": "bottom_right", "return_lse": False}
-        usual["batch_invariant"] = False
-        inputs, options = build(q, k, v, Arguments(**{**usual, **given}), packing)  # type: ignore[arg-type]
+        inputs, options = build(q, k, v, Arguments(**given), packing)
         launch, there = LAUNCHES[backend], getattr(self, backend)
         machine: Any = launch.Machine(there, True) if backend == "portable" else launch.Machine(there, 132)
         problem = describe(inputs, options)

@@ -55,7 +55,7 @@ def test_hopper_kernels(variant: str, headdim: int) -> None:
 def test_smaller_tiles_are_taken_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     short = TARGETS["sm_90a"]._replace(shared=48 * 1024)
     monkeypatch.setitem(TARGETS, "sm_90a", short)
-    rows = build.rows(Entry("sm_90a", 128, "bfloat16", "plain"))
+    rows = [row for row in build.rows(Entry("sm_90a", 128, "bfloat16", "plain")) if row["backend"] == "portable"]
     usual = portable.portable_config(128, "half").forward
     assert all(row["shared"] <= 48 * 1024 for row in rows)
     assert tuple(rows[0]["tiles"]) != tuple(usual)

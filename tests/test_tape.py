@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashtile.backends import hopper
+from flashtile.backends.hopper import launch
 from flashtile.kernels.tape import Tape, perform
 from flashtile.kernels.words import Rows, Stats
+from flashtile.problem import Inputs, Options, describe
 
 
 class Noting:
@@ -99,3 +104,60 @@ def test_what_reads_another_tensor_is_never_played() -> None:
     kept = weakref.ref(copy)
     del copy
     assert kept() is None
+
+
+def test_descriptors_are_made_anew() -> None:
+    """Of the same tiles, over the tensor of this time; the view that they were made of may differ from it."""
+    kernel, memory = Noting(), dict[Any, Any]()
+    layout = gl.NVMMASharedLayout.get_default_for([16, 64], gl.bfloat16)
+
+    def launches(tensor: Tensor) -> Callable[[Tape | None], None]:
+        described = TensorDescriptor(tensor[0], [32, 64], [64, 1], [16, 64], layout)
+
+        def launch(tape: Tape | None) -> None:
+            kernel[1, 1, 1](described)
+            if tape is not None:
+                tape.record(kernel, 1, (described,))
+
+        return launch
+
+    for _ in range(3):
+        tensor = torch.empty(1, 32, 64, dtype=torch.bfloat16)
+        perform(launches(tensor), (tensor,), memory)
+        (found,) = kernel.seen[-1][1]
+        assert isinstance(found, TensorDescriptor)
+        assert found.base.data_ptr() == tensor.data_ptr()
+        assert (found.shape, found.strides, found.block_shape) == ([32, 64], [64, 1], [16, 64])
+        assert found.layout == layout
+    assert len(memory) == 1
+
+
+def test_hopper_launches_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second call of a kind, forward and backward, gives the kernels what a first one would, but for addresses."""
+    kernel = Noting()
+    asked: list[str] = []
+    played: list[int] = []
+
+    def note(function: Any, programs: int, arguments: Any, options: dict[str, Any]) -> Noting:
+        asked.append(function.fn.__name__)
+        return kernel
+
+    machine = launch.Machine(note, 132)
+    problem = describe(Inputs(*(torch.empty(1, 64, 2, 64, dtype=torch.bfloat16),) * 3), Options(scale=0.1))
+    config: Any = hopper.configure(problem)
+    back = describe(Inputs(*(torch.empty(1, 64, 2, 64, dtype=torch.bfloat16),) * 3), Options(scale=0.1), backward=True)
+    memories: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
+    for _ in range(3):
+        inputs = Inputs(*(torch.randn(1, 64, 2, 64).bfloat16() for _ in range(3)))
+        out, lse = launch.forward(inputs, problem, config, machine, memories[0])
+        gradients = launch.backward(inputs, back, hopper.configure(back), out, lse, out, None, machine, memories[1])
+        played.append(len(kernel.seen))
+        if kernel.seen:
+            forward, before, through, after = (arguments for _, arguments in kernel.seen)
+            assert [each.base.data_ptr() for each in forward[:4]] == [t.data_ptr() for t in (*inputs[:3], out)]
+            assert before[0].pointer is out
+            assert [each.base.data_ptr() for each in through[5:7]] == [gradients.k.data_ptr(), gradients.v.data_ptr()]
+            assert after[1].pointer is gradients.q
+        kernel.seen.clear()
+    assert asked == ["forward_kernel", "before_kernel", "backward_kernel", "after_kernel"]
+    assert played == [0, 4, 4]

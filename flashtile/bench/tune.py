@@ -97,10 +97,8 @@ class Call:
 
     def __init__(self, case: Case) -> None:
         self.case, self.tensors = case, cases.tensors(case)
-        usual: dict[str, Any] = dict.fromkeys(Arguments._fields)
-        usual |= {"causal": False, "dropout_p": 0.0, "alignment": "bottom_right", "return_lse": False}
         q, k, v = self.tensors[:3]
-        self.inputs, options = build(q, k, v, Arguments(**{**usual, **cases.options(case)}))
+        self.inputs, options = build(q, k, v, Arguments(**cases.options(case)))
         self.problem = describe(self.inputs, options)
         self.back = describe(self.inputs, options, backward=True, wanted=wanted_of(self.inputs))
 

@@ -49,11 +49,11 @@ class Row:
     tiles: tuple[int, ...]
     registers: int = 0
     spills: int = 0
-    spills_allowed: int = 0
     shared: int = 0
     shared_limit: int = 0
     products: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    spills_allowed: int = 0
     broken: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -151,7 +151,9 @@ def _measure(row: Row, kernel: Any, given: dict[str, Any], options: dict[str, An
     counts = {label: len(re.findall(pattern, text)) for label, pattern in _PRODUCTS.items()}
     row.products = {label: count for label, count in counts.items() if count}
     if target.backend == "cuda":
-        row.registers, row.spills, row.broken = _nvidia(compiled.asm["cubin"])
+        row.registers, row.spills, serial = _nvidia(compiled.asm["cubin"])
+        if serial and row.backend == "hopper":
+            row.broken.append("products wait for each other")
     else:
         row.registers, row.spills = _amd(text)
     row.broken += _breaches(row)
@@ -178,8 +180,8 @@ def _breaches(row: Row) -> Iterator[str]:
 _WITHOUT_PRODUCTS = ("delta_kernel", "before_kernel", "after_kernel")
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, list[str]]:
-    """(registers, spilling instructions, what is wrong), by NVIDIA's disassembler, which comes with Triton."""
+def _nvidia(cubin: bytes) -> tuple[int, int, bool]:
+    """(registers, spilling instructions, whether products wait for each other), by the disassembler in Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -190,9 +192,9 @@ def _nvidia(cubin: bytes) -> tuple[int, int, list[str]]:
         )
     registers = re.findall(r"REG:(\d+)", usage)
     products, batches = (len(re.findall(pattern, text)) for pattern in (r"\bHGMMA\.", r"WARPGROUP\.ARRIVE"))
-    # The compiler may make each of a warpgroup's products wait for the one before.
-    serial = ["products wait for each other"] if batches > 4 and products < 2 * batches else []
-    return max(map(int, registers), default=0), len(re.findall(r"\bSTL\b", text)), serial
+    # The compiler may make each of a warpgroup's products wait for the one before: as many batches as products.
+    spills, serial = len(re.findall(r"\bSTL\b", text)), 0 < products < 2 * batches
+    return max(map(int, registers), default=0), spills, serial
 
 
 def _amd(text: str) -> tuple[int, int]:

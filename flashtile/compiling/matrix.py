@@ -1,13 +1,11 @@
 """Which calls are compiled: shapes, dtypes and variants."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from flashtile import api
 from flashtile.problem import Inputs, Options
 from flashtile.request import Arguments, Packing, build
 
@@ -62,9 +60,7 @@ def call(entry: Entry) -> tuple[Inputs, Options]:
         packing = Packing(offsets, offsets, None, None, None, None)
     shape = (1, SEQLEN) if packing is None else (SEQLEN,)
     q, k, v = (torch.zeros(*shape, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (heads, 2, 2))
-    known = inspect.signature(api.attention).parameters
-    defaults = {name: known[name].default for name in Arguments._fields}
-    return build(q, k, v, Arguments(**{**defaults, **VARIANTS[entry.variant]()}), packing)
+    return build(q, k, v, Arguments(**VARIANTS[entry.variant]()), packing)
 
 
 def entries(targets: list[str], headdims: list[int], dtypes: list[str], variants: list[str]) -> Iterator[Entry]:

@@ -164,6 +164,8 @@ HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
     ("forward_kernel", 64): {"dropout": 10, "table": 100, "mask_mod": 80},
     ("forward_kernel", 128): {"mask_mod": 90},
     ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 100},
+    ("bias_kernel", 128): {"bias": 30},
+    ("bias_kernel", 256): {"bias": 20},
     ("query_kernel", 128): {"score_mod": 20, "table": 40, "mask_mod": 10},
     ("query_kernel", 256): {"dropout": 20, "score_mod": 70, "table": 60, "mask_mod": 100},
     ("key_kernel", 64): {"dropout": 40, "softcap": 10, "score_mod": 30, "table": 140, "mask_mod": 30, "varlen": 110},

@@ -45,7 +45,7 @@ def refuses(problem: Problem) -> str | None:
         (problem.dtype not in (torch.float16, torch.bfloat16), f"it takes no {problem.dtype}"),
         (problem.out_dtype is not problem.dtype, f"it writes {problem.dtype}, not {problem.out_dtype}"),
         (max(problem.headdim, problem.headdim_v) > largest, f"its {_pass(problem)} takes up to headdim {largest}"),
-        (not problem.described, "rows of q, k or v do not begin at multiples of 16 bytes"),
+        (not problem.described, "rows of q, k or v do not begin at multiples of 16 bytes, or several are one"),
         (problem.dropout_p > 0, "it has no dropout"),
         (wanted.bias or wanted.alibi_slopes, "it gives no gradient of bias or alibi_slopes"),
         (problem.scale <= 0, "its scale must be positive"),
