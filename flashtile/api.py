@@ -217,7 +217,8 @@ def explain(
     Takes the arguments of `attention`; with cu_seqlens_q and cu_seqlens_k, those of `attention_varlen`.
 
     Returns:
-        Plan: printed, and returned with fields backend, kernel, config and rejected ((name, reason), ...).
+        Plan: printed, and returned with fields backend, kernel, config and rejected ((name, reason), ...), and with
+        backward, the Plan of the backward pass, if anything requires a gradient.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention` would.
@@ -251,7 +252,7 @@ def explain(
         max_seqlen_k=max_seqlen_k,
     )
     inputs, options = build(q, k, v, arguments, packing)
-    chosen = autograd.Call.of(inputs, options).plan(inputs, backward=False)
+    chosen = autograd.plans(inputs, options)
     print(chosen)
     return chosen
 

@@ -9,7 +9,7 @@ half a millisecond of cold Python on its generic machinery, more than a short at
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -274,9 +274,22 @@ def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 def eager(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """The same for a call that is `plainly_eager`."""
     sources = _sources(inputs)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources):
+    if torch.is_grad_enabled() and _requires_grad(sources):
+        if call.options.backend is not None:
+            call.plan(inputs, True)  # one that takes no backward pass says so now
         return _Eager.apply(inputs, call, *sources)
     return _run_forward(inputs, call)
+
+
+def _requires_grad(sources: Sequence[Tensor | None]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in sources)
+
+
+def plans(inputs: Inputs, options: Options) -> plan.Plan:
+    """What the forward pass would run, and, if anything requires a gradient, the backward pass."""
+    call = Call.of(inputs, options)
+    chosen = call.plan(inputs, False)
+    return replace(chosen, backward=call.plan(inputs, True)) if _requires_grad(_sources(inputs)) else chosen
 
 
 def rehearse(inputs: Inputs, options: Options) -> None:
@@ -284,5 +297,5 @@ def rehearse(inputs: Inputs, options: Options) -> None:
     call = Call.of(inputs, options)
     with torch.no_grad():
         output = _run_forward(inputs, call)
-        if any(tensor is not None and tensor.requires_grad for tensor in _sources(inputs)):
+        if _requires_grad(_sources(inputs)):
             _run_backward(inputs, call, output, (torch.zeros_like(output[0]), None))

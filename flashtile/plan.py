@@ -15,7 +15,7 @@ logger = logging.getLogger("flashtile")
 @dataclass(frozen=True)
 class Plan:
     """The choice for one Problem. `rejected` holds (backend/kernel, reason) of everything faster that was refused;
-    `run` is the kernel."""
+    `run` is the kernel; `backward`: what the backward pass would choose, where `explain` was asked."""
 
     problem: Problem
     backend: str
@@ -23,12 +23,13 @@ class Plan:
     config: Any
     rejected: tuple[tuple[str, str], ...]
     run: Kernel = field(repr=False, compare=False)
+    backward: "Plan | None" = field(default=None, compare=False)
 
     def __str__(self) -> str:
         config = ", ".join(f"{name}={value}" for name, value in self.config._asdict().items())
         lines = [f"{_title(self.problem)}", f"  runs on  {self.backend}/{self.kernel} ({config})"]
         lines += [f"  refused  {name}: {reason}" for name, reason in self.rejected]
-        return "\n".join(lines)
+        return "\n".join([*lines, str(self.backward)] if self.backward else lines)
 
 
 def _title(problem: Problem) -> str:
@@ -36,7 +37,8 @@ def _title(problem: Problem) -> str:
     dims = f"{problem.headdim}" if problem.headdim == problem.headdim_v else f"{problem.headdim}/{problem.headdim_v}"
     dtype = str(problem.dtype).removeprefix("torch.")
     parts = [
-        f"attention{' (packed)' if problem.varlen else ''}: batch {problem.batch}, seqlen {lengths}",
+        f"{'backward pass of ' if problem.backward else ''}attention{' (packed)' if problem.varlen else ''}: "
+        f"batch {problem.batch}, seqlen {lengths}",
         f"heads {problem.heads}/{problem.heads_kv}, headdim {dims}, {dtype} on {problem.device}",
         f"mask {masks.readable(problem.mask)}",
         *problem.modified,
@@ -68,7 +70,7 @@ def choose(problem: Problem, backend: str | None = None) -> Plan:
             if reason is None:
                 chosen = Plan(problem, name, kernel.name, kernel.configure(problem), tuple(rejected), kernel)
                 # A backend that is not for this machine is no news; a kernel that does not take the Problem is.
-                if any("/" in refused for refused, _ in rejected) and not problem.backward:
+                if any("/" in refused for refused, _ in rejected):
                     logger.info("%s", chosen)
                 return chosen
             rejected.append((f"{name}/{kernel.name}", reason))

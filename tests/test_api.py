@@ -52,7 +52,7 @@ class TestResults:
     def test_options_are_the_same_keywords_everywhere(self, function: Callable[..., Any]) -> None:
         parameters = inspect.signature(function).parameters
         shared = [p for p in inspect.signature(attention).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        assert len(shared) == 17
+        assert len(shared) == 18
         assert [parameters[p.name] for p in shared] == shared
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -399,6 +399,15 @@ class TestExplain:
         for name, value in chosen.config._asdict().items():
             assert f"{name}={value}" in text
 
+    def test_it_tells_of_the_backward_pass_where_there_is_one(self, capsys: pytest.CaptureFixture[str]) -> None:
+        q, k, v = qkv()
+        assert explain(q, k, v).backward is None
+        chosen = explain(q, k.requires_grad_(), v, softcap=3.0)
+        assert chosen.backward is not None
+        assert chosen.backward.problem.backward
+        assert chosen.backward.kernel == "tiled"
+        assert "backward pass of attention" in capsys.readouterr().out
+
     def test_it_names_features_and_reasons(self) -> None:
         q, k, v = qkv()
         chosen = explain(q, k, v[..., :8], causal=True, softcap=3.0, sinks=draw(4), dropout_p=0.1)
@@ -467,18 +476,20 @@ class TestExplain:
         assert (chosen.backend, chosen.rejected) == ("pytorch", ())
 
     def test_the_backward_pass_keeps_to_the_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And is planned at once, so that a refusal does not wait for the backward pass."""
         q, k, v = (t.requires_grad_() for t in qkv())
-        out = attention(q, k, v, backend="pytorch")
-        asked: list[str | None] = []
+        asked: list[tuple[bool, str | None]] = []
         choose = plan.choose.__wrapped__
 
         def spy(problem: Any, backend: str | None = None) -> Plan:
-            asked.append(backend)
+            asked.append((problem.backward, backend))
             return choose(problem, backend)
 
         monkeypatch.setattr(plan, "choose", spy)
+        out = attention(q, k, v, backend="pytorch")
+        assert asked == [(False, "pytorch"), (True, "pytorch")]
         out.sum().backward()
-        assert asked == ["pytorch"]
+        assert asked[2:] == []
 
     def test_a_refusal_is_logged_once_per_problem(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, logger="flashtile"):

@@ -35,11 +35,17 @@ def key_tile(packing, size, visits, layout: gl.constexpr, META: gl.constexpr):
 
 @gluon.jit
 def load_statistics(lse, delta, place, o_query):
-    """(lse in base 2, delta) of some rows. Those that saw no key or do not exist get lse inf: all weights are 0."""
+    """(lse, delta) of some rows; lse inf where there is none."""
     m_rows = o_query < place.seqlen_q
     b_lse = gl.load(number_pointers(lse, place, o_query), mask=m_rows, other=float("inf"))
     b_delta = gl.load(number_pointers(delta, place, o_query), mask=m_rows, other=0.0)
-    return gl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), b_delta
+    return b_lse, b_delta
+
+
+@gluon.jit
+def subtracted(b_lse):
+    """What is taken from scores in base 2: inf for rows that saw no key or do not exist, so that all weights are 0."""
+    return gl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
 
 
 @gluon.jit
@@ -74,7 +80,8 @@ def loader(
             mbarrier.expect(full.index(slot), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
             tma_load(q_desc, where, full.index(slot), q_smem.index(slot))
             tma_load(do_desc, where, full.index(slot), do_smem.index(slot))
-            lse_smem.index(slot).store(b_lse)
+            # Only now does the warp wait for the numbers that it asked for above.
+            lse_smem.index(slot).store(subtracted(b_lse))
             delta_smem.index(slot).store(b_delta)
             mbarrier.arrive(full.index(slot), count=1)
             count += 1
