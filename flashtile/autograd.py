@@ -276,7 +276,9 @@ def eager(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     sources = _sources(inputs)
     if torch.is_grad_enabled() and _requires_grad(sources):
         if call.options.backend is not None:
-            call.plan(inputs, True)  # one that takes no backward pass says so now
+            # One that takes no backward pass says so now.
+            call.plan(inputs, False)
+            call.plan(inputs, True)
         return _Eager.apply(inputs, call, *sources)
     return _run_forward(inputs, call)
 
