@@ -1,7 +1,7 @@
 """The suites: which cases are put to which peers, and what is recorded. One function a suite, registered by name."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -111,14 +111,35 @@ TOKENS, HIDDEN = 16384, 2048
 """Tokens of a batch and width of all heads, the grid of the FlashAttention-3 paper."""
 
 
+FUSED = ("sdpa_flash", "sdpa_cudnn", "fa3", "fa4", "flashtile")
+
+
 @suite("grid", "16k tokens, hidden dimension 2048", "time", devices=("cuda",))
 def _grid(settings: Settings, note: Note) -> Iterator[Row]:
+    yield from _cells(settings, note, (1024, 4096, 16384))
+
+
+@suite("lengths", "16k tokens, hidden dimension 2048, the lengths between", "time", devices=("cuda",))
+def _lengths(settings: Settings, note: Note) -> Iterator[Row]:
+    yield from _cells(settings, note, (512, 2048, 8192))
+
+
+def _cells(settings: Settings, note: Note, seqlens: Sequence[int]) -> Iterator[Row]:
     for headdim in (64, 128, 256):
         for feature in ("plain", "causal"):
-            for seqlen in (1024, 4096, 16384):
+            for seqlen in seqlens:
                 heads = HIDDEN // headdim
                 case = Case(feature, TOKENS // seqlen, seqlen, heads, heads, headdim, "bfloat16", settings.device)
-                yield from _timed(case, settings, ("sdpa_flash", "sdpa_cudnn", "fa3", "fa4", "flashtile"), note)
+                yield from _timed(case, settings, FUSED, note)
+
+
+@suite("shapes", "Grouped heads, and a window in a long sequence", "time", devices=("cuda",))
+def _shapes(settings: Settings, note: Note) -> Iterator[Row]:
+    for seqlen in (2048, 8192):
+        case = Case("causal", TOKENS // seqlen, seqlen, 32, 8, 128, "bfloat16", settings.device)
+        yield from _timed(case, settings, FUSED, note)
+    case = Case("window 1024", 1, TOKENS, 16, 16, 128, "bfloat16", settings.device)
+    yield from _timed(case, settings, ("flex", "flashtile"), note)
 
 
 @suite("functions", "Masks and score functions beside compiled FlexAttention", "time", devices=("cuda",))
