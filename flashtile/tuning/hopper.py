@@ -76,7 +76,9 @@ def forward_config(headdim: int, kind: str) -> HopperConfig:
 
 
 SPILLS: dict[tuple[str, int], dict[str, int]] = {
+    ("bias_kernel", 128): {"bias": 30},
     ("backward_kernel", 64): {
+        "bias": 10,
         "plain": 180,
         "causal": 260,
         "window": 240,
@@ -87,6 +89,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "varlen": 250,
     },
     ("backward_kernel", 128): {
+        "bias": 190,
         "plain": 120,
         "causal": 130,
         "window": 170,

@@ -47,7 +47,7 @@ def refuses(problem: Problem) -> str | None:
         (max(problem.headdim, problem.headdim_v) > largest, f"its {_pass(problem)} takes up to headdim {largest}"),
         (not problem.described, "rows of q, k or v do not begin at multiples of 16 bytes, or several are one"),
         (problem.dropout_p > 0, "it has no dropout"),
-        (wanted.bias or wanted.alibi_slopes, "it gives no gradient of bias or alibi_slopes"),
+        (wanted.alibi_slopes, "it gives no gradient of alibi_slopes"),
         (problem.scale <= 0, "its scale must be positive"),
         (0 in (problem.batch, problem.seqlen_q, problem.seqlen_kv), "it takes no empty tensors"),
     )

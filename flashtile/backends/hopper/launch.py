@@ -1,7 +1,7 @@
 """Launches: descriptors over the caller's tensors, and the grid."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,25 +15,28 @@ from flashtile.backends.hopper.around import after_kernel, before_kernel
 from flashtile.backends.hopper.backward import backward_kernel
 from flashtile.backends.hopper.forward import forward_kernel
 from flashtile.backends.hopper.softmax import ROWS
-from flashtile.kernels import visits
+from flashtile.kernels import bias, visits
 from flashtile.kernels.arguments import (
     beside,
     functions_of,
     modified,
     numbers_of,
     packing_of,
+    padded,
     programs_of,
     rows_of,
     rules_of,
     size_of,
+    stats_of,
 )
+from flashtile.kernels.bias import bias_kernel
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.region import region
 from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig
 
-KERNELS = (forward_kernel, before_kernel, backward_kernel, after_kernel)
+KERNELS = (forward_kernel, before_kernel, backward_kernel, after_kernel, bias_kernel)
 
 REGISTERS = {2: 168, 3: 128}
 """Registers a thread that a kernel is compiled for, by consumers; they trade among the warps once it runs."""
@@ -44,8 +47,8 @@ class Meta:
     """What a kernel is compiled for, beside types and which fields are None: see the configs of `tuning.hopper`.
 
     masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
-    exact: no, see `rules.capped`. left, right: whether the window ends on that side. sections: tiles of several heads
-    are handed out together.
+    exact, precision: for kernels that take float32 too, see `rules.capped`. left, right: whether the window ends there.
+    sections: tiles of several heads are handed out together.
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
     shared_o: the output leaves through the memory of its queries. guarded: what a mask hides may hold NaN, or have no
     finite gradient. careful: what lies beside what is seen may hold NaN.
@@ -63,6 +66,7 @@ class Meta:
     group: int
     modified: bool
     exact: bool
+    precision: str
     reversed: bool
     sections: bool
     window_top_left: bool
@@ -96,6 +100,7 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         group=problem.group,
         modified=modified(problem),
         exact=False,
+        precision="ieee",
         reversed=right is not None and not listed,
         sections=right is not None or listed,
         window_top_left=top_left,
@@ -305,7 +310,33 @@ def backward(
     perform(launches, (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs)), memory)
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
-    return Gradients(dq, dk, dv, sinks=grads.sinks, score=totals)
+    if grads.bias is not None:
+        call = Call.of(machine, inputs, problem, config, totals=totals)
+        _bias_gradient(call, grad_out, lse, delta, grads.bias)
+    return Gradients(dq, dk, dv, grads.bias, sinks=grads.sinks, score=totals)
+
+
+BIAS_TILE = 64
+"""Queries and keys of a tile of the bias's gradient."""
+
+
+def _bias_gradient(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, total: Tensor) -> None:
+    """Adds the gradient of the bias to `total`."""
+    inputs = call.inputs
+    call = replace(call, meta=replace(call.meta, tile_q=BIAS_TILE, tile_kv=BIAS_TILE))
+    saved = {
+        **{name: rows_of(getattr(inputs, name)) for name in "qkv"},
+        "grad_out": rows_of(grad_out),
+        "lse": stats_of(padded(lse, -torch.inf)),
+        "delta": stats_of(padded(delta, 0.0)),
+        **call.shared,
+        **call.functions,
+    }
+
+    def launch(programs: int, given: dict[str, Any]) -> None:
+        call.launch(bias_kernel, programs, {**saved, **given})
+
+    bias.add_gradient(call.problem, total, BIAS_TILE, BIAS_TILE, launch)
 
 
 def _plain(where: dict[str, Any]) -> dict[str, Any]:

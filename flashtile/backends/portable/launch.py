@@ -9,15 +9,14 @@ import triton
 from torch import Tensor
 
 from flashtile.backends import Gradients
-from flashtile.backends.portable.backward import bias_kernel, delta_kernel, key_kernel, query_kernel
+from flashtile.backends.portable.backward import delta_kernel, key_kernel, query_kernel
 from flashtile.backends.portable.forward import forward_kernel
 from flashtile.backends.portable.meta import by_copy_engine, meta_of
-from flashtile.kernels import visits
+from flashtile.kernels import bias, visits
 from flashtile.kernels.arguments import (
     beside,
     empty_stats,
     functions_of,
-    grid_of,
     modified,
     packing_of,
     padded,
@@ -27,10 +26,11 @@ from flashtile.kernels.arguments import (
     size_of,
     stats_of,
 )
+from flashtile.kernels.bias import bias_kernel
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.kernels.words import Packing, Rules
 from flashtile.problem import Inputs, Problem
-from flashtile.scores import four_dimensions, sink_gradient, zero_grads
+from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.portable import PortableConfig, Tiles, smaller
 
 KERNELS = (forward_kernel, delta_kernel, query_kernel, key_kernel, bias_kernel)
@@ -265,45 +265,17 @@ def _per_head(inputs: Inputs, values: Tensor, like: Tensor) -> Tensor:
 
 
 def _bias_gradient(call: Call, tiles: Tiles, saved: tuple[Any, ...], total: Tensor) -> None:
-    """Adds the gradient of the bias, in its own shape, to `total`: no full-size memory, sums in a fixed order."""
+    """Adds the gradient of the bias to `total`."""
     problem = call.problem
-    total = four_dimensions(total)
-    rows, columns = total.shape[2:]
-    longest_q = rows if rows > 1 else problem.max_seqlen_q or problem.seqlen_q
-    longest_k = columns if columns > 1 else problem.max_seqlen_k or problem.seqlen_kv
-    sum_keys = columns == 1 and longest_k > 1
-    sum_queries = rows == 1 and longest_q > 1 and not sum_keys
-    if sum_keys or sum_queries:
-        # One row of partial sums an entry and head, so that there are enough programs.
-        grid_rows, grid_columns = (longest_q, 1) if sum_keys else (1, longest_k)
-        partial = torch.zeros((problem.batch, problem.heads, grid_rows, grid_columns), device=total.device)
-    else:
-        partial = total
 
     def attempt(tiles: Tiles) -> None:
-        tiles_q, tiles_k = -(-longest_q // tiles.tile_q), -(-longest_k // tiles.tile_kv)
-        count = tiles_q if sum_keys else tiles_k if sum_queries else tiles_q * tiles_k
-        call.run(
-            bias_kernel,
-            count * partial.shape[0] * partial.shape[1],
-            tiles,
-            *saved,
-            grid_of(partial),
-            call.packing,
-            size_of(problem, partial.shape[1], count),
-            call.rules,
-            heads=problem.heads // partial.shape[1],
-            batches=problem.batch // partial.shape[0],
-            tiles_q=tiles_q,
-            tiles_k=tiles_k,
-            **call.functions,
-            META=meta_of(problem, tiles, call.listed, False, False),
-            enable_fp_fusion=call.fused(),
-            SUM_QUERIES=sum_queries,
-            SUM_KEYS=sum_keys,
-        )
+        def launch(programs: int, given: dict[str, Any]) -> None:
+            meta = meta_of(problem, tiles, call.listed, False, False)
+            named = {"packing": call.packing, "rules": call.rules, **call.functions, **given, "META": meta}
+            names = [parameter.name for parameter in bias_kernel.params][len(saved) :]
+            arguments = [named[name] for name in names]
+            call.run(bias_kernel, programs, tiles, *saved, *arguments, enable_fp_fusion=call.fused())
 
-    call.fit(bias_kernel, tiles, attempt, sum_queries, sum_keys)
-    if partial is not total:
-        kept = [dim for dim in range(4) if total.shape[dim] == 1 and partial.shape[dim] > 1]
-        total += partial.sum(kept, keepdim=True)
+        bias.add_gradient(problem, total, tiles.tile_q, tiles.tile_kv, launch)
+
+    call.fit(bias_kernel, tiles, attempt)

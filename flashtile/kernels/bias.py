@@ -1,0 +1,131 @@
+"""The gradient of a bias, in its own shape: no full-size memory, sums in a fixed order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashtile.kernels.arguments import grid_of, size_of
+from flashtile.kernels.places import diagonal_of, key_range, lengths_of, number_of, program_of
+from flashtile.kernels.rules import grad_scores, kept
+from flashtile.kernels.tiles import load_queries, load_rows, load_stats
+from flashtile.kernels.words import Place
+from flashtile.problem import Problem
+from flashtile.scores import four_dimensions
+
+
+def add_gradient(
+    problem: Problem, total: Tensor, tile_q: int, tile_kv: int, launch: Callable[[int, dict[str, Any]], None]
+) -> None:
+    """Adds the gradient to `total`. `launch`: runs `bias_kernel`, as many programs, with what is said here of its
+    arguments."""
+    total = four_dimensions(total)
+    rows, columns = total.shape[2:]
+    longest_q = rows if rows > 1 else problem.max_seqlen_q or problem.seqlen_q
+    longest_k = columns if columns > 1 else problem.max_seqlen_k or problem.seqlen_kv
+    sum_keys = columns == 1 and longest_k > 1
+    sum_queries = rows == 1 and longest_q > 1 and not sum_keys
+    if sum_keys or sum_queries:
+        # One row of partial sums an entry and head, so that there are enough programs.
+        grid_rows, grid_columns = (longest_q, 1) if sum_keys else (1, longest_k)
+        partial = torch.zeros((problem.batch, problem.heads, grid_rows, grid_columns), device=total.device)
+    else:
+        partial = total
+    tiles_q, tiles_k = -(-longest_q // tile_q), -(-longest_k // tile_kv)
+    count = tiles_q if sum_keys else tiles_k if sum_queries else tiles_q * tiles_k
+    given = {
+        "grad": grid_of(partial),
+        "size": size_of(problem, partial.shape[1], count),
+        "heads": problem.heads // partial.shape[1],
+        "batches": problem.batch // partial.shape[0],
+        "tiles_q": tiles_q,
+        "tiles_k": tiles_k,
+        "SUM_QUERIES": sum_queries,
+        "SUM_KEYS": sum_keys,
+    }
+    launch(count * partial.shape[0] * partial.shape[1], given)
+    if partial is not total:
+        kept_dims = [dim for dim in range(4) if total.shape[dim] == 1 and partial.shape[dim] > 1]
+        total += partial.sum(kept_dims, keepdim=True)
+
+
+@triton.jit
+def bias_tile(
+    q, k, v, grad_out, lse, delta, place, rules, first_row, first_key, begin_key, end_key,
+    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """dS of one tile of one head, where the bias joins."""
+    o_query = first_row + tl.arange(0, META.tile_q)
+    o_key = first_key + tl.arange(0, META.tile_kv)
+    i_head = place.head // META.group
+    b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
+    b_grad_out = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv)
+    b_k = load_rows(k, place.batch, i_head, place.first_k, o_key, begin_key, end_key, META.headdim, META.block_d)
+    b_v = load_rows(v, place.batch, i_head, place.first_k, o_key, begin_key, end_key, META.headdim_v, META.block_dv)
+    b_lse, b_delta = load_stats(lse, delta, place, o_query, META.packed)
+    m_kept = None
+    if rules.dropout is not None:
+        m_kept = kept(rules.dropout, place, o_query, first_key, META.tile_kv)
+    b_dots = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
+    b_grad_weights = tl.dot(b_grad_out.to(b_v.dtype), tl.trans(b_v), input_precision=META.precision)
+    _, _, b_outer = grad_scores(
+        b_dots, b_grad_weights, b_lse[:, None], b_delta[:, None], m_kept, True, o_query[:, None], o_key[None, :],
+        place, rules, META, SCORE, DERIVATIVE, MASK, "always", True, False,
+    )  # fmt: skip
+    return b_outer
+
+
+@triton.jit
+def store_bias(grad, i_batch, i_head, first_row, first_key, b_sum, SUM_QUERIES: tl.constexpr, SUM_KEYS: tl.constexpr):
+    """A tile of the gradient, or the row or column that its sum is."""
+    rows = number_of(grad.rows)
+    columns = number_of(grad.columns)
+    base = grad.pointer + i_batch.to(tl.int64) * number_of(grad.batch) + i_head.to(tl.int64) * number_of(grad.head)
+    o_query = first_row + tl.arange(0, b_sum.shape[0])
+    o_key = first_key + tl.arange(0, b_sum.shape[1])
+    if SUM_QUERIES:
+        tl.store(base + o_key, tl.sum(b_sum, 0), mask=o_key < columns)
+    elif SUM_KEYS:
+        tl.store(base + o_query, tl.sum(b_sum, 1), mask=o_query < rows)
+    else:
+        pointers = base + o_query.to(tl.int64)[:, None] * columns + o_key[None, :]
+        tl.store(pointers, b_sum, mask=(o_query < rows)[:, None] & (o_key < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["heads", "batches", "tiles_q", "tiles_k"])
+def bias_kernel(
+    q, k, v, grad_out, lse, delta, grad, packing, size, rules, heads, batches, tiles_q, tiles_k,
+    META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
+    SUM_QUERIES: tl.constexpr, SUM_KEYS: tl.constexpr,
+):  # fmt: skip
+    """One tile of the bias's gradient: the sum of dS over the entries and heads (or queries, or keys) that share it.
+
+    `size.heads`, `size.tiles`: heads, and tiles of one head, of `grad`. `heads`, `batches`: how many of each share one.
+    """
+    TILE_Q: tl.constexpr = META.tile_q
+    TILE_KV: tl.constexpr = META.tile_kv
+    i_batch_grad, i_head_grad, i_tile = program_of(size)
+    across = 1 if SUM_KEYS else tiles_k
+    i_tile_q = i_tile // across
+    i_tile_k = i_tile % across
+    b_sum = tl.zeros([TILE_Q, TILE_KV], tl.float32)
+    steps = tiles_q if SUM_QUERIES else (tiles_k if SUM_KEYS else 1)
+    for i_member in tl.range(0, batches * heads):
+        i_batch = i_batch_grad + i_member // heads
+        first_q, first_k, seqlen_q, seqlen_k = lengths_of(packing, size, i_batch)
+        place = Place(i_batch, i_head_grad + i_member % heads, i_tile, first_q, first_k, seqlen_q, seqlen_k)
+        for i_step in tl.range(0, steps):
+            first_row = (i_step if SUM_QUERIES else i_tile_q) * TILE_Q
+            first_key = (i_step if SUM_KEYS else i_tile_k) * TILE_KV
+            last_row = tl.minimum(first_row + TILE_Q, seqlen_q) - 1
+            diagonal = diagonal_of(place, META.window_top_left)
+            begin_key, end_key = key_range(rules.window, diagonal, first_row, last_row, seqlen_k)
+            if (first_row < seqlen_q) & (first_key < end_key) & (first_key + TILE_KV > begin_key):
+                b_sum += bias_tile(
+                    q, k, v, grad_out, lse, delta, place, rules, first_row, first_key, begin_key, end_key,
+                    META, SCORE, DERIVATIVE, MASK,
+                )  # fmt: skip
+    store_bias(grad, i_batch_grad, i_head_grad, i_tile_q * TILE_Q, i_tile_k * TILE_KV, b_sum, SUM_QUERIES, SUM_KEYS)
