@@ -272,9 +272,7 @@ def _bias_gradient(call: Call, tiles: Tiles, saved: tuple[Any, ...], total: Tens
         def launch(programs: int, given: dict[str, Any]) -> None:
             meta = meta_of(problem, tiles, call.listed, False, False)
             named = {"packing": call.packing, "rules": call.rules, **call.functions, **given, "META": meta}
-            names = [parameter.name for parameter in bias_kernel.params][len(saved) :]
-            arguments = [named[name] for name in names]
-            call.run(bias_kernel, programs, tiles, *saved, *arguments, enable_fp_fusion=call.fused())
+            call.run(bias_kernel, programs, tiles, *saved, **named, enable_fp_fusion=call.fused())
 
         bias.add_gradient(problem, total, tiles.tile_q, tiles.tile_kv, launch)
 
