@@ -10,6 +10,7 @@ from flashtile.backends import Kernel, portable
 from flashtile.backends.portable import launch
 from flashtile.backends.portable.launch import Machine
 from flashtile.compiling.targets import TARGETS
+from flashtile.kernels import support
 from flashtile.tuning import portable as tuning
 from flashtile.tuning.portable import PortableConfig, Tiles
 from tests import conformance, oracle
@@ -78,7 +79,7 @@ def _run_on(arch: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Non
     family = TARGETS[arch].family
     kernel = Kernel(
         "sweep",
-        portable._functions,
+        support.functions,
         lambda problem: portable.configure(problem, family),
         lambda *arguments: launch.forward(*arguments[:-1], machine=machine),
         lambda *arguments: launch.backward(*arguments[:-1], machine=machine),
