@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_load, tma_store, tma_store_wait, view_as
-from flashtile.backends.hopper.forward import new_barriers, store_rows
+from flashtile.backends.hopper.memory import clear_half, new_barriers, store_rows, without_nan, without_rows
 from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, has_rows_part, row_tile, rows_part, rows_walk
 from flashtile.backends.hopper.softmax import LOG2E, ROWS
 from flashtile.kernels.places import SCANNED, number_pointers, place_at, program_of, with_head
@@ -220,45 +220,6 @@ def walk_rows(
                 )  # fmt: skip
                 count += 1
     return b_grad_k, b_grad_v, b_grad_q, owed, count
-
-
-@gluon.jit
-def without_nan(smem):
-    """Puts zeros where rows of shared memory hold what is no number, for a weight of 0 does not stop that.
-
-    Rows of queries that saw such a key need no care: their log-sum-exp or delta is NaN.
-    """
-    BLOCK: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
-    b_rows = smem.load(layout).to(gl.float32)
-    m_bad = b_rows - b_rows != 0.0
-    if gl.max(gl.max(m_bad.to(gl.int32), 1), 0) > 0:
-        smem.store(gl.where(m_bad, 0.0, b_rows).to(smem.dtype))
-        fence_async_shared()
-
-
-@gluon.jit
-def without_rows(smem, count):
-    """Puts zeros behind the first `count` rows of shared memory: there begins another packed sequence, or nothing."""
-    BLOCK: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
-    o_rows = gl.arange(0, smem.shape[0], gl.SliceLayout(1, layout))
-    b_rows = smem.load(layout)
-    smem.store(gl.where((o_rows < count)[:, None], b_rows, gl.zeros_like(b_rows)))
-    fence_async_shared()
-
-
-@gluon.jit
-def clear_half(b_q, b_grad_out, left, cleared, turn, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Of a packed sequence's last query tile, which both warpgroups read: each puts zeros behind the end in its half.
-
-    turn: how often this program has met that tile before.
-    """
-    HALF: gl.constexpr = META.tile_q // 2
-    without_rows(b_q.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
-    without_rows(b_grad_out.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
-    mbarrier.arrive(cleared, count=1)
-    mbarrier.wait(cleared, turn & 1)
 
 
 @gluon.jit

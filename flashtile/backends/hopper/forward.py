@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store, tma_store_wait
+from flashtile.backends.hopper.memory import new_barriers, store_rows
 from flashtile.backends.hopper.schedule import announce, end, has_part, hear, part_of, query_tile, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
 from flashtile.kernels.places import number_pointers
@@ -248,18 +249,6 @@ def store_tile(descriptors, out, o_smem, b_out, place, first, META: gl.constexpr
 
 
 @gluon.jit
-def store_rows(rows, smem, first, count, i_head, DIM: gl.constexpr):
-    """The first `count` of 64 rows of a packed tensor, from shared memory, 16 bytes a thread."""
-    BLOCK: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
-    o_rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    o_columns = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
-    pointers = rows.pointer + i_head.to(gl.int64) * rows.head
-    pointers = pointers + (first + o_rows).to(gl.int64)[:, None] * rows.row + o_columns[None, :]
-    gl.store(pointers, smem.load(layout), mask=(o_rows < count)[:, None] & (o_columns < DIM)[None, :])
-
-
-@gluon.jit
 def first_consumer(
     descriptors, memory, barriers, mailbox, results, call,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
@@ -281,15 +270,6 @@ def third_consumer(
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     consumer(descriptors, memory, barriers, mailbox, results, call, META, SCORE, MASK, 2)
-
-
-@gluon.jit
-def new_barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """One mbarrier a slot."""
-    barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
 
 
 @gluon.jit

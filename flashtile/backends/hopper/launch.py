@@ -14,12 +14,12 @@ from flashtile.backends import Gradients
 from flashtile.backends.hopper.around import after_kernel, before_kernel
 from flashtile.backends.hopper.backward import backward_kernel
 from flashtile.backends.hopper.forward import forward_kernel
+from flashtile.backends.hopper.meta import Meta, meta_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.kernels import bias, visits
 from flashtile.kernels.arguments import (
     beside,
     functions_of,
-    modified,
     numbers_of,
     packing_of,
     padded,
@@ -32,7 +32,6 @@ from flashtile.kernels.arguments import (
 from flashtile.kernels.bias import bias_kernel
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
-from flashtile.region import region
 from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig
 
@@ -40,89 +39,6 @@ KERNELS = (forward_kernel, before_kernel, backward_kernel, after_kernel, bias_ke
 
 REGISTERS = {2: 168, 3: 128}
 """Registers a thread that a kernel is compiled for, by consumers; they trade among the warps once it runs."""
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What a kernel is compiled for, beside types and which fields are None: see the configs of `tuning.hopper`.
-
-    masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
-    exact, precision: for kernels that take float32 too, see `rules.capped`. left, right: whether the window ends there.
-    sections: tiles of several heads are handed out together.
-    dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
-    shared_o: the output leaves through the memory of its queries. guarded: what a mask hides may hold NaN, or have no
-    finite gradient. careful: what lies beside what is seen may hold NaN.
-    collects: gradients of captured tensors are added. late: dQ is handed over in the next step.
-    """
-
-    tile_q: int
-    tile_kv: int
-    consumers: int
-    stages: int
-    headdim: int
-    headdim_v: int
-    block_d: int
-    block_dv: int
-    group: int
-    modified: bool
-    exact: bool
-    precision: str
-    reversed: bool
-    sections: bool
-    window_top_left: bool
-    alibi_top_left: bool
-    masked: str
-    left: bool
-    right: bool
-    dense: int
-    packed: bool
-    shared_o: bool
-    guarded: bool
-    careful: bool
-    collects: bool
-    late: bool
-
-
-@lru_cache(maxsize=4096)
-def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: bool) -> Meta:
-    left, right, top_left, rest = region(problem.mask)
-    # Sums over what functions captured leave out what the mask hides, so the mask is asked everywhere.
-    always = bool(rest) or any(problem.wanted.score)
-    return Meta(
-        tile_q=config.tile_q,
-        tile_kv=config.tile_kv,
-        consumers=config.consumers,
-        stages=config.stages,
-        headdim=problem.headdim,
-        headdim_v=problem.headdim_v,
-        block_d=block(problem.headdim),
-        block_dv=block(problem.headdim_v),
-        group=problem.group,
-        modified=modified(problem),
-        exact=False,
-        precision="ieee",
-        reversed=right is not None and not listed,
-        sections=right is not None or listed,
-        window_top_left=top_left,
-        alibi_top_left=problem.alignment == "top_left",
-        masked="lists" if listed else "always" if always else "edges",
-        left=left is not None,
-        right=right is not None,
-        dense=int(not problem.varlen),
-        packed=problem.varlen,
-        shared_o=isinstance(config, HopperConfig)
-        and config.shared_o
-        and block(problem.headdim) == block(problem.headdim_v),
-        guarded=bool(rest) or bool(problem.score_mod),
-        careful=bool(rest) or problem.varlen,
-        collects=any(problem.wanted.score),
-        late=isinstance(config, BackwardConfig) and config.late,
-    )
-
-
-def block(headdim: int) -> int:
-    """Columns of a tile: a power of two; the copy engine fills what the tensor lacks with zeros."""
-    return max(64, 1 << (headdim - 1).bit_length())
 
 
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}

@@ -1,0 +1,67 @@
+"""Shared memory: its barriers, rows that leave it without the copy engine, and rows that must not be seen."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from flashtile.backends.hopper.compat import gl, mbarrier
+from flashtile.backends.hopper.softmax import ROWS
+
+
+@gluon.jit
+def new_barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
+    """One mbarrier a slot."""
+    barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def store_rows(rows, smem, first, count, i_head, DIM: gl.constexpr):
+    """The first `count` of 64 rows of a packed tensor, from shared memory, 16 bytes a thread."""
+    BLOCK: gl.constexpr = smem.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    o_rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    o_columns = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
+    pointers = rows.pointer + i_head.to(gl.int64) * rows.head
+    pointers = pointers + (first + o_rows).to(gl.int64)[:, None] * rows.row + o_columns[None, :]
+    gl.store(pointers, smem.load(layout), mask=(o_rows < count)[:, None] & (o_columns < DIM)[None, :])
+
+
+@gluon.jit
+def without_nan(smem):
+    """Puts zeros where rows of shared memory hold what is no number, for a weight of 0 does not stop that.
+
+    Rows of queries that saw such a key need no care: their log-sum-exp or delta is NaN.
+    """
+    BLOCK: gl.constexpr = smem.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    b_rows = smem.load(layout).to(gl.float32)
+    m_bad = b_rows - b_rows != 0.0
+    if gl.max(gl.max(m_bad.to(gl.int32), 1), 0) > 0:
+        smem.store(gl.where(m_bad, 0.0, b_rows).to(smem.dtype))
+        fence_async_shared()
+
+
+@gluon.jit
+def without_rows(smem, count):
+    """Puts zeros behind the first `count` rows of shared memory: there begins another packed sequence, or nothing."""
+    BLOCK: gl.constexpr = smem.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    o_rows = gl.arange(0, smem.shape[0], gl.SliceLayout(1, layout))
+    b_rows = smem.load(layout)
+    smem.store(gl.where((o_rows < count)[:, None], b_rows, gl.zeros_like(b_rows)))
+    fence_async_shared()
+
+
+@gluon.jit
+def clear_half(b_q, b_grad_out, left, cleared, turn, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Of a packed sequence's last query tile, which both warpgroups read: each puts zeros behind the end in its half.
+
+    turn: how often this program has met that tile before.
+    """
+    HALF: gl.constexpr = META.tile_q // 2
+    without_rows(b_q.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
+    without_rows(b_grad_out.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
+    mbarrier.arrive(cleared, count=1)
+    mbarrier.wait(cleared, turn & 1)
