@@ -10,18 +10,46 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def allowed(place, rules, o_query, o_key, META: tl.constexpr, MASK: tl.constexpr):
-    """What the mask allows; `o_query` and `o_key` broadcast to the tile, either way round."""
-    m_tile = (o_key < place.seqlen_k) & (o_query < place.seqlen_q)
+def in_window(place, rules, o_query, o_key, META: tl.constexpr):
+    """What lengths and window allow; `o_query` and `o_key` broadcast to the tile, either way round."""
     diagonal = diagonal_of(place, META.window_top_left)
+    # One comparison an element: what limits a row is found for the row.
+    o_last = tl.where(o_query < place.seqlen_q, place.seqlen_k - 1, -1)
     if rules.window.right is not None:
-        m_tile &= o_key <= o_query + diagonal + number_of(rules.window.right)
+        o_last = tl.minimum(o_last, o_query + diagonal + number_of(rules.window.right))
+    m_tile = o_key <= o_last
     if rules.window.left is not None:
         m_tile &= o_key >= o_query + diagonal - number_of(rules.window.left)
-    if MASK is not None:
-        shift = place.seqlen_k - place.seqlen_q
-        m_tile &= MASK(place.batch, place.head, o_query, o_key, shift, rules.modifiers.mask)
     return m_tile
+
+
+@triton.jit
+def named(place, rules, o_query, o_key, MASK: tl.constexpr):
+    """What the mask's function allows."""
+    shift = place.seqlen_k - place.seqlen_q
+    return MASK(place.batch, place.head, o_query, o_key, shift, rules.modifiers.mask)
+
+
+@triton.jit
+def allowed(place, rules, o_query, o_key, META: tl.constexpr, MASK: tl.constexpr):
+    """What the mask allows, lengths and window included."""
+    m_tile = in_window(place, rules, o_query, o_key, META)
+    if MASK is not None:
+        m_tile &= named(place, rules, o_query, o_key, MASK)
+    return m_tile
+
+
+@triton.jit
+def masked(b_scores, place, rules, o_query, o_key, META: tl.constexpr, MASK: tl.constexpr):
+    """(scores, -inf where the mask hides them, what it allows)."""
+    m_tile = in_window(place, rules, o_query, o_key, META)
+    b_scores = tl.where(m_tile, b_scores, -float("inf"))
+    if MASK is not None:
+        m_named = named(place, rules, o_query, o_key, MASK)
+        # One after the other: nobody has to keep a bit an element until both are known.
+        b_scores = tl.where(m_named, b_scores, -float("inf"))
+        m_tile &= m_named
+    return b_scores, m_tile
 
 
 @triton.jit
@@ -45,9 +73,9 @@ def capped(b_scores, softcap, META: tl.constexpr):
     if META.exact:
         b_scores = softcap * tanh(b_scores / softcap)
     else:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        b_power = tl.exp2(b_scores * (2.0 * LOG2E / softcap))
-        b_scores = softcap - (2.0 * softcap) / (b_power + 1.0)
+        # tanh(x) = 1 - 2 / (exp(2x) + 1); one over a number by its square, for which there is one instruction.
+        b_power = tl.exp2(b_scores * (2.0 * LOG2E / softcap)) + 1.0
+        b_scores = softcap - (2.0 * softcap) * tl.rsqrt(b_power * b_power)
     return b_scores
 
 
@@ -121,11 +149,11 @@ def ruled(
         b_scores, b_capped, b_plain = modify(b_dots * rules.scale, place, rules, o_query, o_key, META, SCORE)
     m_valid = o_query < place.seqlen_q
     if MASKED == "edges":
+        m_valid = m_valid & (o_key == o_key)
         if m_edge:
-            b_scores = tl.where(allowed(place, rules, o_query, o_key, META, MASK), b_scores, -float("inf"))
+            b_scores, m_valid = masked(b_scores, place, rules, o_query, o_key, META, MASK)
     if MASKED == "always":
-        m_valid = allowed(place, rules, o_query, o_key, META, MASK)
-        b_scores = tl.where(m_valid, b_scores, -float("inf"))
+        b_scores, m_valid = masked(b_scores, place, rules, o_query, o_key, META, MASK)
     return b_scores, m_valid, b_capped, b_plain
 
 
@@ -136,7 +164,8 @@ def grad_dots(
 ):  # fmt: skip
     """(gradient at the dot products, gradient at the scores before ALiBi), from that at the weights.
 
-    GUARDED: what the mask hides gets gradient 0 whatever it is. COLLECT: gradients of captured tensors are added.
+    GUARDED: what has a weight of 0 gets gradient 0 whatever its derivative is. COLLECT: gradients of captured tensors
+    are added.
     """
     modifiers = rules.modifiers
     b_grad = b_weights * (b_grad_weights - b_delta)
@@ -154,8 +183,8 @@ def grad_dots(
             COLLECT,
         )
     if GUARDED:
-        # Under the mask a derivative may be infinite, and a key may hold NaN: a weight of 0 does not stop them.
-        b_grad = tl.where(m_valid, b_grad, 0.0)
+        # Under the mask a derivative may be infinite, and a key may hold NaN: times 0 that would be NaN.
+        b_grad = tl.where(b_weights == 0.0, 0.0, b_grad)
     b_outer = b_grad
     if META.modified:
         if modifiers.softcap is not None:

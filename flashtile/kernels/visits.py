@@ -1,12 +1,13 @@
 """Which tiles a mask leaves, as lists on the device; made once per mask and kept while its tensors are unchanged."""
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashtile import mask_nodes
+from flashtile.kernels import bits
 from flashtile.kernels.words import Visits, odd
 from flashtile.problem import Inputs, Problem
 from flashtile.region import region
@@ -27,23 +28,40 @@ def listed(inputs: Inputs, problem: Problem) -> bool:
     return bool(region(problem.mask).rest) and not problem.batch_invariant and possible(inputs, problem)
 
 
-def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:
-    """The tiles that each query tile visits; `keys`: each key tile."""
+class Maker(NamedTuple):
+    """What makes bits of the mask for kernels that read them: how a kernel is launched, and where (a machine)."""
+
+    launch: bits.Launch
+    machine: Any
+
+
+def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, maker: Maker | None = None) -> Visits:
+    """The tiles that each query tile visits; `keys`: each key tile. With a `maker`, the mask's bits too."""
     sizes = (problem.seqlen_q, problem.seqlen_kv, problem.batch, problem.heads)
     tensors = tuple((id(tensor), tensor._version) for tensor in inputs.mask)
-    key = (problem.mask, sizes, tile_q, tile_kv, keys, inputs.q.device, tensors)
+    machine = maker and maker.machine
+    key = (problem.mask, sizes, tile_q, tile_kv, keys, inputs.q.device, tensors, machine)
     found = _known.get(key)
     if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], inputs.mask, strict=True)):
         if len(_known) >= _KEPT:
             del _known[next(iter(_known))]
-        found = [weakref.ref(tensor) for tensor in inputs.mask], _make(inputs, problem, tile_q, tile_kv, keys)
+        made = _make(inputs, problem, tile_q, tile_kv, keys)
+        if maker is not None:
+            made = made._replace(bits=bits.of(made, tile_kv if keys else tile_q, maker.launch))
+        # The lists of a mask whose tensors are gone are gone with them.
+        found = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in inputs.mask], made
         _known[key] = found
     return found[1]
 
 
-def tensors_of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> tuple[Tensor | None, ...]:
+def tensors_of(
+    inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, maker: Maker | None = None
+) -> tuple[Tensor | None, ...]:
     """The tensors of the lists that a launch with such tiles reads, if it reads any."""
-    return of(inputs, problem, tile_q, tile_kv, keys)[:3] if listed(inputs, problem) else ()
+    if not listed(inputs, problem):
+        return ()
+    found = of(inputs, problem, tile_q, tile_kv, keys, maker)
+    return found.counts, found.tiles, found.order, found.bits
 
 
 def _make(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:

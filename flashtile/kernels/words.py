@@ -77,6 +77,7 @@ class Visits(NamedTuple):
     """Which tiles a tile meets, those that need the mask first: counts (batch, head, tile, 2), tiles (.., tile, n).
 
     order (batch, head, tile): the tiles, those that meet the most first. `length`, n, and the strides are `odd`.
+    bits: what the mask leaves of them (see `kernels.bits`), None: it is to be asked.
     """
 
     counts: Any
@@ -85,6 +86,7 @@ class Visits(NamedTuple):
     length: Any
     batch: Any
     head: Any
+    bits: Any = None
 
 
 class Modifiers(NamedTuple):

@@ -25,7 +25,7 @@ class MaskWriter:
         index, shape = self.next, self.shapes[self.next]
         self.next += 1
         terms = [
-            f"wrapped({place}, whole(arguments[{index}][{1 + 2 * dim}])) * whole(arguments[{index}][{2 + 2 * dim}])"
+            f"inside({place}, whole(arguments[{index}][{1 + 2 * dim}])) * whole(arguments[{index}][{2 + 2 * dim}])"
             for dim, place in enumerate(at[len(at) - len(shape) :])
             if shape[dim] > 1
         ]

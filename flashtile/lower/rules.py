@@ -107,6 +107,12 @@ def wrapped(index, size):
     return tl.maximum(tl.minimum(index, size - 1), 0)
 
 
+@triton.jit
+def inside(index, size):
+    """As `wrapped`, of an index that is never negative."""
+    return tl.minimum(index, size - 1).to(tl.int64)
+
+
 def without_ones(*numbers: int) -> tuple[int | None, ...]:
     """What `whole` reads."""
     return tuple(None if number == 1 else number for number in numbers)
@@ -116,7 +122,7 @@ HELPERS = {
     function.__name__: function
     for function in (
         *(tanh, log1p, expm1, power, softplus, silu_backward, round_half_even),
-        *(floor_divide, remainder, whole, wrapped, spread),
+        *(floor_divide, remainder, whole, wrapped, inside, spread),
     )
 } | {"NAN": NAN}
 

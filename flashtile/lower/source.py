@@ -86,7 +86,8 @@ class Source:
             if index.number is not None:
                 place = f"{index.number}" if index.number >= 0 else f"({size} + {index.number})"
             else:
-                place = f"wrapped({self.text(index, index.kind)}, {size})"
+                keep = "inside" if index.bounds[0] >= 0 else "wrapped"
+                place = f"{keep}({self.text(index, index.kind)}, {size})"
             terms.append((place, size, stride))
         if strided:
             return " + ".join(f"{place} * {stride}" for place, _, stride in terms) or "0"

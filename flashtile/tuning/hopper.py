@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 
 class HopperConfig(NamedTuple):
-    """consumers: math warpgroups, each with 64 rows of the query tile; stages: key and value tiles in flight.
+    """consumers: math warpgroups, each with 64 rows of the query tile; stages: key and value tiles in flight;
+    query_tiles: query tiles.
 
     shared_o: the output leaves through the memory of its queries, which makes room for larger tiles, but the next
     queries must wait for it. section: heads whose tiles are handed out together, heaviest first, so that they share the
@@ -16,6 +17,7 @@ class HopperConfig(NamedTuple):
     stages: int
     shared_o: bool = False
     section: int = 16
+    query_tiles: int = 2
 
     @property
     def tile_q(self) -> int:
@@ -26,12 +28,12 @@ FORWARD: dict[str, tuple[tuple[int, HopperConfig], ...]] = {
     "full": (
         (64, HopperConfig(consumers=3, tile_kv=128, stages=2)),
         (128, HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)),
-        (256, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)),
+        (256, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32, query_tiles=1)),
     ),
     "cut": (
         (64, HopperConfig(consumers=2, tile_kv=128, stages=3)),
         (128, HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)),
-        (256, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)),
+        (256, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32, query_tiles=1)),
     ),
 }
 """By what the scores meet, nothing or anything (a mask, a modifier): (head dimension, tiles), where a row holds up to
@@ -39,14 +41,10 @@ the head dimension named. Timed on an H100 at 1k, 4k and 16k tokens, plain and c
 
 
 class BackwardConfig(NamedTuple):
-    """tile_q: queries of a tile; stages: query tiles in flight. Two math warpgroups share 128 keys.
-
-    late: dQ of a tile is handed over under the products of the next one, where there are registers to keep it.
-    """
+    """tile_q: queries of a tile; stages: query tiles in flight. Two math warpgroups share 128 keys."""
 
     tile_q: int
     stages: int
-    late: bool = False
     tile_kv: int = 128
     consumers: int = 2
 
@@ -54,7 +52,7 @@ class BackwardConfig(NamedTuple):
 BACKWARD: dict[str, tuple[tuple[int, BackwardConfig], ...]] = {
     "plain": (
         (64, BackwardConfig(tile_q=128, stages=2)),
-        (128, BackwardConfig(tile_q=64, stages=2, late=True)),
+        (128, BackwardConfig(tile_q=64, stages=2)),
     ),
     "modified": (
         (64, BackwardConfig(tile_q=64, stages=3)),

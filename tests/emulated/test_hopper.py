@@ -78,13 +78,12 @@ def test_every_schedule_gives_the_same_bits(name: str) -> None:
 FORWARDS = (
     HopperConfig(consumers=2, tile_kv=64, stages=1),
     HopperConfig(consumers=2, tile_kv=64, stages=3, section=1),
-    HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True),
+    HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, query_tiles=1),
     HopperConfig(consumers=3, tile_kv=128, stages=2),
 )
 BACKWARDS = (
     BackwardConfig(tile_q=128, stages=2),
     BackwardConfig(tile_q=64, stages=3),
-    BackwardConfig(tile_q=64, stages=2, late=True),
 )
 
 

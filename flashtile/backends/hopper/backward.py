@@ -16,9 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flashtile.backends.hopper.bits import cut, load_bits
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_load, tma_store, tma_store_wait, view_as
 from flashtile.backends.hopper.memory import clear_half, new_barriers, store_rows, without_nan, without_rows
-from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, has_rows_part, row_tile, rows_part, rows_walk
+from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import LOG2E, ROWS
 from flashtile.kernels.places import SCANNED, number_pointers, place_at, program_of, with_head
 from flashtile.kernels.rules import grad_dots, ruled
@@ -108,14 +109,11 @@ def half_of_grad_q(ds_smem, k_smem, I_GROUP: gl.constexpr, META: gl.constexpr):
 
 
 @gluon.jit
-def add_grad_q(descriptors, memory, b_grad_q, owed, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Hands the half to the copy engine, which adds it; the engine has read the one before by then.
-
-    owed: where it belongs, (batch coordinate, first row, head).
-    """
+def add_grad_q(descriptors, memory, b_grad_q, place, i_row, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Hands the half to the copy engine, which adds it; the engine has read the one before by then."""
     _q, _k, _v, _do, dq_desc, _dk, _dv = descriptors
     _k_smem, _v_smem, _q_smem, _do_smem, _lse, _delta, _ds, dq_smem = memory
-    i_entry, row, i_head = owed
+    i_entry, row, i_head = place.batch * META.dense, place.first_q + i_row * META.tile_q, place.head
     tma_store_wait(0)
     dq_smem.index(I_GROUP).reshape([64, 64]).store(b_grad_q)
     fence_async_shared()
@@ -129,14 +127,10 @@ def add_grad_q(descriptors, memory, b_grad_q, owed, I_GROUP: gl.constexpr, META:
 
 @gluon.jit
 def step(
-    b_grad_k, b_grad_v, b_grad_q, owed, i_row, count, place, o_key, descriptors, memory, barriers, rules,
-    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
-    I_GROUP: gl.constexpr, MASKED: gl.constexpr,
+    b_grad_k, b_grad_v, i_row, m_edge, b_words, count, place, o_key, descriptors, memory, barriers, rules,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head: (dK, dV, half of its dQ, where that belongs).
-
-    If `late`, dQ of the tile before, `b_grad_q`, is handed over while this one's scores are multiplied.
-    """
+    """One query tile of one head: (dK, dV)."""
     TILE_Q: gl.constexpr = META.tile_q
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_D: gl.constexpr = META.block_d
@@ -160,66 +154,75 @@ def step(
             clear_half(b_q, b_grad_out, left, ready.index(3), place.head % META.group, I_GROUP, META)
     b_k = k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0)
     score_token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
-    if META.late:
-        add_grad_q(descriptors, memory, b_grad_q, owed, I_GROUP, META)
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
     weight_token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     b_scores = warpgroup_mma_wait(1, [score_token])
     o_query = (i_row * TILE_Q + gl.arange(0, TILE_Q, gl.SliceLayout(0, scores)))[None, :]
-    MASKED_AT: gl.constexpr = "always" if MASKED else "never"
+    MASKED: gl.constexpr = "never" if b_words is not None else "always" if META.masked == "always" else "edges"
     b_scores, m_valid, b_capped, b_plain = ruled(
-        b_scores, True, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED_AT
+        b_scores, m_edge, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED
     )
+    if b_words is not None:
+        b_scores = cut(b_scores, b_words, m_edge)
     b_lse = lse_smem.index(slot).load(gl.SliceLayout(0, scores))
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
     b_left = gl.convert_layout(b_weights.to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
     b_grad_weights = warpgroup_mma_wait(0, [weight_token])
     value_token = warpgroup_mma(b_left, b_grad_out, b_grad_v, is_async=True)
     b_delta = delta_smem.index(slot).load(gl.SliceLayout(0, scores))
+    # Elsewhere a weight of 0 is enough: keys and values hold numbers alone by now.
+    GUARDED: gl.constexpr = META.guarded and SCORE is not None
     b_grad, _outer = grad_dots(
         b_weights, b_grad_weights, b_delta[None, :], m_valid, b_capped, b_plain, o_query, o_key[:, None], place, rules,
-        META, SCORE, DERIVATIVE, META.guarded and MASKED, META.collects,
+        META, SCORE, DERIVATIVE, GUARDED, META.collects,
     )  # fmt: skip
     b_half = b_grad.to(k_smem.dtype)
     ds_smem.index(half).slice(I_GROUP * ROWS, ROWS, dim=0).store(b_half)
     fence_async_shared()
     mbarrier.arrive(ready.index(half), count=1)
-    key_token = warpgroup_mma(gl.convert_layout(b_half, gl.DotOperandLayout(0, keys, 2)), b_q, b_grad_k, is_async=True)
     mbarrier.wait(ready.index(half), (count // 2) & 1)
     query_token = half_of_grad_q(ds_smem.index(half), k_smem, I_GROUP, META)
+    key_token = warpgroup_mma(gl.convert_layout(b_half, gl.DotOperandLayout(0, keys, 2)), b_q, b_grad_k, is_async=True)
     b_grad_v = warpgroup_mma_wait(2, [value_token])
-    b_grad_k = warpgroup_mma_wait(1, [key_token])
+    b_grad_q = warpgroup_mma_wait(1, [query_token])
+    # dQ leaves while dK is multiplied.
+    add_grad_q(descriptors, memory, b_grad_q, place, i_row, I_GROUP, META)
+    b_grad_k = warpgroup_mma_wait(0, [key_token])
     mbarrier.arrive(empty.index(slot), count=1)
-    b_new = warpgroup_mma_wait(0, [query_token])
-    owed = (place.batch * META.dense, place.first_q + i_row * TILE_Q, place.head)
-    if META.late:
-        b_grad_q = b_new
-    else:
-        add_grad_q(descriptors, memory, b_new, owed, I_GROUP, META)
-    return b_grad_k, b_grad_v, b_grad_q, owed
+    return b_grad_k, b_grad_v
+
+
+@gluon.jit
+def words_at(visits, place, n, m_edge, META: gl.constexpr, I_GROUP: gl.constexpr):
+    """The mask's bits of a step, asked for before they are needed; None where there are none."""
+    b_words = None
+    if META.masked == "lists":
+        if visits.bits is not None:
+            b_words = load_bits(visits, place, n, m_edge, META.tile_kv, META.tile_q, I_GROUP)
+    return b_words
 
 
 @gluon.jit
 def walk_rows(
-    b_grad_k, b_grad_v, b_grad_q, owed, count, place, o_key, descriptors, memory, barriers, rules, visits,
+    b_grad_k, b_grad_v, count, place, o_key, descriptors, memory, barriers, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(dK, dV, half of the last dQ, where that belongs, steps so far) after the queries of one head."""
+    """(dK, dV, steps so far) after the queries of one head."""
     walk = rows_walk(place, rules.window, visits, META)
-    for PART in gl.static_range(3):
-        if has_rows_part(PART, META.masked, META.left):
-            begin, end = rows_part(walk, PART)
-            # Read one step ahead; lists have room for that.
-            i_next = row_tile(walk, begin, META)
-            for n in range(begin, end):
-                i_row = i_next
-                i_next = row_tile(walk, n + 1, META)
-                b_grad_k, b_grad_v, b_grad_q, owed = step(
-                    b_grad_k, b_grad_v, b_grad_q, owed, i_row, count, place, o_key, descriptors, memory, barriers,
-                    rules, META, SCORE, DERIVATIVE, MASK, I_GROUP, PART != 1,
-                )  # fmt: skip
-                count += 1
-    return b_grad_k, b_grad_v, b_grad_q, owed, count
+    _tiles, begin, full_begin, full_end, end = walk
+    # Read one step ahead; lists have room for that.
+    i_next = row_tile(walk, begin, META)
+    for n in range(begin, end):
+        i_row = i_next
+        i_next = row_tile(walk, n + 1, META)
+        m_edge = (n < full_begin) | (n >= full_end)
+        b_words = words_at(visits, place, n, m_edge, META, I_GROUP)
+        b_grad_k, b_grad_v = step(
+            b_grad_k, b_grad_v, i_row, m_edge, b_words, count, place, o_key, descriptors, memory, barriers, rules,
+            META, SCORE, DERIVATIVE, MASK, I_GROUP,
+        )  # fmt: skip
+        count += 1
+    return b_grad_k, b_grad_v, count
 
 
 @gluon.jit
@@ -255,17 +258,12 @@ def consumer(
     if META.guarded:
         without_nan(b_k)
         without_nan(b_v)
-    # Nothing is owed at first: zeros, to any row.
-    b_grad_q = gl.zeros([64, 64], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-    owed = (shared.batch * META.dense, shared.first_q, shared.head * META.group)
     for i_member in range(META.group):
         place = with_head(shared, shared.head * META.group + i_member)
-        b_grad_k, b_grad_v, b_grad_q, owed, count = walk_rows(
-            b_grad_k, b_grad_v, b_grad_q, owed, count, place, o_key, descriptors, memory, barriers, rules, visits,
+        b_grad_k, b_grad_v, count = walk_rows(
+            b_grad_k, b_grad_v, count, place, o_key, descriptors, memory, barriers, rules, visits,
             META, SCORE, DERIVATIVE, MASK, I_GROUP,
         )  # fmt: skip
-    if META.late:
-        add_grad_q(descriptors, memory, b_grad_q, owed, I_GROUP, META)
     tma_store_wait(0)
     # Both are done reading queries and gradients once both are here: that memory takes the results.
     mbarrier.arrive(ready.index(2), count=1)

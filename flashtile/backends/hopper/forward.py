@@ -12,10 +12,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flashtile.backends.hopper.bits import cut, load_bits
 from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store, tma_store_wait
 from flashtile.backends.hopper.memory import new_barriers, store_rows
-from flashtile.backends.hopper.schedule import announce, end, has_part, hear, part_of, query_tile, tile_of, walk_of
+from flashtile.backends.hopper.schedule import announce, end, hear, query_tile, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
 from flashtile.kernels.places import number_pointers
 from flashtile.kernels.rules import ruled
@@ -28,10 +29,9 @@ def loader(
     descriptors, memory, barriers, mailbox, counter, order, call, META: gl.constexpr
 ):  # fmt: skip
     """The loading warp: queries once a tile, keys and values into a ring of slots."""
-    CONSUMERS: gl.constexpr = META.consumers
     q_desc, k_desc, v_desc, _o_desc = descriptors
     q_smem, k_smem, v_smem, _o_smem = memory
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_full, q_empty, k_full, v_full, empty = barriers
     section, total = order
     packing, size, rules, visits, _sinks = call
     count = 0
@@ -44,27 +44,41 @@ def loader(
         if place.tile * META.tile_q < place.seqlen_q:
             announce(mailbox, place, turn, META)
             walk = walk_of(place, rules.window, visits, META)
-            row = place.first_q + place.tile * META.tile_q
-            for i in gl.static_range(CONSUMERS):
-                mbarrier.wait(q_empty.index(i), (turn & 1) ^ 1)
-                mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
-                where = [place.batch * META.dense, row + i * ROWS, place.head, 0]
-                tma_load(q_desc, where, q_full.index(i), q_smem.index(i))
             for n in range(0, walk[4]):
-                slot = count % META.stages
-                phase = (count // META.stages) & 1
                 row = place.first_k + tile_of(walk, n, META) * META.tile_kv
                 where = [place.batch * META.dense, row, place.head // META.group, 0]
-                mbarrier.wait(k_empty.index(slot), phase ^ 1)
+                wait_for_slot(empty, count, META)
+                slot = count % META.stages
                 mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
                 tma_load(k_desc, where, k_full.index(slot), k_smem.index(slot))
-                mbarrier.wait(v_empty.index(slot), phase ^ 1)
+                if n == 0:
+                    load_queries(q_desc, q_smem, q_full, q_empty, place, turn, META)
+                # The values of a slot are read until the step after that of its keys.
+                wait_for_slot(empty, count + 1, META)
                 mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
                 tma_load(v_desc, where, v_full.index(slot), v_smem.index(slot))
                 count += 1
             turn += 1
         i_number = i_next
     end(mailbox, turn)
+
+
+@gluon.jit
+def wait_for_slot(empty, count, META: gl.constexpr):
+    """Until step `count` - `stages` is over, on all sides."""
+    mbarrier.wait(empty.index(count % META.stages), ((count // META.stages) & 1) ^ 1)
+
+
+@gluon.jit
+def load_queries(q_desc, q_smem, q_full, q_empty, place, turn, META: gl.constexpr):
+    """The query tile, 64 rows for each math warpgroup."""
+    CONSUMERS: gl.constexpr = META.consumers
+    for i in gl.static_range(CONSUMERS):
+        slot = (turn % META.query_tiles) * CONSUMERS + i
+        mbarrier.wait(q_empty.index(slot), ((turn // META.query_tiles) & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
+        where = [place.batch * META.dense, place.first_q + place.tile * META.tile_q + i * ROWS, place.head, 0]
+        tma_load(q_desc, where, q_full.index(slot), q_smem.index(slot))
 
 
 @gluon.jit
@@ -93,8 +107,18 @@ def multiply_values(b_weights, b_out, v_smem, v_full, count, META: gl.constexpr)
 
 
 @gluon.jit
+def words_at(visits, place, n, m_edge, META: gl.constexpr, I_GROUP: gl.constexpr):
+    """The mask's bits of a step, asked for before they are needed; None where there are none."""
+    b_words = None
+    if META.masked == "lists":
+        if visits.bits is not None:
+            b_words = load_bits(visits, place, n, m_edge, META.tile_q, META.tile_kv, I_GROUP)
+    return b_words
+
+
+@gluon.jit
 def rule(
-    b_scores, i_tile, place, o_query, rules,
+    b_scores, i_tile, m_edge, b_words, place, o_query, rules,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Scores as modifiers and the mask leave them."""
@@ -102,32 +126,35 @@ def rule(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
     o_rows = o_query[:, None]
     o_columns = (i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores)))[None, :]
-    MASKED_AT: gl.constexpr = "always" if MASKED else "never"
+    MASKED_AT: gl.constexpr = MASKED if b_words is None else "never"
     b_scores, _valid, _capped, _plain = ruled(
-        b_scores, True, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED_AT
+        b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED_AT
     )
+    if b_words is not None:
+        b_scores = cut(b_scores, b_words, m_edge)
     return b_scores
 
 
 @gluon.jit
 def step(
-    b_weights, b_out, b_max, b_sum, i_tile, count, place, o_query, memory, barriers, rules,
-    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
+    b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, count, place, o_query, memory, barriers, rules,
+    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """A key tile: its scores and weights, while the weights of the tile before meet their values."""
     BLOCK_DV: gl.constexpr = META.block_dv
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     q_smem, k_smem, v_smem, _ = memory
-    _, _, k_full, k_empty, v_full, v_empty = barriers
+    _, _, k_full, v_full, empty = barriers
     score_token = multiply_scores(q_smem, k_smem, k_full, count, META)
     out_token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
     b_scores = warpgroup_mma_wait(1, [score_token])
-    mbarrier.arrive(k_empty.index(count % META.stages), count=1)
-    b_scores = rule(b_scores, i_tile, place, o_query, rules, META, SCORE, MASK, MASKED)
-    b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, MASKED or META.modified)
+    MASKED: gl.constexpr = META.asked
+    b_scores = rule(b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, MASKED)
+    GUARDED: gl.constexpr = MASKED != "never" or META.modified
+    b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, GUARDED)
     b_half = b_new.to(k_smem.dtype)
     b_out = warpgroup_mma_wait(0, [out_token])
-    mbarrier.arrive(v_empty.index((count - 1) % META.stages), count=1)
+    mbarrier.arrive(empty.index(count % META.stages), count=1)
     b_weights = gl.convert_layout(b_half, gl.DotOperandLayout(0, output, 2))
     b_out = b_out * gl.convert_layout(b_rescale, gl.SliceLayout(1, output))[:, None]
     return b_weights, b_out, b_max, b_sum
@@ -135,7 +162,7 @@ def step(
 
 @gluon.jit
 def first_step(
-    i_tile, count, place, o_query, memory, barriers, rules, sinks,
+    i_tile, m_edge, b_words, count, place, o_query, memory, barriers, rules, sinks,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """(weights, output, maximum, sum) after the first tile, whose scores have no other product to hide under."""
@@ -144,11 +171,11 @@ def first_step(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     q_smem, k_smem, _, _ = memory
-    _, _, k_full, k_empty, _, _ = barriers
+    _, _, k_full, _, empty = barriers
     token = multiply_scores(q_smem, k_smem, k_full, count, META)
     b_scores = warpgroup_mma_wait(0, [token])
-    mbarrier.arrive(k_empty.index(count % META.stages), count=1)
-    b_scores = rule(b_scores, i_tile, place, o_query, rules, META, SCORE, MASK, True)
+    mbarrier.arrive(empty.index(count % META.stages), count=1)
+    b_scores = rule(b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, "always")
     b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, scores))
     b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, True)
     b_weights = gl.convert_layout(b_new.to(k_smem.dtype), gl.DotOperandLayout(0, output, 2))
@@ -158,27 +185,31 @@ def first_step(
 @gluon.jit
 def walk_keys(
     place, o_query, count, memory, barriers, rules, visits, sinks,
-    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
+    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
     """(weights of the last tile, output without it, maximum, sum, steps so far) of a query tile."""
     walk = walk_of(place, rules.window, visits, META)
+    _tiles, _first, full_begin, full_end, steps = walk
+    # An empty list has bits that hide the tile of its one step.
+    m_first = (full_begin > 0) | (full_end == 0)
+    b_first = words_at(visits, place, 0, m_first, META, I_GROUP)
     b_weights, b_out, b_max, b_sum = first_step(
-        tile_of(walk, 0, META), count, place, o_query, memory, barriers, rules, sinks, META, SCORE, MASK
-    )
+        tile_of(walk, 0, META), m_first, b_first, count, place, o_query, memory, barriers, rules, sinks,
+        META, SCORE, MASK,
+    )  # fmt: skip
     count += 1
-    for PART in gl.static_range(3):
-        if has_part(PART, META.masked, META.right, META.left):
-            begin, end = part_of(walk, PART, META)
-            # Read one step ahead; lists have room for that.
-            i_next = tile_of(walk, begin, META)
-            for n in range(begin, end):
-                i_tile = i_next
-                i_next = tile_of(walk, n + 1, META)
-                b_weights, b_out, b_max, b_sum = step(
-                    b_weights, b_out, b_max, b_sum, i_tile, count, place, o_query, memory, barriers, rules,
-                    META, SCORE, MASK, PART != 1,
-                )  # fmt: skip
-                count += 1
+    # Read one step ahead; lists have room for that.
+    i_next = tile_of(walk, 1, META)
+    for n in range(1, steps):
+        i_tile = i_next
+        i_next = tile_of(walk, n + 1, META)
+        m_edge = (n < full_begin) | (n >= full_end)
+        b_words = words_at(visits, place, n, m_edge, META, I_GROUP)
+        b_weights, b_out, b_max, b_sum = step(
+            b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, count, place, o_query, memory, barriers, rules,
+            META, SCORE, MASK,
+        )  # fmt: skip
+        count += 1
     return b_weights, b_out, b_max, b_sum, count
 
 
@@ -191,7 +222,7 @@ def consumer(
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_DV: gl.constexpr = META.block_dv
     q_smem, k_smem, v_smem, o_smem = memory
-    q_full, q_empty, _, _, v_full, v_empty = barriers
+    q_full, q_empty, _, v_full, _ = barriers
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     out, lse, sources = results
@@ -202,29 +233,31 @@ def consumer(
     while place.batch >= 0:
         first = place.tile * META.tile_q + I_GROUP * ROWS
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
-        mbarrier.wait(q_full.index(I_GROUP), turn & 1)
+        i_q = (turn % META.query_tiles) * META.consumers + I_GROUP
+        mbarrier.wait(q_full.index(i_q), (turn // META.query_tiles) & 1)
         b_weights, b_out, b_max, b_sum, count = walk_keys(
-            place, o_query, count, (q_smem.index(I_GROUP), k_smem, v_smem, o_smem), barriers, rules, visits, sinks,
-            META, SCORE, MASK,
+            place, o_query, count, (q_smem.index(i_q), k_smem, v_smem, o_smem), barriers, rules, visits, sinks,
+            META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
         if not META.shared_o:
-            mbarrier.arrive(q_empty.index(I_GROUP), count=1)
+            mbarrier.arrive(q_empty.index(i_q), count=1)
         token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
         m_empty = b_sum == 0.0
         b_lse = gl.where(m_empty, float("-inf"), (b_max + gl.log2(b_sum)) * LN2)
         b_inverse = 1.0 / gl.where(m_empty, 1.0, b_sum)
         gl.store(number_pointers(lse, place, o_query), b_lse, mask=o_query < place.seqlen_q)
         b_out = warpgroup_mma_wait(0, [token])
-        mbarrier.arrive(v_empty.index((count - 1) % META.stages), count=1)
         b_out = b_out * gl.convert_layout(b_inverse, gl.SliceLayout(1, output))[:, None]
         if META.careful:
             if any_nan(b_out):
                 b_new = careful_output(sources, place, first, rules, visits, sinks, META, SCORE, MASK)
                 b_out = gl.convert_layout(b_new, output)
-        store_tile(descriptors, out, o_smem.index(I_GROUP), b_out, place, first, META)
         if META.shared_o:
+            store_tile(descriptors, out, q_smem.index(i_q), b_out, place, first, META)
             tma_store_wait(0)
-            mbarrier.arrive(q_empty.index(I_GROUP), count=1)
+            mbarrier.arrive(q_empty.index(i_q), count=1)
+        else:
+            store_tile(descriptors, out, o_smem.index(I_GROUP), b_out, place, first, META)
         turn += 1
         place = hear(mailbox, size, turn, META)
     tma_store_wait(0)
@@ -308,25 +341,25 @@ def forward_kernel(
     BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_D], q_desc.layout)
+    QUERIES: gl.constexpr = META.query_tiles * CONSUMERS
+    q_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, ROWS, 1, BLOCK_D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
     o_smem = q_smem
     if not META.shared_o:
         o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_DV], o_desc.layout)
-    q_full = new_barriers(CONSUMERS, 1)
-    q_empty = new_barriers(CONSUMERS, 1)
+    q_full = new_barriers(QUERIES, 1)
+    q_empty = new_barriers(QUERIES, 1)
     k_full = new_barriers(STAGES, 1)
-    k_empty = new_barriers(STAGES, CONSUMERS)
     v_full = new_barriers(STAGES, 1)
-    v_empty = new_barriers(STAGES, CONSUMERS)
+    empty = new_barriers(STAGES, CONSUMERS)
     told = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     told_full = new_barriers(1, 1).index(0)
     told_empty = new_barriers(1, CONSUMERS).index(0)
     specialize(
         (q_desc, k_desc, v_desc, o_desc),
         (q_smem, k_smem, v_smem, o_smem),
-        (q_full, q_empty, k_full, k_empty, v_full, v_empty),
+        (q_full, q_empty, k_full, v_full, empty),
         (told, told_full, told_empty),
         (out, lse, sources),
         counter,

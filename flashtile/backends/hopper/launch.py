@@ -30,12 +30,13 @@ from flashtile.kernels.arguments import (
     stats_of,
 )
 from flashtile.kernels.bias import bias_kernel
+from flashtile.kernels.bits import bits_kernel
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig
 
-KERNELS = (forward_kernel, before_kernel, backward_kernel, after_kernel, bias_kernel)
+KERNELS = (forward_kernel, before_kernel, backward_kernel, after_kernel, bias_kernel, bits_kernel)
 
 REGISTERS = {2: 168, 3: 128}
 """Registers a thread that a kernel is compiled for, by consumers; they trade among the warps once it runs."""
@@ -121,7 +122,8 @@ class Call:
         if self.meta.masked != "lists":
             return {"visits": None}
         tiles = self.config.tile_q, self.config.tile_kv
-        return {"visits": visits.of(self.inputs, self.problem, *tiles, keys)}
+        maker = _maker(self.machine, self.inputs, self.problem, self.config, keys)
+        return {"visits": visits.of(self.inputs, self.problem, *tiles, keys, maker)}
 
     def launch(self, kernel: Any, programs: int, given: dict[str, Any], **options: Any) -> None:
         """Nothing to do is no launch."""
@@ -176,9 +178,30 @@ def forward(
         }
         call.launch(forward_kernel, call.machine.programs(total, q.device), given, **call.warps())
 
-    lists = visits.tensors_of(inputs, problem, config.tile_q, config.tile_kv, False)
+    lists = _lists(machine, inputs, problem, config, False)
     perform(launches, (q, k, v, out, lse, counter, *lists, *beside(inputs)), memory)
     return out, lse
+
+
+def _maker(
+    machine: Machine | None, inputs: Inputs, problem: Problem, config: HopperConfig | BackwardConfig, keys: bool
+) -> visits.Maker:
+    """Of a mask's bits; what it launches stands on no tape."""
+
+    def launch(kernel: Any, programs: int, given: dict[str, Any]) -> None:
+        call = Call.of(machine, inputs, problem, config)
+        _, where = call.tiles(keys)
+        call.launch(kernel, programs, {**where, **call.functions, **given, "KEYS": keys})
+
+    return visits.Maker(launch, machine or DEVICE)
+
+
+def _lists(
+    machine: Machine | None, inputs: Inputs, problem: Problem, config: HopperConfig | BackwardConfig, keys: bool
+) -> tuple[Tensor | None, ...]:
+    """The tensors of the lists of tiles, where the mask is no window."""
+    maker = _maker(machine, inputs, problem, config, keys)
+    return visits.tensors_of(inputs, problem, config.tile_q, config.tile_kv, keys, maker)
 
 
 def _stats(inputs: Inputs, problem: Problem, fill: float) -> Tensor:
@@ -222,7 +245,7 @@ def backward(
         given = {"sums": rows_of(sums), "dq": rows_of(dq), "scale": problem.scale, **_plain(where)}
         call.launch(after_kernel, programs, given)
 
-    lists = visits.tensors_of(inputs, problem, config.tile_q, config.tile_kv, True)
+    lists = _lists(machine, inputs, problem, config, True)
     perform(launches, (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs)), memory)
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)

@@ -19,13 +19,14 @@ class Meta:
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
     shared_o: the output leaves through the memory of its queries. guarded: what a mask hides may hold NaN, or have no
     finite gradient. careful: what lies beside what is seen may hold NaN.
-    collects: gradients of captured tensors are added. late: dQ is handed over in the next step.
+    collects: gradients of captured tensors are added.
     """
 
     tile_q: int
     tile_kv: int
     consumers: int
     stages: int
+    query_tiles: int
     headdim: int
     headdim_v: int
     block_d: int
@@ -47,7 +48,13 @@ class Meta:
     guarded: bool
     careful: bool
     collects: bool
-    late: bool
+
+    @property
+    def asked(self) -> str:
+        """Where steps after the first evaluate the mask, see `rules.ruled`."""
+        if self.masked == "always":
+            return "always"
+        return "edges" if self.left or self.right or self.masked == "lists" else "never"
 
 
 @lru_cache(maxsize=4096)
@@ -60,6 +67,7 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         tile_kv=config.tile_kv,
         consumers=config.consumers,
         stages=config.stages,
+        query_tiles=config.query_tiles if isinstance(config, HopperConfig) else 1,
         headdim=problem.headdim,
         headdim_v=problem.headdim_v,
         block_d=block(problem.headdim),
@@ -83,7 +91,6 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         guarded=bool(rest) or bool(problem.score_mod),
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score),
-        late=isinstance(config, BackwardConfig) and config.late,
     )
 
 

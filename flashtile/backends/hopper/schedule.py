@@ -1,6 +1,5 @@
 """Which tile a program works on next, and in which order: persistent programs, the tiles with the most to do first."""
 
-import triton
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier
@@ -63,34 +62,6 @@ def tile_of(walk, n, META: gl.constexpr):
     """The number of the tile that step n meets."""
     tiles, first, _full_begin, _full_end, _steps = walk
     return gl.load(tiles + n) if META.masked == "lists" else first - n
-
-
-@gluon.jit
-def part_of(walk, PART: gl.constexpr, META: gl.constexpr):
-    """[begin, end) of the steps that come before those without a mask (PART 0), of those (1), and of those after (2);
-    step 0 is none of them: it asks the mask in any case."""
-    _tiles, _first, full_begin, full_end, steps = walk
-    begin = steps * 0 + 1
-    end = steps
-    if META.masked != "always":
-        if PART == 0:
-            end = gl.minimum(full_begin, steps)
-        elif PART == 1:
-            begin = gl.maximum(full_begin, 1)
-            end = gl.minimum(full_end, steps)
-        else:
-            begin = gl.maximum(full_end, 1)
-    return begin, end
-
-
-@triton.constexpr_function
-def has_part(part, masked, before, after):
-    """Whether a walk has such a part, see `part_of`. `before`, `after`: whether a window cuts there."""
-    if masked == "always":
-        return part == 0
-    if masked == "lists":
-        return part < 2
-    return part == 1 or (before if part == 0 else after)
 
 
 @gluon.jit
@@ -184,25 +155,3 @@ def rows_walk(place, window, visits, META: gl.constexpr):
 def row_tile(walk, n, META: gl.constexpr):
     """The number of the query tile that step n meets."""
     return gl.load(walk[0] + n) if META.masked == "lists" else n
-
-
-@gluon.jit
-def rows_part(walk, PART: gl.constexpr):
-    """[begin, end) of the steps before those without a mask (PART 0), of those (1), and of those after (2)."""
-    _tiles, begin, full_begin, full_end, end = walk
-    if PART == 0:
-        end = full_begin
-    elif PART == 1:
-        begin = full_begin
-        end = full_end
-    else:
-        begin = full_end
-    return begin, end
-
-
-@triton.constexpr_function
-def has_rows_part(part, masked, after):
-    """Whether such a walk has such a part; `after`: whether a window cuts there."""
-    if masked == "always":
-        return part == 0
-    return part < 2 or (after and masked != "lists")

@@ -1,0 +1,91 @@
+"""What a mask leaves of the tiles that it cuts, bit by bit: found once a mask, not in every head, layer and pass.
+
+Bits lie as threads want them. An accumulator's rows belong to four lanes each, and of eight columns, lane i has 2i and
+2i + 1: so four words hold a row of up to 128 columns, bit 2j + e of word i being column 8j + 2i + e.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashtile.kernels.places import number_of
+from flashtile.kernels.rules import allowed
+from flashtile.kernels.words import Place, Visits, odd
+
+Launch = Callable[[Any, int, dict[str, Any]], None]
+
+LANES = 4
+GROUP = 64
+"""Rows that a program works on."""
+
+LARGEST = 2**27
+"""Bytes beyond which kernels ask the mask instead."""
+
+
+def of(visits: Visits, tile: int, launch: Launch) -> Tensor | None:
+    """(slots, rows of a tile, lanes), int32, one slot for each place in the lists; None: too large.
+
+    tile: rows of a tile. launch: runs a kernel, as many programs, with what is said here of its arguments.
+    """
+    slots = visits.tiles.numel()
+    if slots * tile * LANES * 4 > LARGEST:
+        return None
+    bits = torch.empty((slots, tile, LANES), dtype=torch.int32, device=visits.tiles.device)
+    _batch, heads, tiles, length = visits.tiles.shape
+    groups = tile // GROUP
+    given = {"bits": bits, "visits": visits, "shape": tuple(map(odd, (groups, length, tiles, heads)))}
+    launch(bits_kernel, slots * groups, given)
+    return bits
+
+
+@triton.jit
+def words_of(m_tile):
+    """(rows, lanes): a tile of booleans as bits."""
+    ROWS: tl.constexpr = m_tile.shape[0]
+    COLUMNS: tl.constexpr = m_tile.shape[1]
+    o_eights = tl.arange(0, COLUMNS // 8)[None, :, None, None]
+    o_pair = tl.arange(0, 2)[None, None, None, :]
+    b_bits = m_tile.to(tl.int32).reshape(ROWS, COLUMNS // 8, 4, 2) << (2 * o_eights + o_pair)
+    return tl.sum(tl.sum(b_bits, 3), 1)
+
+
+@triton.jit
+def bits_kernel(
+    bits, visits, shape, size, rules, META: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """One program for 64 rows of a place in the lists. KEYS: rows are keys, columns queries.
+
+    Places of tiles that need no mask have no bits, unless rows lie behind the end. An empty list has one place that
+    hides all, for a walk takes a step in any case.
+    """
+    ROWS: tl.constexpr = 64
+    TILE: tl.constexpr = META.tile_kv if KEYS else META.tile_q
+    COLUMNS: tl.constexpr = META.tile_q if KEYS else META.tile_kv
+    groups, length, tiles, heads = shape
+    i_program = tl.program_id(0)
+    i_group = i_program % number_of(groups)
+    i_slot = i_program // number_of(groups)
+    n = i_slot % number_of(length)
+    row = i_slot // number_of(length)
+    i_tile = row % number_of(tiles)
+    i_pair = row // number_of(tiles)
+    partial = tl.load(visits.counts + 2 * row)
+    full = tl.load(visits.counts + 2 * row + 1)
+    seqlen_q = number_of(size.seqlen_q)
+    seqlen_k = number_of(size.seqlen_k)
+    behind = (i_tile + 1) * TILE > (seqlen_k if KEYS else seqlen_q)
+    if (n < partial) | (behind & (n < partial + full)) | ((n == 0) & (partial + full == 0)):
+        first = i_tile * TILE + i_group * ROWS
+        o_rows = (first + tl.arange(0, ROWS))[:, None]
+        o_columns = (tl.load(visits.tiles + i_slot) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        place = Place(i_pair // number_of(heads), i_pair % number_of(heads), i_tile, 0, 0, seqlen_q, seqlen_k)
+        if KEYS:
+            m_tile = allowed(place, rules, o_columns, o_rows, META, MASK)
+        else:
+            m_tile = allowed(place, rules, o_rows, o_columns, META, MASK)
+        o_words = (i_group * ROWS + tl.arange(0, ROWS))[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(bits + i_slot.to(tl.int64) * (TILE * 4) + o_words, words_of(m_tile))
