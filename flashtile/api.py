@@ -291,8 +291,8 @@ def warmup(
 
     Takes the arguments of `attention`; with cu_seqlens_q and cu_seqlens_k, those of `attention_varlen`. The call is
     run once, its results are thrown away, `grad` fields stay untouched. Later calls that differ only in batch size,
-    lengths and numbers build nothing, with two exceptions: tensors that stop or begin to be aligned to 16 bytes or
-    elements, and tensors that outgrow 2^31 elements.
+    lengths and numbers build nothing, with three exceptions: tensors that stop or begin to be aligned to 16 bytes or
+    elements, tensors that outgrow 2^31 elements, and on a Hopper masks other than windows that outgrow 32k tokens.
 
     Returns:
         int: how many kernels were built (see `builds`); 0 if all were there.

@@ -295,9 +295,13 @@ def plans(inputs: Inputs, options: Options) -> plan.Plan:
 
 
 def rehearse(inputs: Inputs, options: Options) -> None:
-    """Runs the call, and its backward pass if anything wants a gradient, and throws the results away."""
+    """Runs the call as calls of any length run, and its backward pass if anything wants a gradient; keeps no result."""
     call = Call.of(inputs, options)
     with torch.no_grad():
         output = _run_forward(inputs, call)
+        chosen = call.plan(inputs, False)
+        for config in plan.kernel(chosen).configs(chosen.problem):
+            if config != chosen.config:
+                plan.kernel(chosen).forward(inputs, chosen.problem, config, {})
         if _requires_grad(_sources(inputs)):
             _run_backward(inputs, call, output, (torch.zeros_like(output[0]), None))

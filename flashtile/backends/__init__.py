@@ -44,6 +44,7 @@ class Kernel:
     configure(problem): the tile sizes and other tuning; never changes results beyond rounding.
     forward(inputs, problem, config, memory) -> (out, lse), contiguous, as `State` describes.
     backward(inputs, problem, config, out, lse, grad_out, grad_lse, memory) -> Gradients; either gradient may be None.
+    configs(problem): all that forward passes of such calls take, whatever their length; empty: one serves all.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Kernel:
     configure: Callable[[Problem], Any]
     forward: Callable[[Inputs, Problem, Any, Memory], tuple[Tensor, Tensor]]
     backward: Callable[[Inputs, Problem, Any, Tensor, Tensor, Tensor | None, Tensor | None, Memory], Gradients]
+    configs: Callable[[Problem], Sequence[Any]] = lambda problem: ()
 
 
 def compiled(kernels: Sequence[Any]) -> int:

@@ -73,7 +73,10 @@ def clock(device: str) -> float:
 
 
 REPEATS = 5
-"""Calls of a pass in a row on a GPU: launching one overlaps with running the one before, as in a model."""
+"""Calls of a pass in a row on a GPU, at least: launching one overlaps with running the one before, as in a model."""
+
+BURST = 0.01
+"""Seconds of work in a row, so that the time until the first call has been launched counts for little."""
 
 
 def one_round(bound: Bound, device: str, samples: Samples) -> float:
@@ -95,26 +98,29 @@ def one_round(bound: Bound, device: str, samples: Samples) -> float:
 
 
 def _one_round_on_gpu(bound: Bound, samples: Samples) -> float:
-    """The same by the GPU's clock; each figure is the mean of `REPEATS` calls in a row."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def seconds(which: str, call: Callable[[], Any]) -> float:
-        torch.cuda.synchronize()
-        begin.record()
-        start = time.perf_counter()
-        for _ in range(REPEATS):
-            call()
-        samples.host[which].append((time.perf_counter() - start) / REPEATS)
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / REPEATS
-
+    """The same by the GPU's clock; each figure is the mean of calls in a row."""
     out = bound.forward()
-    samples.forward.append(seconds("forward", bound.forward))
+    samples.forward.append(_burst(samples, "forward", bound.forward))
     if not bound.peer.trains:
         return samples.forward[-1] * REPEATS
-    samples.backward.append(seconds("backward", lambda: bound.backward(out, keep=True)))
+    samples.backward.append(_burst(samples, "backward", lambda: bound.backward(out, keep=True)))
     return (samples.forward[-1] + samples.backward[-1]) * REPEATS
+
+
+def _burst(samples: Samples, which: str, call: Callable[[], Any]) -> float:
+    """Seconds a call, of as many in a row as earlier rounds ask for."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    known = samples.of(which)
+    repeats = max(REPEATS, round(BURST / known[-1])) if known else REPEATS
+    torch.cuda.synchronize()
+    begin.record()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    samples.host[which].append((time.perf_counter() - start) / repeats)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats
 
 
 def interleave(

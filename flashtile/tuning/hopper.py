@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 
 class HopperConfig(NamedTuple):
-    """consumers: math warpgroups, each with 64 rows of the query tile; stages: key and value tiles in flight;
-    query_tiles: query tiles.
+    """consumers: math warpgroups, each with 64 rows of the query tile; stages: key and value tiles in flight.
 
     shared_o: the output leaves through the memory of its queries, which makes room for larger tiles, but the next
     queries must wait for it. section: heads whose tiles are handed out together, heaviest first, so that they share the
@@ -17,27 +16,34 @@ class HopperConfig(NamedTuple):
     stages: int
     shared_o: bool = False
     section: int = 16
-    query_tiles: int = 2
 
     @property
     def tile_q(self) -> int:
         return 64 * self.consumers
 
 
-FORWARD: dict[str, tuple[tuple[int, HopperConfig], ...]] = {
-    "full": (
-        (64, HopperConfig(consumers=3, tile_kv=128, stages=2)),
-        (128, HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)),
-        (256, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32, query_tiles=1)),
-    ),
-    "cut": (
-        (64, HopperConfig(consumers=2, tile_kv=128, stages=3)),
-        (128, HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)),
-        (256, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32, query_tiles=1)),
-    ),
+class Row(NamedTuple):
+    """Of a table: the tiles for heads of up to `headdim` columns, and up to `longest` queries (None: any number)."""
+
+    headdim: int
+    longest: int | None
+    config: HopperConfig
+
+
+_TWO = HopperConfig(consumers=2, tile_kv=128, stages=3)
+_THREE = HopperConfig(consumers=3, tile_kv=128, stages=2)
+_WIDE = (
+    Row(128, None, HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)),
+    Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)),
+)
+
+FORWARD: dict[str, tuple[Row, ...]] = {
+    "full": (Row(64, 2048, _TWO), Row(64, None, _THREE), *_WIDE),
+    "window": (Row(64, 8192, _TWO), Row(64, None, _THREE), *_WIDE),
+    "cut": (Row(64, None, _TWO), *_WIDE),
 }
-"""By what the scores meet, nothing or anything (a mask, a modifier): (head dimension, tiles), where a row holds up to
-the head dimension named. Timed on an H100 at 1k, 4k and 16k tokens, plain and causal."""
+"""By what the scores meet: nothing, a causal mask or another window, or anything. The first row that fits counts. The
+first two kinds were timed on an H100 at 1k, 4k and 16k tokens."""
 
 
 class BackwardConfig(NamedTuple):
@@ -68,9 +74,17 @@ def backward_config(headdim: int, kind: str) -> BackwardConfig:
     return next(config for limit, config in BACKWARD[kind] if headdim <= limit)
 
 
-def forward_config(headdim: int, kind: str) -> HopperConfig:
-    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD`."""
-    return next(config for limit, config in FORWARD[kind] if headdim <= limit)
+def forward_configs(headdim: int, kind: str) -> dict[int | None, HopperConfig]:
+    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD`, by `longest`."""
+    rows = FORWARD[kind]
+    width = next(row.headdim for row in rows if headdim <= row.headdim)
+    return {row.longest: row.config for row in rows if row.headdim == width}
+
+
+def forward_config(headdim: int, kind: str, queries: int) -> HopperConfig:
+    """Those for this many queries."""
+    configs = forward_configs(headdim, kind)
+    return next(config for longest, config in configs.items() if longest is None or queries <= longest)
 
 
 SPILLS: dict[tuple[str, int], dict[str, int]] = {

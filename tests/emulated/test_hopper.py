@@ -78,7 +78,7 @@ def test_every_schedule_gives_the_same_bits(name: str) -> None:
 FORWARDS = (
     HopperConfig(consumers=2, tile_kv=64, stages=1),
     HopperConfig(consumers=2, tile_kv=64, stages=3, section=1),
-    HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, query_tiles=1),
+    HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True),
     HopperConfig(consumers=3, tile_kv=128, stages=2),
 )
 BACKWARDS = (
@@ -90,7 +90,7 @@ BACKWARDS = (
 @pytest.mark.parametrize("config", FORWARDS, ids=str)
 def test_forward_tiles(config: HopperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tiles give right numbers, whether a table names them or not."""
-    monkeypatch.setattr(tables, "FORWARD", dict.fromkeys(tables.FORWARD, ((256, config),)))
+    monkeypatch.setattr(tables, "FORWARD", dict.fromkeys(tables.FORWARD, (tables.Row(256, None, config),)))
     case = _case("causal", dense(1, 200, 333, 2, 1, 64), "causal")
     for schedule in (SWEEP[0], SWEEP[-1]):
         with emulated(schedule) as device, torch.no_grad():

@@ -14,7 +14,14 @@ from torch import Tensor
 from flashtile import backends
 from flashtile.backends import Gradients, Kernel, Memory
 from flashtile.problem import Inputs, Problem
-from flashtile.tuning.hopper import BackwardConfig, HopperConfig, backward_config, forward_config
+from flashtile.region import region
+from flashtile.tuning.hopper import (
+    BackwardConfig,
+    HopperConfig,
+    backward_config,
+    forward_config,
+    forward_configs,
+)
 
 DEVICE = "cuda"
 """Where tensors must be; an emulator takes them elsewhere."""
@@ -68,11 +75,31 @@ def _pass(problem: Problem) -> str:
 
 def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
-    headdim = max(problem.headdim, problem.headdim_v)
-    modified = set(problem.modified) - {"sinks"}
     if problem.backward:
-        return backward_config(headdim, "modified" if modified else "plain")
-    return forward_config(headdim, "cut" if modified or problem.mask != '["full"]' else "full")
+        return backward_config(_width(problem), "modified" if _modified(problem) else "plain")
+    # The same bits whatever stands beside a sequence: the same tiles.
+    queries = 0 if problem.varlen or problem.batch_invariant else problem.seqlen_q
+    return forward_config(_width(problem), _kind(problem), queries)
+
+
+def configs(problem: Problem) -> tuple[HopperConfig, ...]:
+    """All that forward passes of such calls take, whatever their length."""
+    return tuple(forward_configs(_width(problem), _kind(problem)).values())
+
+
+def _width(problem: Problem) -> int:
+    return max(problem.headdim, problem.headdim_v)
+
+
+def _modified(problem: Problem) -> bool:
+    return bool(set(problem.modified) - {"sinks"})
+
+
+def _kind(problem: Problem) -> str:
+    """Of `tuning.hopper.FORWARD`."""
+    if _modified(problem) or region(problem.mask).rest:
+        return "cut"
+    return "full" if problem.mask == '["full"]' else "window"
 
 
 @cache
@@ -99,4 +126,4 @@ def _kept(memory: Memory) -> Memory | None:
     return memory if DEVICE == "cuda" else None
 
 
-KERNELS = (Kernel("warp_specialized", refuses, configure, _forward, _backward),)
+KERNELS = (Kernel("warp_specialized", refuses, configure, _forward, _backward, configs),)

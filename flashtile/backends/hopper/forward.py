@@ -74,11 +74,10 @@ def load_queries(q_desc, q_smem, q_full, q_empty, place, turn, META: gl.constexp
     """The query tile, 64 rows for each math warpgroup."""
     CONSUMERS: gl.constexpr = META.consumers
     for i in gl.static_range(CONSUMERS):
-        slot = (turn % META.query_tiles) * CONSUMERS + i
-        mbarrier.wait(q_empty.index(slot), ((turn // META.query_tiles) & 1) ^ 1)
-        mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
+        mbarrier.wait(q_empty.index(i), (turn & 1) ^ 1)
+        mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
         where = [place.batch * META.dense, place.first_q + place.tile * META.tile_q + i * ROWS, place.head, 0]
-        tma_load(q_desc, where, q_full.index(slot), q_smem.index(slot))
+        tma_load(q_desc, where, q_full.index(i), q_smem.index(i))
 
 
 @gluon.jit
@@ -233,14 +232,13 @@ def consumer(
     while place.batch >= 0:
         first = place.tile * META.tile_q + I_GROUP * ROWS
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
-        i_q = (turn % META.query_tiles) * META.consumers + I_GROUP
-        mbarrier.wait(q_full.index(i_q), (turn // META.query_tiles) & 1)
+        mbarrier.wait(q_full.index(I_GROUP), turn & 1)
         b_weights, b_out, b_max, b_sum, count = walk_keys(
-            place, o_query, count, (q_smem.index(i_q), k_smem, v_smem, o_smem), barriers, rules, visits, sinks,
+            place, o_query, count, (q_smem.index(I_GROUP), k_smem, v_smem, o_smem), barriers, rules, visits, sinks,
             META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
         if not META.shared_o:
-            mbarrier.arrive(q_empty.index(i_q), count=1)
+            mbarrier.arrive(q_empty.index(I_GROUP), count=1)
         token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
         m_empty = b_sum == 0.0
         b_lse = gl.where(m_empty, float("-inf"), (b_max + gl.log2(b_sum)) * LN2)
@@ -252,12 +250,10 @@ def consumer(
             if any_nan(b_out):
                 b_new = careful_output(sources, place, first, rules, visits, sinks, META, SCORE, MASK)
                 b_out = gl.convert_layout(b_new, output)
+        store_tile(descriptors, out, o_smem.index(I_GROUP), b_out, place, first, META)
         if META.shared_o:
-            store_tile(descriptors, out, q_smem.index(i_q), b_out, place, first, META)
             tma_store_wait(0)
-            mbarrier.arrive(q_empty.index(i_q), count=1)
-        else:
-            store_tile(descriptors, out, o_smem.index(I_GROUP), b_out, place, first, META)
+            mbarrier.arrive(q_empty.index(I_GROUP), count=1)
         turn += 1
         place = hear(mailbox, size, turn, META)
     tma_store_wait(0)
@@ -341,15 +337,14 @@ def forward_kernel(
     BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     dtype: gl.constexpr = q_desc.dtype
-    QUERIES: gl.constexpr = META.query_tiles * CONSUMERS
-    q_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, ROWS, 1, BLOCK_D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
     o_smem = q_smem
     if not META.shared_o:
         o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_DV], o_desc.layout)
-    q_full = new_barriers(QUERIES, 1)
-    q_empty = new_barriers(QUERIES, 1)
+    q_full = new_barriers(CONSUMERS, 1)
+    q_empty = new_barriers(CONSUMERS, 1)
     k_full = new_barriers(STAGES, 1)
     v_full = new_barriers(STAGES, 1)
     empty = new_barriers(STAGES, CONSUMERS)

@@ -26,7 +26,6 @@ class Meta:
     tile_kv: int
     consumers: int
     stages: int
-    query_tiles: int
     headdim: int
     headdim_v: int
     block_d: int
@@ -67,7 +66,6 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         tile_kv=config.tile_kv,
         consumers=config.consumers,
         stages=config.stages,
-        query_tiles=config.query_tiles if isinstance(config, HopperConfig) else 1,
         headdim=problem.headdim,
         headdim_v=problem.headdim_v,
         block_d=block(problem.headdim),
