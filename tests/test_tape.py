@@ -66,8 +66,16 @@ def test_another_kind_of_tensor_has_another_tape(other: Tensor) -> None:
     kernel, memory = Noting(), dict[Any, Any]()
     for a in (torch.empty(4), other):
         b = torch.empty(6)
-        perform(_launches(kernel, a, b), (a, b), memory)
+        perform(_launches(kernel, a, b), (a, b), memory, free=(a,))
     assert len(memory) == 2
+
+
+def test_a_missing_tensor_is_no_other_one() -> None:
+    kernel, memory = Noting(), dict[Any, Any]()
+    a, b = torch.empty(4), torch.empty(6)
+    for tensors in ((a, b, None), (a, b, b), (a, b), (a, None, None)):
+        perform(_launches(kernel, a, b), tensors, memory)
+    assert len(memory) == 4
 
 
 def test_tensors_that_are_one_are_told_from_two() -> None:
@@ -86,7 +94,8 @@ def test_tensors_are_not_kept_alive() -> None:
     alive = [weakref.ref(a), weakref.ref(b)]
     memory = dict[Any, Any]()
     kernel = Noting()
-    perform(_launches(kernel, a, b), (a, b), memory)
+    for _ in range(3):
+        perform(_launches(kernel, a, b), (a, b), memory)
     kernel.seen.clear()
     del a, b
     assert len(memory) == 1
@@ -147,7 +156,7 @@ def test_hopper_launches_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = hopper.configure(problem)
     back = describe(Inputs(*(torch.empty(1, 64, 2, 64, dtype=torch.bfloat16),) * 3), Options(scale=0.1), backward=True)
     memories: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
-    for _ in range(3):
+    for _ in range(4):
         inputs = Inputs(*(torch.randn(1, 64, 2, 64).bfloat16() for _ in range(3)))
         out, lse = launch.forward(inputs, problem, config, machine, memories[0])
         gradients = launch.backward(inputs, back, hopper.configure(back), out, lse, out, None, machine, memories[1])
@@ -159,5 +168,5 @@ def test_hopper_launches_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
             assert [each.base.data_ptr() for each in through[5:7]] == [gradients.k.data_ptr(), gradients.v.data_ptr()]
             assert after[1].pointer is gradients.q
         kernel.seen.clear()
-    assert asked == ["forward_kernel", "before_kernel", "backward_kernel", "after_kernel"]
-    assert played == [0, 4, 4]
+    assert asked == 2 * ["forward_kernel", "before_kernel", "backward_kernel", "after_kernel"]
+    assert played == [0, 0, 4, 4]

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from flashtile.kernels.direct import Direct, direct
 
 Filler = Callable[[Sequence[Any]], Any]
 
@@ -19,6 +22,11 @@ Filler = Callable[[Sequence[Any]], Any]
 def prepared(device: torch.device) -> AbstractContextManager[Any]:
     """Launches inside go to this device, whichever is current, and kernels get memory for the descriptors they make."""
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    return current(device)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches inside go to this device, whichever is current."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -32,7 +40,8 @@ class Tape:
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self._places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors) if tensor is not None}
-        self._launches: list[tuple[Any, list[Any], list[tuple[int, Filler]]]] = []
+        self._launches: list[tuple[Direct | None, Any, list[Any], list[tuple[int, Filler]]]] = []
+        self._direct = True
         self.whole = True
 
     def record(self, kernel: Any, programs: int, arguments: Sequence[Any]) -> None:
@@ -41,7 +50,9 @@ class Tape:
         open_places = [(i, filler) for i, filler in fillers if filler is not None]
         # No tensor of this time is kept alive.
         constants = [None if filler else argument for argument, (_, filler) in zip(arguments, fillers, strict=True)]
-        self._launches.append((kernel[(programs, 1, 1)], constants, open_places))
+        ready = direct(kernel, programs, arguments, lambda tensor: self._places.get(tensor.data_ptr()))
+        self._direct = self._direct and ready is not None
+        self._launches.append((ready, kernel[(programs, 1, 1)], constants, open_places))
 
     def _filler(self, argument: Any) -> Filler | None:
         """Makes the argument for other tensors; None: it holds none."""
@@ -77,41 +88,63 @@ class Tape:
 
         return filled
 
-    def play(self, tensors: Sequence[Tensor | None], device: torch.device) -> None:
+    def play(self, tensors: Sequence[Tensor | None], addresses: Sequence[int], device: torch.device) -> None:
         """The same launches over other tensors of the same shapes, strides, dtypes and alignment."""
+        if self._direct and knobs.runtime.launch_enter_hook is None:
+            with current(device):
+                stream = torch._C._cuda_getCurrentRawStream(device.index)
+                for ready, *_ in self._launches:
+                    if ready is not None:
+                        ready(addresses, stream)
+            return
         with prepared(device):
-            for launch, constants, fillers in self._launches:
+            for _, launch, constants, fillers in self._launches:
                 arguments = constants.copy()
                 for i, fill in fillers:
                     arguments[i] = fill(tensors)
                 launch(*arguments)
 
 
-def kind_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """All that a tape depends on, of the tensors that it is played for: which share an address, too."""
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    shared = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
-    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors]
-    return shared, *layouts
+def _kind(tensor: Tensor | None) -> Any:
+    """All that a tape depends on, of a tensor."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
+
+
+_SEEN = object()
 
 
 def perform(
-    launches: Callable[[Tape | None], None], tensors: Sequence[Tensor | None], memory: dict[Any, Any] | None
+    launches: Callable[[Tape | None], None],
+    tensors: Sequence[Tensor | None],
+    memory: dict[Any, Any] | None,
+    free: Sequence[Tensor | None] = (),
 ) -> None:
     """`launches`, which writes what it does to the tape it is given; or the tape of an earlier time, from `memory`.
 
-    `tensors`: all that the launches read and write and that may be others the next time; the first is not None.
+    The second time writes it: what is called once has no use for a tape.
+
+    `tensors`: all that the launches read and write and that may be others the next time; the first is not None. All
+    that come with one memory are of the same shapes, strides, dtypes, devices and alignment, but for those in `free`.
     """
     if memory is None or tensors[0] is None:
         launches(None)
         return
-    kind = kind_of(tensors)
-    known, tape = kind in memory, memory.get(kind)
-    if tape is not None:
-        tape.play(tensors, tensors[0].device)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    # Which are missing, and which are one and the same.
+    first = {0: -1}
+    kind: tuple[Any, ...] = tuple([first.setdefault(address, place) for place, address in enumerate(addresses)])
+    if free:
+        kind = (*kind, *map(_kind, free))
+    tape = memory.get(kind)
+    if isinstance(tape, Tape):
+        tape.play(tensors, addresses, tensors[0].device)
         return
-    recorded = None if known else Tape(tensors)
+    recorded = Tape(tensors) if tape is _SEEN else None
     launches(recorded)
-    if recorded is not None:
+    if kind not in memory:
+        memory[kind] = _SEEN
+    elif recorded is not None:
         # One that is not whole is not kept, for it holds the tensors that it should not have read.
         memory[kind] = recorded if recorded.whole else None

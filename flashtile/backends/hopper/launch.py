@@ -246,7 +246,8 @@ def backward(
         call.launch(after_kernel, programs, given)
 
     lists = _lists(machine, inputs, problem, config, True)
-    perform(launches, (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs)), memory)
+    tensors = (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs))
+    perform(launches, tensors, memory, (grad_out, grad_lse))
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
     if grads.bias is not None:

@@ -212,7 +212,8 @@ def backward(
     for tiles in config.passes_over_keys().values():
         lists += visits.tensors_of(inputs, problem, *tiles[:2], True)
     written = (delta, dq, dk, dv, slope if slope is not lse else None, *totals)
-    perform(launches, (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs)), memory)
+    tensors = (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs))
+    perform(launches, tensors, memory, (grad_out, grad_lse))
     if grads.bias is not None:
         call = Call.of(machine, inputs, problem, totals)
         _bias_gradient(call, config.query, _saved(inputs, grad_out, lse, delta), grads.bias)

@@ -1,0 +1,200 @@
+"""Launches of compiled kernels through the CUDA driver: what Triton's launcher would pass, in memory that stays.
+
+Between two launches of a tape only addresses differ. Triton's launcher looks at every argument again and makes every
+descriptor anew, tens of microseconds of Python; here the parameters lie ready, and addresses are written over.
+"""
+
+import ctypes
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+Place = Callable[[Tensor], int | None]
+"""Where a tensor stands among those that a tape is played for."""
+
+MAP = 128
+"""Bytes of a descriptor (CUtensorMap), which must begin at a multiple of 64."""
+
+
+class Parameter(NamedTuple):
+    """One of a kernel, as its PTX declares it: "b64", "f32", ... and how many bytes."""
+
+    kind: str
+    size: int
+
+
+def parameters(ptx: str) -> list[Parameter]:
+    """Those of the kernel in a text of PTX."""
+    head = ptx[ptx.index(".entry") :]
+    found = re.findall(_DECLARATION, head[: head.index("{")])
+    return [Parameter(kind, int(count or 1) * int(kind.lstrip("bufs")) // 8) for kind, count in found]
+
+
+_DECLARATION = r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s[^,)]*?\w+(?:\[(\d+)\])?\s*[,)]"
+"""Space, perhaps an alignment, a type, perhaps what a pointer points to, a name, perhaps a number of elements."""
+
+
+def flattened(value: Any, path: tuple[int, ...], constants: Any) -> Iterator[Any]:
+    """What is passed of an argument: of nested tuples the fields that the compiler does not know."""
+    if isinstance(value, tuple):
+        for index, field in enumerate(value):
+            yield from flattened(field, (*path, index), constants)
+    elif path not in constants:
+        yield value
+
+
+class Block:
+    """The memory that parameters lie in, and which of them are addresses."""
+
+    def __init__(
+        self, values: Sequence[Any], declared: Sequence[Parameter], metas: Sequence[Any], place: Place
+    ) -> None:
+        """metas: what Triton knows of each descriptor's tiles.
+
+        Raises:
+            LookupError: something is not as it should be; such a launch is left to Triton.
+        """
+        self.pointers: list[tuple[Any, int]] = []
+        self.maps: list[tuple[int, int]] = []
+        self._kept: list[Any] = []
+        self._metas = iter(metas)
+        self._addresses: list[int] = []
+        self._declared = iter(declared)
+        for value in values:
+            self._add(value, place)
+        # What Triton passes at the end, for kernels that need memory beside their arguments; these do not.
+        rest = [*self._declared]
+        if len(rest) > 2 or next(self._metas, None) is not None:
+            raise LookupError("fewer arguments than parameters")
+        for parameter in rest:
+            self._number(ctypes.c_uint64(0), parameter)
+        self.array = (ctypes.c_void_p * len(self._addresses))(*self._addresses)
+
+    def _add(self, value: Any, place: Place) -> None:
+        if isinstance(value, TensorDescriptor):
+            self.maps.append((self._map(value), self._place(value.base, place)))
+            for size in value.shape:
+                self._number(ctypes.c_int32(size), next(self._declared))
+            for stride in value.strides:
+                self._number(ctypes.c_int64(stride), next(self._declared))
+            return
+        parameter = next(self._declared, None)
+        if parameter is None:
+            raise LookupError("more arguments than parameters")
+        if isinstance(value, Tensor):
+            cell = ctypes.c_uint64(value.data_ptr())
+            self._number(cell, parameter)
+            self.pointers.append((cell, self._place(value, place)))
+        elif isinstance(value, float):
+            self._number(ctypes.c_float(value), parameter)
+        elif type(value) is int:
+            self._number((ctypes.c_int32 if parameter.size == 4 else ctypes.c_int64)(value), parameter)
+        else:
+            raise LookupError(type(value).__name__)
+
+    def _place(self, tensor: Tensor, place: Place) -> int:
+        found = place(tensor)
+        if found is None:
+            raise LookupError("a tensor of this launch alone")
+        return found
+
+    def _number(self, cell: Any, parameter: Parameter) -> None:
+        if ctypes.sizeof(cell) != parameter.size:
+            raise LookupError(parameter.kind)
+        self._kept.append(cell)
+        self._addresses.append(ctypes.addressof(cell))
+
+    def _map(self, descriptor: TensorDescriptor) -> int:
+        meta, parameter = next(self._metas, None), next(self._declared, None)
+        if meta is None or parameter is None or parameter.size != MAP:
+            raise LookupError("descriptors")
+        memory = ctypes.create_string_buffer(MAP + 64)
+        self._kept.append(memory)
+        start = -(-ctypes.addressof(memory) // 64) * 64
+        self._addresses.append(start)
+        encode(start, descriptor, meta)
+        return start
+
+
+@cache
+def _driver() -> Any:
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuLaunchKernel.argtypes = [
+        ctypes.c_void_p,
+        *(ctypes.c_uint,) * 7,
+        *(ctypes.c_void_p,) * 3,
+    ]
+    library.cuTensorMapReplaceAddress.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    return library
+
+
+def encode(address: int, descriptor: TensorDescriptor, meta: dict[str, Any]) -> None:
+    """Writes a CUtensorMap, as Triton would."""
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+    if meta["fp4_padded"] or descriptor.padding != "zero":
+        raise LookupError("padding")
+    rank, element = len(descriptor.shape), meta["elem_size"]
+    sizes = (ctypes.c_uint64 * rank)(*reversed(descriptor.shape))
+    strides = (ctypes.c_uint64 * rank)(*(element * stride for stride in reversed(descriptor.strides[:-1])))
+    box = (ctypes.c_uint32 * rank)(*reversed(meta["block_size"]))
+    steps = (ctypes.c_uint32 * rank)(*(1,) * rank)
+    kind, swizzle = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["swizzle"]
+    base = ctypes.c_void_p(descriptor.base.data_ptr())
+    interleave, promotion, fill = 0, 2, 0  # none, 128 bytes into the L2 cache, zeros
+    _checked(
+        _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(address),
+            *(kind, ctypes.c_uint32(rank), base, sizes, strides, box, steps, interleave, swizzle, promotion, fill),
+        )
+    )
+
+
+def _checked(result: int) -> None:
+    if result != 0:
+        raise RuntimeError(f"the CUDA driver returned error {result}; an earlier kernel may have failed")
+
+
+class Direct:
+    """One launch, ready for other addresses."""
+
+    def __init__(self, kernel: Any, programs: int, block: Block) -> None:
+        # Kernels are unloaded with their object.
+        self._kernel, self._block, self._lock = kernel, block, Lock()
+        meta = kernel.metadata
+        self._grid = (programs, 1, 1, 32 * meta.num_warps, 1, 1, meta.shared)
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        driver, block = _driver(), self._block
+        with self._lock:
+            for cell, place in block.pointers:
+                cell.value = addresses[place]
+            for tensor_map, place in block.maps:
+                driver.cuTensorMapReplaceAddress(tensor_map, addresses[place])
+            _checked(driver.cuLaunchKernel(self._kernel.function, *self._grid, stream, block.array, None))
+
+
+def direct(kernel: Any, programs: int, arguments: Sequence[Any], place: Place) -> Direct | None:
+    """The launch of a compiled kernel, or None where Triton must do it: elsewhere than on NVIDIA's, where somebody
+    watches launches, or where the kernel asks for more than arguments."""
+    if torch.version.hip or not torch.cuda.is_available() or not hasattr(kernel, "asm"):
+        return None
+    meta = kernel.metadata
+    alone = meta.num_ctas == 1 and not (meta.global_scratch_size or meta.profile_scratch_size)
+    if not alone or meta.launch_cooperative_grid or meta.launch_pdl or triton.knobs.runtime.launch_enter_hook:
+        return None
+    values = [
+        leaf for index, argument in enumerate(arguments) for leaf in flattened(argument, (index,), kernel.src.constants)
+    ]
+    try:
+        block = Block(values, parameters(kernel.asm["ptx"]), meta.tensordesc_meta or (), place)
+    except LookupError:
+        return None
+    return Direct(kernel, programs, block)

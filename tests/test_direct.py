@@ -1,0 +1,106 @@
+"""Launches without Triton's launcher: parameters as the machine code wants them, looked at without a GPU."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from flashtile.backends import hopper
+from flashtile.backends.hopper import launch
+from flashtile.kernels import aot, direct
+from flashtile.problem import describe
+from flashtile.request import Arguments, build
+
+
+def test_declarations_of_all_forms() -> None:
+    ptx = """
+    .visible .entry kernel(
+        .param .u64 .ptr .global .align 16 kernel_param_0,
+        .param .align 64 .b8 kernel_param_1[128],
+        .param .u32 kernel_param_2,
+        .param .f32 kernel_param_3,
+        .param .b64 kernel_param_4
+    )
+    .reqntid 128 {
+        .reg .b32 %r<4>;
+    """
+    assert direct.parameters(ptx) == [("u64", 8), ("b8", 128), ("u32", 4), ("f32", 4), ("b64", 8)]
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor]]:
+    """(where, of what) descriptors were written; there is no driver here that could."""
+    found: list[tuple[int, Tensor]] = []
+    monkeypatch.setattr(direct, "encode", lambda address, descriptor, meta: found.append((address, descriptor.base)))
+    return found
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("options", [{"causal": True}, {"softcap": 5.0, "sinks": torch.ones(2)}], ids=str)
+def test_every_parameter_gets_its_argument(
+    options: dict[str, Any], backward: bool, encoded: list[tuple[int, Tensor]]
+) -> None:
+    """Bytes of each, in order: numbers as they were given, addresses and descriptors where the tape will look."""
+    seen: list[str] = []
+
+    def check(kernel: Any, programs: int, arguments: Sequence[Any], given: dict[str, Any]) -> None:
+        names = [parameter.name for parameter in kernel.params]
+        compiled = aot.build(kernel, dict(zip(names, arguments, strict=True)), aot.HOPPER, **given)
+        constants = compiled.src.constants
+        values = [leaf for i, each in enumerate(arguments) for leaf in direct.flattened(each, (i,), constants)]
+        declared = direct.parameters(compiled.asm["ptx"])
+        before = len(encoded)
+        block = direct.Block(values, declared, compiled.metadata.tensordesc_meta or (), lambda tensor: 7)
+        assert len(block.array) == len(declared)
+        cells = iter(zip(block.array, declared, strict=True))
+        maps = iter(encoded[before:])
+        for value in values:
+            address, parameter = next(cells)
+            if isinstance(value, TensorDescriptor):
+                assert (address, value.base) == next(maps)
+                assert address % 64 == 0
+                sizes = [ctypes.c_int32.from_address(next(cells)[0]).value for _ in value.shape]
+                strides = [ctypes.c_int64.from_address(next(cells)[0]).value for _ in value.strides]
+                assert (sizes, strides) == ([*value.shape], [*value.strides])
+            elif isinstance(value, Tensor):
+                assert ctypes.c_uint64.from_address(address).value == value.data_ptr()
+            elif isinstance(value, float):
+                assert ctypes.c_float.from_address(address).value == pytest.approx(value)
+            else:
+                kind = ctypes.c_int32 if parameter.size == 4 else ctypes.c_int64
+                assert kind.from_address(address).value == value
+        assert len([*cells]) <= 2
+        assert {place for _, place in (*block.pointers, *block.maps)} == {7}
+        seen.append(kernel.fn.__name__)
+
+    q, k, v = (torch.zeros(1, 256, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    inputs, rest = build(q, k, v, Arguments(**options))
+    problem: Any = describe(inputs, rest, backward=backward)
+    machine = launch.Machine(check, 4)
+    config: Any = hopper.configure(problem)
+    if backward:
+        launch.backward(inputs, problem, config, torch.zeros_like(q), torch.zeros(1, 2, 256), q, None, machine)
+        assert seen == ["before_kernel", "backward_kernel", "after_kernel"]
+    else:
+        launch.forward(inputs, problem, config, machine)
+        assert seen == ["forward_kernel"]
+
+
+def test_what_is_not_understood_is_left_to_triton(encoded: list[tuple[int, Tensor]]) -> None:
+    words = [direct.Parameter("u64", 8)] * 2
+    tensor = torch.zeros(4)
+    for values, declared in (
+        ([tensor, 3, 4], words),
+        ([tensor], [*words, *words]),
+        ([tensor, 0.5], words),
+        ([tensor, "text"], words),
+    ):
+        with pytest.raises(LookupError):
+            direct.Block(values, declared, (), lambda tensor: 0)
+    with pytest.raises(LookupError):
+        direct.Block([tensor], words, (), lambda tensor: None)
+    assert encoded == []
