@@ -25,13 +25,13 @@ def test_a_score_function_and_its_derivative(name: str) -> None:
         "first_q": 5,
         "first_k": 3,
         "arguments": score.arguments or None,
-        "totals": derivative.arguments or None,
-        "DERIVATIVE": derivative.function,
+        "totals": derivative and (derivative.arguments or None),
+        "DERIVATIVE": derivative and derivative.function,
         "SCORE": score.function,
         **SIZES,
         "TURNED": False,
     }
-    for kernel in (functions.score_kernel, functions.derivative_kernel):
+    for kernel in (functions.score_kernel, *([functions.derivative_kernel] if derivative else [])):
         assert aot.build(kernel, arguments, NVIDIA, enable_fp_fusion=True).asm["cubin"]
 
 
@@ -53,3 +53,9 @@ def _compile_mask(mask: masks.Mask) -> None:
     arguments |= {"MASK": hook.function, **SIZES}
     for target in (NVIDIA, AMD):
         assert aot.build(functions.mask_kernel, arguments, target, enable_fp_fusion=True)
+
+
+@pytest.mark.parametrize(("name", "adds"), [("add", True), ("distance", True), ("rsub", False), ("tanh", False)])
+def test_what_only_adds_needs_no_derivative(name: str, adds: bool) -> None:
+    lifted = trace.lift(functions.SCORES[name], "score")
+    assert (lower.derivative_hook(lifted.key, [None] * len(lifted.tensors)) is None) == adds

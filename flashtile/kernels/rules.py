@@ -169,7 +169,7 @@ def grad_dots(
     """
     modifiers = rules.modifiers
     b_grad = b_weights * (b_grad_weights - b_delta)
-    if SCORE is not None:
+    if DERIVATIVE is not None:
         b_grad = DERIVATIVE(
             b_plain,
             place.batch,

@@ -28,14 +28,17 @@ def score_hook(key: str, tensors: Sequence[Tensor]) -> Hook:
     return Hook(_score_function(key), _arguments(tensors))
 
 
-def derivative_hook(key: str, totals: Sequence[Tensor | None]) -> Hook:
+def derivative_hook(key: str, totals: Sequence[Tensor | None]) -> Hook | None:
     """`function(b_scores, i_batch, i_head, o_query, o_key, score_arguments, arguments, b_grad, m_valid, COLLECT)`.
 
     It returns the score's gradient; `score_arguments` are those of `score_hook`. If COLLECT, what the tile gives to the
     gradients of captured tensors is added to `totals`, contiguous float32 or float64 tensors in their shapes (None: not
     wanted), where `m_valid`; in no fixed order.
+    None: the gradient stays as it is, and nothing is to be added.
     """
     wanted = tuple(total is not None for total in totals)
+    if not any(wanted) and _adds(key):
+        return None
     return Hook(_derivative_function(key, wanted), tuple(total for total in totals if total is not None))
 
 
@@ -96,6 +99,18 @@ def _score_function(key: str) -> Any:
     result = graphs.write(source, traced.forward, graphs.score_inputs(traced))
     source.line(f"return spread({source.text(result, 'f')}, score)")
     return source.function(f"score_{key}", "score, b, h, q, k, arguments")
+
+
+@cache
+def _adds(key: str) -> bool:
+    """Whether the function only adds to the score: then the gradient passes as it is."""
+    traced = trace.graph(key)
+    if traced.places is None or traced.backward is None:
+        return False
+    reads = [Value("read", torch.float32) for _ in traced.reads_of]
+    grad = Value("grad", torch.float32, axes=BOTH)
+    found, *_ = graphs.write(Source(), traced.backward, [*graphs.score_inputs(traced), *reads, grad])
+    return found is grad
 
 
 @cache

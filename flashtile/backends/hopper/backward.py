@@ -171,7 +171,7 @@ def step(
     value_token = warpgroup_mma(b_left, b_grad_out, b_grad_v, is_async=True)
     b_delta = delta_smem.index(slot).load(gl.SliceLayout(0, scores))
     # Elsewhere a weight of 0 is enough: keys and values hold numbers alone by now.
-    GUARDED: gl.constexpr = META.guarded and SCORE is not None
+    GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
     b_grad, _outer = grad_dots(
         b_weights, b_grad_weights, b_delta[None, :], m_valid, b_capped, b_plain, o_query, o_key[:, None], place, rules,
         META, SCORE, DERIVATIVE, GUARDED, META.collects,
