@@ -104,3 +104,58 @@ def test_what_is_not_understood_is_left_to_triton(encoded: list[tuple[int, Tenso
     with pytest.raises(LookupError):
         direct.Block([tensor], words, (), lambda tensor: None)
     assert encoded == []
+
+
+class _Driver:
+    """What a launch asks of the CUDA driver, noted."""
+
+    def __init__(self, result: int = 0) -> None:
+        self.result = result
+        self.launched: list[tuple[Any, ...]] = []
+        self.replaced: list[tuple[int, int]] = []
+
+    def cuLaunchKernel(self, function: int, *rest: Any) -> int:
+        *sizes, stream, array, _extra = rest
+        addresses = [ctypes.c_uint64.from_address(address).value for address in array]
+        self.launched.append((function, sizes, stream, addresses))
+        return self.result
+
+    def cuTensorMapReplaceAddress(self, tensor_map: int, address: int) -> int:
+        self.replaced.append((tensor_map, address))
+        return 0
+
+
+class _Compiled:
+    """A compiled kernel, as far as launches look."""
+
+    function = 4711
+
+    class metadata:
+        num_warps, shared = 12, 1000
+
+
+def test_a_launch_writes_addresses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = _Driver()
+    monkeypatch.setattr(direct, "_driver", lambda: driver)
+    a, b = torch.zeros(4), torch.zeros(4)
+    places = {a.data_ptr(): 0, b.data_ptr(): 2}
+    declared = [direct.Parameter("u64", 8)] * 5
+    block = direct.Block([b, a, 2**40], declared, (), lambda tensor: places[tensor.data_ptr()])
+    launched = direct.Direct(_Compiled, 33, block)
+    for addresses in ([16, 32, 48], [64, 80, 96]):
+        launched(addresses, 7)
+    sizes = [33, 1, 1, 384, 1, 1, 1000]
+    assert driver.launched == [(4711, sizes, 7, [48, 16, 2**40, 0, 0]), (4711, sizes, 7, [96, 64, 2**40, 0, 0])]
+
+
+def test_an_error_of_the_driver_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_driver", lambda: _Driver(719))
+    block = direct.Block([], [], (), lambda tensor: 0)
+    with pytest.raises(RuntimeError, match="719"):
+        direct.Direct(_Compiled, 1, block)([], 0)
+
+
+def test_hooks_of_profilers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not direct.watched()
+    monkeypatch.setattr(direct.knobs.runtime.launch_enter_hook, "calls", [print])
+    assert direct.watched()

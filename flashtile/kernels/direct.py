@@ -12,8 +12,8 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 Place = Callable[[Tensor], int | None]
@@ -181,6 +181,12 @@ class Direct:
             _checked(driver.cuLaunchKernel(self._kernel.function, *self._grid, stream, block.array, None))
 
 
+def watched() -> bool:
+    """Whether somebody (a profiler) has asked Triton to be called at every launch."""
+    hook = knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
 def direct(kernel: Any, programs: int, arguments: Sequence[Any], place: Place) -> Direct | None:
     """The launch of a compiled kernel, or None where Triton must do it: elsewhere than on NVIDIA's, where somebody
     watches launches, or where the kernel asks for more than arguments."""
@@ -188,7 +194,7 @@ def direct(kernel: Any, programs: int, arguments: Sequence[Any], place: Place) -
         return None
     meta = kernel.metadata
     alone = meta.num_ctas == 1 and not (meta.global_scratch_size or meta.profile_scratch_size)
-    if not alone or meta.launch_cooperative_grid or meta.launch_pdl or triton.knobs.runtime.launch_enter_hook:
+    if not alone or meta.launch_cooperative_grid or meta.launch_pdl or watched():
         return None
     values = [
         leaf for index, argument in enumerate(arguments) for leaf in flattened(argument, (index,), kernel.src.constants)

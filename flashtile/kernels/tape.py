@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile.kernels.direct import Direct, direct
+from flashtile.kernels.direct import Direct, direct, watched
 
 Filler = Callable[[Sequence[Any]], Any]
 
@@ -90,7 +89,7 @@ class Tape:
 
     def play(self, tensors: Sequence[Tensor | None], addresses: Sequence[int], device: torch.device) -> None:
         """The same launches over other tensors of the same shapes, strides, dtypes and alignment."""
-        if self._direct and knobs.runtime.launch_enter_hook is None:
+        if self._direct and not watched():
             with current(device):
                 stream = torch._C._cuda_getCurrentRawStream(device.index)
                 for ready, *_ in self._launches:

@@ -14,6 +14,7 @@ from flashtile.region import region
 from flashtile.spans import FULL, PARTIAL, Tiling
 
 _KEPT = 64
+_KEPT_BYTES = 2**28
 _known: dict[Any, tuple[list[weakref.ref[Tensor]], Visits]] = {}
 
 
@@ -39,19 +40,28 @@ def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, 
     """The tiles that each query tile visits; `keys`: each key tile. With a `maker`, the mask's bits too."""
     sizes = (problem.seqlen_q, problem.seqlen_kv, problem.batch, problem.heads)
     tensors = tuple((id(tensor), tensor._version) for tensor in inputs.mask)
-    machine = maker and maker.machine
-    key = (problem.mask, sizes, tile_q, tile_kv, keys, inputs.q.device, tensors, machine)
+    key = (problem.mask, sizes, tile_q, tile_kv, keys, _queue(inputs.q.device), tensors, maker and maker.machine)
     found = _known.get(key)
     if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], inputs.mask, strict=True)):
-        if len(_known) >= _KEPT:
-            del _known[next(iter(_known))]
         made = _make(inputs, problem, tile_q, tile_kv, keys)
         if maker is not None:
             made = made._replace(bits=bits.of(made, tile_kv if keys else tile_q, maker.launch))
         # The lists of a mask whose tensors are gone are gone with them.
         found = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in inputs.mask], made
         _known[key] = found
+        while len(_known) > _KEPT or (len(_known) > 1 and _bytes() > _KEPT_BYTES):
+            _known.pop(next(iter(_known)), None)
     return found[1]
+
+
+def _queue(device: torch.device) -> Any:
+    """The stream that lists are made in, used in and, once they are gone, overwritten in: others have their own."""
+    return (device, torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else device
+
+
+def _bytes() -> int:
+    """Of all bits that are kept."""
+    return sum(known.bits.nbytes for _, known in [*_known.values()] if known.bits is not None)
 
 
 def tensors_of(

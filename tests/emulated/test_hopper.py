@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 import flashtile
+from flashtile import masks
+from flashtile.kernels import bits, visits
 from flashtile.tuning import hopper as tables
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig
 from tests import conformance, invariance, oracle
@@ -73,6 +75,33 @@ def test_every_schedule_gives_the_same_bits(name: str) -> None:
         kept = {name: tensor for name, tensor in found.items() if name in ("out", "lse", "dk", "dv")}
         first = first or kept
         assert_equal_bits([*kept.values()], [*first.values()])
+
+
+@pytest.mark.parametrize("name", ["document", "padding", "wide_document"])
+def test_masks_too_large_for_bits_are_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "LARGEST", 0)
+    case = next(case for case in (*CASES, *WIDE) if case.name == name)
+    with emulated(SWEEP[0]) as device:
+        conformance.check_case(case, torch.bfloat16, "hopper", "cpu")
+    assert device.complaints == []
+
+
+def test_bits_go_with_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept while the mask's tensors live, and in all no more than some bytes."""
+    monkeypatch.setattr(visits, "_known", {})
+    monkeypatch.setattr(visits, "_KEPT_BYTES", 4 * 2 * 3 * 128 * 16)
+    q = torch.randn(1, 200, 1, 64, dtype=torch.bfloat16)
+    with emulated(SWEEP[0]), torch.no_grad():
+        for length in (50, 60, 70, 80, 90):
+            flashtile.attention(q, q, q, mask=lambda b, h, i, j, n=length: (i - j) % n < 40, backend="hopper")
+        assert len(visits._known) == 4
+        ids = torch.arange(200) // 60
+        flashtile.attention(q, q, q, mask=masks.document(ids), backend="hopper")
+        (listed,) = [known for key, known in visits._known.items() if "document" in key[0]]
+        assert listed[1].bits is not None
+        assert listed[1].bits.nbytes == 2 * 3 * 128 * 16
+        del ids, listed
+    assert not any("document" in key[0] for key in visits._known)
 
 
 FORWARDS = (
