@@ -103,6 +103,7 @@ def _smaller_left(tiles: Tiles) -> bool:
 
 
 def _hopper(entry: Entry) -> list[Row]:
+    """Forward passes with the tiles of every length."""
     found: list[Row] = []
     inputs, options = matrix.call(entry)
     out, lse = torch.empty_like(inputs.q), torch.zeros(inputs.q.shape[:-1]).transpose(-1, -2)
@@ -110,24 +111,27 @@ def _hopper(entry: Entry) -> list[Row]:
         problem = describe(inputs, options, backward=backward, wanted=wanted_of(inputs) if backward else None)
         if hopper.refuses(replace(problem, device=hopper.DEVICE)):
             continue
-        config: Any = hopper.configure(problem)
-        tiles = (config.tile_q, config.tile_kv, 4 * config.consumers, config.stages)
-
-        def compile_instead(
-            kernel: Any, programs: int, arguments: Any, options: dict[str, Any], tiles: tuple[int, ...] = tiles
-        ) -> None:
-            given = {parameter.name: value for parameter, value in zip(kernel.params, arguments, strict=True)}
-            row = _named(entry, "hopper", kernel, tiles)
-            row.spills_allowed = hopper_tables.spills_allowed(row.kernel, row.headdim, row.variant)
-            _measure(row, kernel, given, options)
-            found.append(row)
-
-        machine = hopper_launch.Machine(compile_instead, 1)
         if backward:
-            hopper_launch.backward(inputs, problem, config, out, lse, out, None, machine)
-        else:
-            hopper_launch.forward(inputs, problem, config, machine)
+            config: Any = hopper.configure(problem)
+            hopper_launch.backward(inputs, problem, config, out, lse, out, None, _compiling(entry, config, found))
+            continue
+        for config in hopper.configs(problem):
+            hopper_launch.forward(inputs, problem, config, _compiling(entry, config, found))
     return found
+
+
+def _compiling(entry: Entry, config: Any, found: list[Row]) -> hopper_launch.Machine:
+    """A machine that compiles what it is to launch, and adds a row."""
+
+    def compile_instead(kernel: Any, programs: int, arguments: Any, options: dict[str, Any]) -> None:
+        given = {parameter.name: value for parameter, value in zip(kernel.params, arguments, strict=True)}
+        tiles = (config.tile_q, config.tile_kv, 4 * config.consumers, config.stages)
+        row = _named(entry, "hopper", kernel, tiles)
+        row.spills_allowed = hopper_tables.spills_allowed(row.kernel, row.headdim, row.variant)
+        _measure(row, kernel, given, options)
+        found.append(row)
+
+    return hopper_launch.Machine(compile_instead, 1)
 
 
 def _named(entry: Entry, backend: str, kernel: Any, tiles: tuple[int, ...]) -> Row:
@@ -177,7 +181,7 @@ def _breaches(row: Row) -> Iterator[str]:
         yield "no matrix instruction"
 
 
-_WITHOUT_PRODUCTS = ("delta_kernel", "before_kernel", "after_kernel")
+_WITHOUT_PRODUCTS = ("delta_kernel", "before_kernel", "after_kernel", "bits_kernel")
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, bool]:
