@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashtile.backends.hopper.bits import cut, load_bits
+from flashtile.backends.hopper.bits import cut, words_at
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_load, tma_store, tma_store_wait, view_as
 from flashtile.backends.hopper.memory import clear_half, new_barriers, store_rows, without_nan, without_rows
 from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, row_tile, rows_walk
@@ -193,16 +193,6 @@ def step(
 
 
 @gluon.jit
-def words_at(visits, place, n, m_edge, META: gl.constexpr, I_GROUP: gl.constexpr):
-    """The mask's bits of a step, asked for before they are needed; None where there are none."""
-    b_words = None
-    if META.masked == "lists":
-        if visits.bits is not None:
-            b_words = load_bits(visits, place, n, m_edge, META.tile_kv, META.tile_q, I_GROUP)
-    return b_words
-
-
-@gluon.jit
 def walk_rows(
     b_grad_k, b_grad_v, count, place, o_key, descriptors, memory, barriers, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
@@ -216,7 +206,7 @@ def walk_rows(
         i_row = i_next
         i_next = row_tile(walk, n + 1, META)
         m_edge = (n < full_begin) | (n >= full_end)
-        b_words = words_at(visits, place, n, m_edge, META, I_GROUP)
+        b_words = words_at(visits, place, n, m_edge, META, True, I_GROUP)
         b_grad_k, b_grad_v = step(
             b_grad_k, b_grad_v, i_row, m_edge, b_words, count, place, o_key, descriptors, memory, barriers, rules,
             META, SCORE, DERIVATIVE, MASK, I_GROUP,

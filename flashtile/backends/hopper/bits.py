@@ -29,6 +29,18 @@ def load_bits(visits, place, n, m_edge, TILE: gl.constexpr, COLUMNS: gl.constexp
 
 
 @gluon.jit
+def words_at(visits, place, n, m_edge, META: gl.constexpr, KEYS: gl.constexpr, I_GROUP: gl.constexpr):
+    """Those of a step, asked for before they are needed; None where the mask is to be asked. KEYS: rows are keys."""
+    b_words = None
+    if META.masked == "lists":
+        if visits.bits is not None:
+            TILE: gl.constexpr = META.tile_kv if KEYS else META.tile_q
+            COLUMNS: gl.constexpr = META.tile_q if KEYS else META.tile_kv
+            b_words = load_bits(visits, place, n, m_edge, TILE, COLUMNS, I_GROUP)
+    return b_words
+
+
+@gluon.jit
 def seen(b_words, COLUMNS: gl.constexpr):
     """(64, COLUMNS): what the mask allows, in the layout of an accumulator."""
     whole: gl.constexpr = parted(COLUMNS)

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashtile.backends.hopper.bits import cut, load_bits
+from flashtile.backends.hopper.bits import cut, words_at
 from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store, tma_store_wait
 from flashtile.backends.hopper.memory import new_barriers, store_rows
@@ -106,16 +106,6 @@ def multiply_values(b_weights, b_out, v_smem, v_full, count, META: gl.constexpr)
 
 
 @gluon.jit
-def words_at(visits, place, n, m_edge, META: gl.constexpr, I_GROUP: gl.constexpr):
-    """The mask's bits of a step, asked for before they are needed; None where there are none."""
-    b_words = None
-    if META.masked == "lists":
-        if visits.bits is not None:
-            b_words = load_bits(visits, place, n, m_edge, META.tile_q, META.tile_kv, I_GROUP)
-    return b_words
-
-
-@gluon.jit
 def rule(
     b_scores, i_tile, m_edge, b_words, place, o_query, rules,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
@@ -191,7 +181,7 @@ def walk_keys(
     _tiles, _first, full_begin, full_end, steps = walk
     # An empty list has bits that hide the tile of its one step.
     m_first = (full_begin > 0) | (full_end == 0)
-    b_first = words_at(visits, place, 0, m_first, META, I_GROUP)
+    b_first = words_at(visits, place, 0, m_first, META, False, I_GROUP)
     b_weights, b_out, b_max, b_sum = first_step(
         tile_of(walk, 0, META), m_first, b_first, count, place, o_query, memory, barriers, rules, sinks,
         META, SCORE, MASK,
@@ -203,7 +193,7 @@ def walk_keys(
         i_tile = i_next
         i_next = tile_of(walk, n + 1, META)
         m_edge = (n < full_begin) | (n >= full_end)
-        b_words = words_at(visits, place, n, m_edge, META, I_GROUP)
+        b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
         b_weights, b_out, b_max, b_sum = step(
             b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, count, place, o_query, memory, barriers, rules,
             META, SCORE, MASK,
