@@ -109,8 +109,9 @@ def test_what_is_not_understood_is_left_to_triton(encoded: list[tuple[int, Tenso
 class _Driver:
     """What a launch asks of the CUDA driver, noted."""
 
-    def __init__(self, result: int = 0) -> None:
-        self.result = result
+    def __init__(self, *results: int) -> None:
+        self.results = [*results]
+        self.contexts: list[int] = []
         self.launched: list[tuple[Any, ...]] = []
         self.replaced: list[tuple[int, int]] = []
 
@@ -118,7 +119,17 @@ class _Driver:
         *sizes, stream, array, _extra = rest
         addresses = [ctypes.c_uint64.from_address(address).value for address in array]
         self.launched.append((function, sizes, stream, addresses))
-        return self.result
+        return self.results.pop(0) if self.results else 0
+
+    def cuDeviceGet(self, _handle: Any, device: int) -> int:
+        self.contexts.append(device)
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, _context: Any, _handle: Any) -> int:
+        return 0
+
+    def cuCtxSetCurrent(self, _context: Any) -> int:
+        return 0
 
     def cuTensorMapReplaceAddress(self, tensor_map: int, address: int) -> int:
         self.replaced.append((tensor_map, address))
@@ -153,6 +164,15 @@ def test_an_error_of_the_driver_is_raised(monkeypatch: pytest.MonkeyPatch) -> No
     block = direct.Block([], [], (), lambda tensor: 0)
     with pytest.raises(RuntimeError, match="719"):
         direct.Direct(_Compiled, 1, block)([], 0)
+
+
+def test_a_fresh_thread_gets_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = _Driver(201)
+    monkeypatch.setattr(direct, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    direct.Direct(_Compiled, 1, direct.Block([], [], (), lambda tensor: 0))([], 0)
+    assert driver.contexts == [3]
+    assert len(driver.launched) == 2
 
 
 def test_hooks_of_profilers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

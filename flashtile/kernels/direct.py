@@ -157,6 +157,17 @@ def encode(address: int, descriptor: TensorDescriptor, meta: dict[str, Any]) -> 
     )
 
 
+_NO_CONTEXT = 201
+
+
+def _bind(device: int) -> None:
+    """Makes the device's context that of this thread, which has not asked CUDA for anything yet."""
+    driver, handle, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    _checked(driver.cuDeviceGet(ctypes.byref(handle), device))
+    _checked(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+    _checked(driver.cuCtxSetCurrent(context))
+
+
 def _checked(result: int) -> None:
     if result != 0:
         raise RuntimeError(f"the CUDA driver returned error {result}; an earlier kernel may have failed")
@@ -178,7 +189,11 @@ class Direct:
                 cell.value = addresses[place]
             for tensor_map, place in block.maps:
                 driver.cuTensorMapReplaceAddress(tensor_map, addresses[place])
-            _checked(driver.cuLaunchKernel(self._kernel.function, *self._grid, stream, block.array, None))
+            result = driver.cuLaunchKernel(self._kernel.function, *self._grid, stream, block.array, None)
+            if result == _NO_CONTEXT:
+                _bind(torch.cuda.current_device())
+                result = driver.cuLaunchKernel(self._kernel.function, *self._grid, stream, block.array, None)
+        _checked(result)
 
 
 def watched() -> bool:
