@@ -13,11 +13,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def in_window(place, rules, o_query, o_key, META: tl.constexpr):
     """What lengths and window allow; `o_query` and `o_key` broadcast to the tile, either way round."""
     diagonal = diagonal_of(place, META.window_top_left)
-    # One comparison an element: what limits a row is found for the row.
-    o_last = tl.where(o_query < place.seqlen_q, place.seqlen_k - 1, -1)
-    if rules.window.right is not None:
-        o_last = tl.minimum(o_last, o_query + diagonal + number_of(rules.window.right))
-    m_tile = o_key <= o_last
+    if rules.window.right is None:
+        m_tile = (o_key < place.seqlen_k) & (o_query < place.seqlen_q)
+    else:
+        # One comparison an element: what limits a row is found for the row.
+        o_last = tl.minimum(place.seqlen_k - 1, o_query + diagonal + number_of(rules.window.right))
+        m_tile = o_key <= tl.where(o_query < place.seqlen_q, o_last, -1)
     if rules.window.left is not None:
         m_tile &= o_key >= o_query + diagonal - number_of(rules.window.left)
     return m_tile

@@ -77,14 +77,19 @@ def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
     if problem.backward:
         return backward_config(_width(problem), "modified" if _modified(problem) else "plain")
-    # The same bits whatever stands beside a sequence: the same tiles.
-    queries = 0 if problem.varlen or problem.batch_invariant else problem.seqlen_q
-    return forward_config(_width(problem), _kind(problem), queries)
+    return forward_config(_width(problem), _kind(problem), 0 if _any_length(problem) else problem.seqlen_q)
 
 
 def configs(problem: Problem) -> tuple[HopperConfig, ...]:
     """All that forward passes of such calls take, whatever their length."""
+    if _any_length(problem):
+        return (forward_config(_width(problem), _kind(problem), 0),)
     return tuple(forward_configs(_width(problem), _kind(problem)).values())
+
+
+def _any_length(problem: Problem) -> bool:
+    """Packed sequences have several, and for equal bits whatever stands beside a sequence tiles are the same."""
+    return problem.varlen or problem.batch_invariant
 
 
 def _width(problem: Problem) -> int:
