@@ -141,6 +141,25 @@ def test_descriptors_are_made_anew() -> None:
     assert len(memory) == 1
 
 
+def test_saved_tensors_may_come_back_with_other_strides() -> None:
+    """As hooks on saved tensors give them: a tape of transposed queries is not played for contiguous ones."""
+    kernel, asked = Noting(), list[str]()
+
+    def note(function: Any, programs: int, arguments: Any, options: dict[str, Any]) -> Noting:
+        asked.append(function.fn.__name__)
+        return kernel
+
+    q = torch.randn(1, 2, 64, 64).bfloat16().transpose(1, 2)
+    k, out, lse = q.contiguous(), q.contiguous(), torch.zeros(1, 2, 64)
+    back: Any = describe(Inputs(q, k, k), Options(scale=0.1), backward=True)
+    machine, memory, config = launch.Machine(note, 132), dict[Any, Any](), hopper.configure(back)
+    for saved, launched in ((q, 3), (q, 3), (q, 0), (q.contiguous(), 3), (q, 0)):
+        asked.clear()
+        inputs = Inputs(saved, k.clone(), k.clone())
+        launch.backward(inputs, back, config, out.clone(), lse.clone(), out.clone(), None, machine, memory)  # type: ignore[arg-type]
+        assert len(asked) == launched
+
+
 def test_hopper_launches_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second call of a kind, forward and backward, gives the kernels what a first one would, but for addresses."""
     kernel = Noting()

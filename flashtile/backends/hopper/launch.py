@@ -246,8 +246,9 @@ def backward(
         call.launch(after_kernel, programs, given)
 
     lists = _lists(machine, inputs, problem, config, True)
-    tensors = (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs))
-    perform(launches, tensors, memory, (grad_out, grad_lse))
+    # What was saved may come back with other strides: hooks copy it.
+    given = (q, k, v, out, lse, grad_out, grad_lse, *beside(inputs))
+    perform(launches, (*given, *written, *lists), memory, given)
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
     if grads.bias is not None:

@@ -212,8 +212,9 @@ def backward(
     for tiles in config.passes_over_keys().values():
         lists += visits.tensors_of(inputs, problem, *tiles[:2], True)
     written = (delta, dq, dk, dv, slope if slope is not lse else None, *totals)
-    tensors = (q, k, v, out, lse, grad_out, grad_lse, *written, *lists, *beside(inputs))
-    perform(launches, tensors, memory, (grad_out, grad_lse))
+    # What was saved may come back with other strides: hooks copy it.
+    given = (q, k, v, out, lse, grad_out, grad_lse, *beside(inputs))
+    perform(launches, (*given, *written, *lists), memory, given)
     if grads.bias is not None:
         call = Call.of(machine, inputs, problem, totals)
         _bias_gradient(call, config.query, _saved(inputs, grad_out, lse, delta), grads.bias)
