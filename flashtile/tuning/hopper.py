@@ -7,14 +7,16 @@ class HopperConfig(NamedTuple):
     """consumers: math warpgroups, each with 64 rows of the query tile; stages: key and value tiles in flight.
 
     shared_o: the output leaves through the memory of its queries, which makes room for larger tiles, but the next
-    queries must wait for it. section: heads whose tiles are handed out together, heaviest first, so that they share the
-    L2 cache.
+    queries must wait for it. turns: the warpgroups start their products one after the other, so that the exponentials
+    of one run under the products of the others. section: heads whose tiles are handed out together, heaviest first, so
+    that they share the L2 cache.
     """
 
     consumers: int
     tile_kv: int
     stages: int
     shared_o: bool = False
+    turns: bool = False
     section: int = 16
 
     @property
@@ -31,7 +33,7 @@ class Row(NamedTuple):
 
 
 _TWO = HopperConfig(consumers=2, tile_kv=128, stages=3)
-_THREE = HopperConfig(consumers=3, tile_kv=128, stages=2)
+_THREE = HopperConfig(consumers=3, tile_kv=128, stages=2, turns=True)
 _WIDE = (
     Row(128, None, HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)),
     Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)),

@@ -71,10 +71,13 @@ def loader(
     for i_member in range(META.group):
         place = with_head(shared, shared.head * META.group + i_member)
         walk = rows_walk(place, rules.window, visits, META)
+        # Read one step ahead; lists have room for that.
+        i_next = row_tile(walk, walk[1], META)
         for n in range(walk[1], walk[4]):
             slot = count % META.stages
             phase = (count // META.stages) & 1
-            i_row = row_tile(walk, n, META)
+            i_row = i_next
+            i_next = row_tile(walk, n + 1, META)
             where = [i_entry, place.first_q + i_row * TILE_Q, place.head, 0]
             b_lse, b_delta = load_statistics(lse, delta, place, i_row * TILE_Q + gl.arange(0, TILE_Q, line))
             mbarrier.wait(empty.index(slot), phase ^ 1)

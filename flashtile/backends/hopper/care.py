@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from flashtile.backends.hopper.compat import gl
-from flashtile.backends.hopper.schedule import tile_of, walk_of
+from flashtile.backends.hopper.schedule import counts_of, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
 from flashtile.kernels.rules import ruled
 
@@ -77,7 +77,7 @@ def careful_output(
     b_q = load_queries(q, place, first, META)
     b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, TILE))
     b_out = gl.zeros([ROWS, BLOCK_DV], gl.float32, TILE)
-    walk = walk_of(place, rules.window, visits, META)
+    walk = walk_of(place, counts_of(place, visits, META), rules.window, visits, META)
     for n in range(0, walk[4]):
         first_key = tile_of(walk, n, META) * META.tile_kv
         for i_key in range(first_key, first_key + META.tile_kv, KEYS):

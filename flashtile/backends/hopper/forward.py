@@ -14,70 +14,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.bits import cut, words_at
 from flashtile.backends.hopper.care import any_nan, careful_output
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store, tma_store_wait
-from flashtile.backends.hopper.memory import new_barriers, store_rows
-from flashtile.backends.hopper.schedule import announce, end, hear, query_tile, tile_of, walk_of
+from flashtile.backends.hopper.compat import gl, mbarrier, tma_store, tma_store_wait
+from flashtile.backends.hopper.loading import loader
+from flashtile.backends.hopper.memory import new_barriers, pass_turn, store_rows, take_turn
+from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
 from flashtile.kernels.places import number_pointers
 from flashtile.kernels.rules import ruled
 
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def loader(
-    descriptors, memory, barriers, mailbox, counter, order, call, META: gl.constexpr
-):  # fmt: skip
-    """The loading warp: queries once a tile, keys and values into a ring of slots."""
-    q_desc, k_desc, v_desc, _o_desc = descriptors
-    q_smem, k_smem, v_smem, _o_smem = memory
-    q_full, q_empty, k_full, v_full, empty = barriers
-    section, total = order
-    packing, size, rules, visits, _sinks = call
-    count = 0
-    turn = 0
-    i_number = gl.program_id(0)
-    while i_number < total:
-        # Asked for early: the answer takes as long as a tile's load.
-        i_next = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
-        place = query_tile(i_number, packing, size, section, total, visits, META)
-        if place.tile * META.tile_q < place.seqlen_q:
-            announce(mailbox, place, turn, META)
-            walk = walk_of(place, rules.window, visits, META)
-            for n in range(0, walk[4]):
-                row = place.first_k + tile_of(walk, n, META) * META.tile_kv
-                where = [place.batch * META.dense, row, place.head // META.group, 0]
-                wait_for_slot(empty, count, META)
-                slot = count % META.stages
-                mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-                tma_load(k_desc, where, k_full.index(slot), k_smem.index(slot))
-                if n == 0:
-                    load_queries(q_desc, q_smem, q_full, q_empty, place, turn, META)
-                # The values of a slot are read until the step after that of its keys.
-                wait_for_slot(empty, count + 1, META)
-                mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-                tma_load(v_desc, where, v_full.index(slot), v_smem.index(slot))
-                count += 1
-            turn += 1
-        i_number = i_next
-    end(mailbox, turn)
-
-
-@gluon.jit
-def wait_for_slot(empty, count, META: gl.constexpr):
-    """Until step `count` - `stages` is over, on all sides."""
-    mbarrier.wait(empty.index(count % META.stages), ((count // META.stages) & 1) ^ 1)
-
-
-@gluon.jit
-def load_queries(q_desc, q_smem, q_full, q_empty, place, turn, META: gl.constexpr):
-    """The query tile, 64 rows for each math warpgroup."""
-    CONSUMERS: gl.constexpr = META.consumers
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.wait(q_empty.index(i), (turn & 1) ^ 1)
-        mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
-        where = [place.batch * META.dense, place.first_q + place.tile * META.tile_q + i * ROWS, place.head, 0]
-        tma_load(q_desc, where, q_full.index(i), q_smem.index(i))
 
 
 @gluon.jit
@@ -127,15 +72,19 @@ def rule(
 @gluon.jit
 def step(
     b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, count, place, o_query, memory, barriers, rules,
-    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
+    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
     """A key tile: its scores and weights, while the weights of the tile before meet their values."""
     BLOCK_DV: gl.constexpr = META.block_dv
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     q_smem, k_smem, v_smem, _ = memory
     _, _, k_full, v_full, empty = barriers
+    if META.turns:
+        take_turn(I_GROUP, META.consumers)
     score_token = multiply_scores(q_smem, k_smem, k_full, count, META)
     out_token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
+    if META.turns:
+        pass_turn(I_GROUP, META.consumers)
     b_scores = warpgroup_mma_wait(1, [score_token])
     MASKED: gl.constexpr = META.asked
     b_scores = rule(b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, MASKED)
@@ -173,11 +122,11 @@ def first_step(
 
 @gluon.jit
 def walk_keys(
-    place, o_query, count, memory, barriers, rules, visits, sinks,
+    place, counts, o_query, count, memory, barriers, rules, visits, sinks,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
     """(weights of the last tile, output without it, maximum, sum, steps so far) of a query tile."""
-    walk = walk_of(place, rules.window, visits, META)
+    walk = walk_of(place, counts, rules.window, visits, META)
     _tiles, _first, full_begin, full_end, steps = walk
     # An empty list has bits that hide the tile of its one step.
     m_first = (full_begin > 0) | (full_end == 0)
@@ -196,7 +145,7 @@ def walk_keys(
         b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
         b_weights, b_out, b_max, b_sum = step(
             b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, count, place, o_query, memory, barriers, rules,
-            META, SCORE, MASK,
+            META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
         count += 1
     return b_weights, b_out, b_max, b_sum, count
@@ -218,14 +167,17 @@ def consumer(
     _packing, size, rules, visits, sinks = call
     count = 0
     turn = 0
-    place = hear(mailbox, size, turn, META)
+    if META.turns:
+        if I_GROUP == META.consumers - 1:
+            pass_turn(I_GROUP, META.consumers)
+    place, counts = hear(mailbox, size, turn, META)
     while place.batch >= 0:
         first = place.tile * META.tile_q + I_GROUP * ROWS
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
         mbarrier.wait(q_full.index(I_GROUP), turn & 1)
         b_weights, b_out, b_max, b_sum, count = walk_keys(
-            place, o_query, count, (q_smem.index(I_GROUP), k_smem, v_smem, o_smem), barriers, rules, visits, sinks,
-            META, SCORE, MASK, I_GROUP,
+            place, counts, o_query, count, (q_smem.index(I_GROUP), k_smem, v_smem, o_smem), barriers, rules, visits,
+            sinks, META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
         if not META.shared_o:
             mbarrier.arrive(q_empty.index(I_GROUP), count=1)
@@ -245,7 +197,10 @@ def consumer(
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(I_GROUP), count=1)
         turn += 1
-        place = hear(mailbox, size, turn, META)
+        place, counts = hear(mailbox, size, turn, META)
+    if META.turns:
+        if I_GROUP == 0:
+            take_turn(I_GROUP, META.consumers)
     tma_store_wait(0)
 
 

@@ -1,5 +1,6 @@
 """Shared memory: its barriers, rows that leave it without the copy engine, and rows that must not be seen."""
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
@@ -14,6 +15,27 @@ def new_barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(SLOTS):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
     return barriers
+
+
+@triton.constexpr_function
+def _turn(verb, group, consumers):
+    return f"bar.{verb} {_FIRST_TURN + group % consumers}, 256; mov.u32 $0, 0;"
+
+
+_FIRST_TURN = 13
+"""Of the 16 named barriers of a program, the first that no warps of Triton's use."""
+
+
+@gluon.jit
+def take_turn(I_GROUP: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Waits until the warpgroup before has passed its turn (FlashAttention-3, section 3.1)."""
+    gl.inline_asm_elementwise(_turn("sync", I_GROUP, CONSUMERS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_turn(I_GROUP: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Lets the next warpgroup start its products, behind this one's."""
+    gl.inline_asm_elementwise(_turn("arrive", I_GROUP + 1, CONSUMERS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -17,7 +17,8 @@ class Meta:
     exact, precision: for kernels that take float32 too, see `rules.capped`. left, right: whether the window ends there.
     sections: tiles of several heads are handed out together.
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
-    shared_o: the output leaves through the memory of its queries. guarded: what a mask hides may hold NaN, or have no
+    shared_o: the output leaves through the memory of its queries. turns: warpgroups start their products one after the
+    other. guarded: what a mask hides may hold NaN, or have no
     finite gradient. careful: what lies beside what is seen may hold NaN.
     collects: gradients of captured tensors are added.
     """
@@ -44,6 +45,7 @@ class Meta:
     dense: int
     packed: bool
     shared_o: bool
+    turns: bool
     guarded: bool
     careful: bool
     collects: bool
@@ -86,6 +88,7 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         shared_o=isinstance(config, HopperConfig)
         and config.shared_o
         and block(problem.headdim) == block(problem.headdim_v),
+        turns=isinstance(config, HopperConfig) and config.turns,
         guarded=bool(rest) or bool(problem.score_mod),
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score),

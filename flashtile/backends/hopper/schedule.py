@@ -3,7 +3,16 @@
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier
-from flashtile.kernels.places import SCANNED, diagonal_of, keys_of_tile, number_of, place_at, query_span, visited
+from flashtile.kernels.places import (
+    SCANNED,
+    diagonal_of,
+    keys_of_tile,
+    number_of,
+    place_at,
+    query_span,
+    row_of,
+    visited,
+)
 from flashtile.kernels.words import Place
 
 ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
@@ -36,13 +45,25 @@ def query_tile(i_number, packing, size, section, total, visits, META: gl.constex
 
 
 @gluon.jit
-def walk_of(place, window, visits, META: gl.constexpr):
+def counts_of(place, visits, META: gl.constexpr):
+    """(tiles that need the mask, tiles in all) of a query tile's list."""
+    partial = place.tile * 0
+    every = partial
+    if META.masked == "lists":
+        partial, every, _tiles = visited(visits, place)
+    return partial, every
+
+
+@gluon.jit
+def walk_of(place, counts, window, visits, META: gl.constexpr):
     """(tiles, first, full_begin, full_end, steps): how a query tile walks its keys, at least one step.
 
     Step n meets tile `first` - n, or the n-th of the list at `tiles`; steps [full_begin, full_end) need no mask.
+    counts: see `counts_of`.
     """
     if META.masked == "lists":
-        partial, steps, tiles = visited(visits, place)
+        partial, steps = counts
+        tiles = visits.tiles + (row_of(visits, place.batch, place.head) + place.tile) * number_of(visits.length)
         first = partial * 0
         full_begin = partial
         full_end = steps
@@ -65,8 +86,8 @@ def tile_of(walk, n, META: gl.constexpr):
 
 
 @gluon.jit
-def announce(mailbox, place, turn, META: gl.constexpr):
-    """The loader tells the math warpgroups which tile comes next."""
+def announce(mailbox, place, counts, turn, META: gl.constexpr):
+    """The loader tells the math warpgroups which tile comes next, and what it has read of its list."""
     values, full, empty = mailbox
     mbarrier.wait(empty, (turn & 1) ^ 1)
     write(values, 0, place.batch)
@@ -77,6 +98,9 @@ def announce(mailbox, place, turn, META: gl.constexpr):
         write(values, 4, place.first_k)
         write(values, 5, place.seqlen_q)
         write(values, 6, place.seqlen_k)
+    if META.masked == "lists":
+        write(values, 3, counts[0])
+        write(values, 4, counts[1])
     mbarrier.arrive(full, count=1)
 
 
@@ -91,7 +115,7 @@ def end(mailbox, turn):
 
 @gluon.jit
 def hear(mailbox, size, turn, META: gl.constexpr):
-    """What `announce` said; the batch entry is -1 where there is nothing more to do."""
+    """What `announce` said, (place, counts); the batch entry is -1 where there is nothing more to do."""
     values, full, empty = mailbox
     mbarrier.wait(full, turn & 1)
     i_batch = read(values, 0)
@@ -106,8 +130,13 @@ def hear(mailbox, size, turn, META: gl.constexpr):
         first_k = read(values, 4)
         seqlen_q = read(values, 5)
         seqlen_k = read(values, 6)
+    partial = i_batch * 0
+    every = partial
+    if META.masked == "lists":
+        partial = read(values, 3)
+        every = read(values, 4)
     mbarrier.arrive(empty, count=1)
-    return Place(i_batch, i_head, i_tile, first_q, first_k, seqlen_q, seqlen_k)
+    return Place(i_batch, i_head, i_tile, first_q, first_k, seqlen_q, seqlen_k), (partial, every)
 
 
 @gluon.jit

@@ -6,6 +6,7 @@ from flashtile.backends.hopper.compat import gl
 
 ROWS = gl.constexpr(64)
 LOG2E = gl.constexpr(1.4426950408889634)
+LEAST = gl.constexpr(-3.4028234663852886e38)
 
 
 @gluon.jit
@@ -27,7 +28,7 @@ def online_softmax(b_scores, b_max, b_sum, factor, MASKED: gl.constexpr):
     b_base = b_raised
     if MASKED:
         # A row that has seen nothing: -inf less -inf would be NaN.
-        b_base = gl.where(b_raised == float("-inf"), 0.0, b_raised)
+        b_base = gl.maximum(b_raised, LEAST)
     b_weights = gl.exp2(b_scores * factor - b_base[:, None])
     b_rescale = gl.exp2(b_max - b_base)
     return b_weights, b_raised, b_sum * b_rescale + gl.sum(b_weights, 1), b_rescale
