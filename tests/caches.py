@@ -251,3 +251,22 @@ def _check_caches(call: CacheCall, before: CacheCall, gained: list[Tensor]) -> N
             old[where] = cache[where]
     for cache, old in ((call.k_cache, before.k_cache), (call.v_cache, before.v_cache)):
         torch.testing.assert_close(cache, old, rtol=0, atol=0, equal_nan=True)
+
+
+def check_invariance(dtype: torch.dtype, page: int, device: str = "cpu") -> None:
+    """Each sequence of a batch gets the same bits alone, in a cache of another size, with pages of `page` rows."""
+    case = replace(EVERYTHING, rotary=0, alibi=False)
+    call = make(case, dtype, device)
+    pads = case.leftpad or ()
+    together = call.copy().run(batch_invariant=True)
+    for index, length in enumerate(case.lengths):
+        alone = replace(case, lengths=(length,), leftpad=pads[index : index + 1], page=page, capacity=96)
+        one = make(alone, dtype, device)
+        one.q = call.q[index : index + 1]
+        one.options |= {name: call.options[name][index : index + 1] for name in ("k", "v")}
+        one.options["sinks"] = call.options["sinks"]
+        where = one.places(0, pads[index], length)
+        one.k_cache[where], one.v_cache[where] = call.old[index]
+        found = one.run(batch_invariant=True)
+        assert torch.equal(found.out[0], together.out[index])
+        assert torch.equal(found.lse[0], together.lse[index])

@@ -152,20 +152,4 @@ def test_parts_do_not_change_what_comes_out(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("page", [0, 16])
 def test_batch_invariant(page: int) -> None:
-    """Each sequence alone, in a cache of another size, paged or not: equal bits."""
-    case = replace(EVERYTHING, page=16, rotary=0, alibi=False)
-    call = caches.make(case, torch.float32)
-    together = call.copy().run(batch_invariant=True)
-    for index, length in enumerate(case.lengths):
-        alone = replace(
-            case, lengths=(length,), leftpad=(case.leftpad or ())[index : index + 1], page=page, capacity=96
-        )
-        one = caches.make(alone, torch.float32)
-        one.q = call.q[index : index + 1]
-        one.options |= {name: call.options[name][index : index + 1] for name in ("k", "v")}
-        one.options["sinks"] = call.options["sinks"]
-        where = one.places(0, (case.leftpad or ())[index], length)
-        one.k_cache[where], one.v_cache[where] = call.old[index]
-        found = one.run(batch_invariant=True)
-        assert torch.equal(found.out[0], together.out[index])
-        assert torch.equal(found.lse[0], together.lse[index])
+    caches.check_invariance(torch.float32, page)

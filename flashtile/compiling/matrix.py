@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from flashtile import decoding
+from flashtile.decoding import CacheArguments
 from flashtile.problem import Inputs, Options
 from flashtile.request import Arguments, Packing, build
 
@@ -49,6 +52,40 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "varlen": lambda: {"causal": True},
 }
 """Name -> the options of a call; `varlen` is a packed one."""
+
+
+PAGE = 64
+
+CACHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "decode": (1, {}),
+    "decode_paged": (1, {"paged": True}),
+    "decode_many": (64, {"paged": True, "softcap": 20.0, "window": (100, 0), "rotary": True}),
+}
+"""Name -> queries of a sequence and options of a call over a KV cache."""
+
+NAMES = (*VARIANTS, *CACHED)
+
+
+def cached_call(entry: Entry) -> decoding.Call:
+    """The same of an entry over a KV cache, whose keys are cut into two parts; four query heads share a key head."""
+    queries, given = CACHED[entry.variant]
+    options = dict(given)
+    dtype = getattr(torch, entry.dtype)
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(*sizes, entry.headdim, dtype=dtype)
+
+    if options.pop("paged", False):
+        options["block_table"] = torch.arange(2 * SEQLEN // PAGE, dtype=torch.int32).view(2, -1)
+        shape = (2 * SEQLEN // PAGE, PAGE, 2)
+    else:
+        shape = (2, SEQLEN, 2)
+    if options.pop("rotary", False):
+        options["rotary_cos"] = options["rotary_sin"] = torch.zeros(SEQLEN, entry.headdim // 2, dtype=dtype)
+    lengths = torch.full((2,), 100, dtype=torch.int32)
+    new = zeros(2, queries, 2)
+    arguments = CacheArguments(cache_seqlens=lengths, k=new, v=new, num_splits=2, **options)
+    return decoding.build(zeros(2, queries, 8), zeros(*shape), zeros(*shape), arguments)
 
 
 def call(entry: Entry) -> tuple[Inputs, Options]:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.backends import Gradients, Kernel, Memory, compiled
-from flashtile.problem import Inputs, Problem
+from flashtile.backends import Decoder, Gradients, Kernel, Memory, compiled
+from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
+from flashtile.tuning import decoding
+from flashtile.tuning.decoding import DecodeConfig, decode_splits, decode_tiles
 from flashtile.tuning.portable import PortableConfig, portable_config
 
 
@@ -31,7 +33,7 @@ def unavailable() -> str | None:
 
 def builds() -> int:
     """Interpreted kernels are not compiled."""
-    return compiled(_launch().KERNELS)
+    return compiled((*_launch().KERNELS, *_cached().KERNELS))
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -58,6 +60,28 @@ def configure(problem: Problem, family: str | None = None) -> PortableConfig:
     """The row of the tuning table; `family`: of another GPU than the current one."""
     family = family or _family(torch.cuda.current_device() if torch.cuda.is_available() else None)
     return portable_config(max(problem.headdim, problem.headdim_v), kind_of(problem), family)
+
+
+def configure_decoding(problem: Problem, family: str | None = None) -> DecodeConfig:
+    """Tiles from the table, and as many parts of the keys as fill the device; no length is known here."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    rows, headdim = problem.seqlen_q * problem.group, max(problem.headdim, problem.headdim_v)
+    half = problem.dtype is not torch.float32
+    tiles = decode_tiles(headdim, rows, half, kind_of(problem), family or _family(device))
+    longest = -(-problem.seqlen_kv // tiles.tile_kv)
+    if problem.batch_invariant:
+        part = decoding.PART // tiles.tile_kv
+        return DecodeConfig(tiles, max(1, -(-longest // part)), part)
+    if problem.cached is not None and problem.cached.splits is not None:
+        return DecodeConfig(tiles, problem.cached.splits)
+    programs = problem.batch * problem.heads_kv * -(-rows // tiles.tile_q)
+    return DecodeConfig(tiles, decode_splits(programs, longest, _multiprocessors(device)))
+
+
+@cache
+def _multiprocessors(device: int | None) -> int:
+    """None: the interpreter, which runs one program after the other."""
+    return 1 if device is None else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def kind_of(problem: Problem) -> str:
@@ -88,6 +112,14 @@ def _launch() -> ModuleType:
     return launch
 
 
+@cache
+def _cached() -> ModuleType:
+    """As `_launch`, of calls over a KV cache."""
+    from flashtile.backends.portable import cached
+
+    return cached
+
+
 def _forward(inputs: Inputs, problem: Problem, config: PortableConfig, memory: Memory) -> tuple[Tensor, Tensor]:
     out_and_lse: tuple[Tensor, Tensor] = _launch().forward(inputs, problem, config, memory=_kept(memory))
     return out_and_lse
@@ -99,9 +131,18 @@ def _backward(inputs: Inputs, problem: Problem, config: PortableConfig, *rest: A
     return gradients
 
 
+def _decode(
+    inputs: Inputs, cache: CacheTensors, problem: Problem, config: DecodeConfig, memory: Memory
+) -> tuple[Tensor, Tensor]:
+    out_and_lse: tuple[Tensor, Tensor] = _cached().decode(inputs, cache, problem, config, memory=_kept(memory))
+    return out_and_lse
+
+
 def _kept(memory: Memory) -> Memory | None:
     """Interpreted launches leave nothing behind."""
     return None if interpreted() else memory
 
 
 KERNELS = (Kernel("sweep", refuses, configure, _forward, _backward),)
+
+DECODERS = (Decoder("split_keys", refuses, configure_decoding, _decode),)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from flashtile.kernels.places import keys_of_tile, locate, masked_in, stats_pointers, steps_of, tile_at
 from flashtile.kernels.rules import has_nan, kept, only, only_seen, ruled
-from flashtile.kernels.tiles import load_queries, load_tile, open_keys, store_rows
+from flashtile.kernels.tiles import load_queries, load_tile, open_keys, pages_of_tile, store_rows
 
 
 @triton.jit
@@ -36,12 +36,19 @@ def forward_sweep(
     STAGES: tl.constexpr = 1 if GUARDED else None
     LISTS: tl.constexpr = META.masked == "lists"
     i_next = tile_at(steps, steps.begin, LISTS)
+    if META.page:
+        b_next = pages_of_tile(keys, i_next, TILE, META.page)
     for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
         i_tile = i_next
         i_next = tile_at(steps, i_step + 1, LISTS)
+        b_pages = None
+        if META.page:
+            # As of tiles, the pages of the next one are asked for a step ahead.
+            b_pages = b_next
+            b_next = pages_of_tile(keys, i_next, TILE, META.page)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
-        b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
-        b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma)
+        b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma, b_pages, META.page)
+        b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma, b_pages, META.page)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_scores, m_tile, _, _ = ruled(b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED)
@@ -64,6 +71,17 @@ def before_any_key(sinks, i_head, unit, TILE: tl.constexpr):
         b_max = tl.zeros([TILE], tl.float32) + sink
         b_sum += tl.where(sink == -float("inf"), 0.0, 1.0)
     return b_max, b_sum
+
+
+@triton.jit
+def normalized(b_out, b_max, b_sum, unit):
+    """(out, lse) of rows that have seen all their keys."""
+    # The sum is 0 where a row saw no key: out 0, lse -inf. NaN is not 0 and stays.
+    m_empty = b_sum == 0.0
+    b_base = tl.where(b_max == -float("inf"), 0.0, b_max)
+    b_lse = tl.where(m_empty, -float("inf"), b_base * unit + tl.log(b_sum))
+    b_out = b_out / tl.where(m_empty, 1.0, b_sum)[:, None]
+    return b_out, b_lse
 
 
 @triton.jit
@@ -109,11 +127,7 @@ def forward_kernel(
                 b_q, o_query, keys, values, place, rules, visits, sinks, unit, META, SCORE, MASK, True
             )
 
-    # The sum is 0 where a row saw no key: out 0, lse -inf. NaN is not 0 and stays.
-    m_empty = b_sum == 0.0
-    b_base = tl.where(b_max == -float("inf"), 0.0, b_max)
-    b_lse = tl.where(m_empty, -float("inf"), b_base * unit + tl.log(b_sum))
-    b_out = b_out / tl.where(m_empty, 1.0, b_sum)[:, None]
+    b_out, b_lse = normalized(b_out, b_max, b_sum, unit)
     if rules.dropout is not None:
         b_out *= rules.dropout.factor
     store_rows(

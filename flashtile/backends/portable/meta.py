@@ -23,6 +23,7 @@ class Meta:
     repeats: a tile whose sums hold NaN is done again with care: it may come from what the mask hides.
     exact: the inputs are float32, so that what is cheap for half precision is too coarse.
     packed: sequences lie side by side, so that another one's numbers follow the end of one.
+    page: rows of a page of the cache that keys lie in, 0: they lie in one piece.
     """
 
     tile_q: int
@@ -44,6 +45,7 @@ class Meta:
     slope_gradient: bool
     gives: str
     packed: bool
+    page: int
 
 
 @lru_cache(maxsize=4096)
@@ -73,6 +75,7 @@ def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool,
         slope_gradient=problem.wanted.alibi_slopes,
         gives=gives,
         packed=problem.varlen,
+        page=problem.cached.page if problem.cached is not None else 0,
     )
 
 
