@@ -4,6 +4,7 @@ A call is made of each sequence's own rows, laid into a cache whose every other 
 from those rows by the reference, one sequence after the other: nothing here reads the cache that the library reads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -215,11 +216,11 @@ def _turned(call: CacheCall, rows: Tensor, first: int, moving: bool, dtype: torc
     return rows.to(call.dtype).to(dtype or call.q.dtype)
 
 
-def check(call: CacheCall, **more: Any) -> State:
+def check(call: CacheCall, run: Callable[..., State] = CacheCall.run, **more: Any) -> State:
     """Runs the call and asserts the oracle's tolerance rule, and that the caches gained their new rows alone."""
     case = call.case
     before = call.copy()
-    found = call.run(**more)
+    found = run(call, **more)
     truth, gained = expected(call, torch.float64)
     textbook, _ = expected(call, None)
     shape = Shape(len(case.lengths), case.seqlen_q, case.capacity, case.heads, case.heads_kv, case.headdim)

@@ -35,7 +35,7 @@ class Emulated:
         constants = aot.source(kernel, bound).constants
         maps = iter(compiled.metadata.tensordesc_meta or ())
         values = [
-            _map(leaf, next(maps)) if isinstance(leaf, TensorDescriptor) else _plain(leaf)
+            _map(leaf, next(maps)) if isinstance(leaf, TensorDescriptor) else plain(leaf)
             for index, value in enumerate(bound.values())
             for path, leaf in aot.leaves(value, (index,))
             if path not in constants
@@ -62,7 +62,8 @@ def _map(descriptor: Any, meta: dict[str, Any]) -> TensorMap:
     return TensorMap.from_meta(_memory(descriptor.base), meta, shape=descriptor.shape, strides=descriptor.strides)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """An argument as the emulator takes it."""
     return _memory(value) if isinstance(value, Tensor) else value
 
 
