@@ -82,9 +82,12 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) -
     check.cache(q, k_cache, v_cache, given.block_table)
     check.new_rows(q, given.k, given.v, k_cache, v_cache)
     appended = 0 if given.k is None else given.k.shape[1]
+    page = 1 if given.block_table is None else k_cache.shape[1]
     places = (given.cache_batch_idx, given.cache_leftpad, given.block_table)
-    check.places(q, k_cache, given.cache_seqlens, appended, *places)
-    check.rotary(given.rotary_cos, given.rotary_sin, q, appended, capacity(k_cache, given.block_table))
+    check.places(q, k_cache, *places)
+    room = capacity(k_cache, given.block_table)
+    check.rotary(given.rotary_cos, given.rotary_sin, q, appended, room - page + 1)
+    check.seqlens(q, given.cache_seqlens, appended, capacity(k_cache, given.block_table, given.rotary_cos))
     for name in ("rotary_interleaved", "causal", "batch_invariant", "debug", "return_lse"):
         check.flag(name, getattr(given, name))
     check.window(given.window)

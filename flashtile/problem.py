@@ -201,12 +201,14 @@ def describe_cached(
         splits=splits,
     )
     problem = describe(inputs, options)
-    return replace(problem, seqlen_kv=capacity(inputs.k, table), described=False, cached=cached)
+    room = capacity(inputs.k, table, cache.rotary_cos)
+    return replace(problem, seqlen_kv=room, described=False, cached=cached)
 
 
-def capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
-    """Rows that a sequence may have."""
-    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+def capacity(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None = None) -> int:
+    """Rows that a sequence may have: those of the cache for which there are angles."""
+    rows = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    return rows if rotary_cos is None else min(rows, rotary_cos.shape[0])
 
 
 def described(tensor: Tensor) -> bool:

@@ -96,6 +96,16 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rotary_cos": COS, "rotary_sin": COS[:, :3].clone()}, ValueError, r"rotary_sin: got shape \(48, 3\)"),
     ({"rotary_cos": torch.zeros(48, 5), "rotary_sin": torch.zeros(48, 5)}, ValueError, "got 5 columns, need 1 to 4"),
     ({"rotary_cos": COS[:47], "rotary_sin": COS[:47]}, ValueError, "rotary_cos: got 47 positions, need 48"),
+    (
+        {"rotary_cos": torch.zeros(32, 4), "rotary_sin": torch.zeros(32, 4), "block_table": TABLE},
+        ValueError,
+        "rotary_cos: got 32 positions, need 33",
+    ),
+    (
+        {"rotary_cos": COS[:40], "rotary_sin": COS[:40], "block_table": TABLE},
+        ValueError,
+        "cache_seqlens: got 40 beside 1 new rows, need 0 to 39.*longer rotary tables",
+    ),
     ({"rotary_interleaved": 1}, TypeError, "rotary_interleaved: got 1, need True or False"),
     ({"causal": None}, TypeError, "causal: got None"),
     ({"debug": 1}, TypeError, "debug: got 1"),

@@ -19,6 +19,7 @@ from flashtile.check.caches import (
     places,
     pool,
     rotary,
+    seqlens,
     table_width,
     tokens,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "rotary",
     "scale",
     "score_mod",
+    "seqlens",
     "sinks",
     "softcap",
     "states",

@@ -16,7 +16,7 @@ from flashtile.check.tensors import (
     shape_of,
     tensor,
 )
-from flashtile.problem import CacheTensors, Inputs, Problem, capacity
+from flashtile.problem import CacheTensors, Inputs, Problem
 
 SMALLEST_PAGE = 16
 
@@ -74,9 +74,7 @@ def new_rows(q: Tensor, k: Any, v: Any, k_cache: Tensor, v_cache: Tensor) -> Non
             )
 
 
-def places(
-    q: Tensor, k_cache: Tensor, seqlens: Any, appended: int, batch_idx: Any, leftpad: Any, block_table: Any
-) -> None:
+def places(q: Tensor, k_cache: Tensor, batch_idx: Any, leftpad: Any, block_table: Any) -> None:
     """Where sequences lie in the cache: shapes, dtypes and devices. Reads no tensor."""
     batch = q.shape[0]
     if block_table is not None:
@@ -95,15 +93,17 @@ def places(
             f"k_cache: got {k_cache.shape[0]} rows, need one for each of q's {batch} sequences; try cache_batch_idx if "
             "sequences share rows, or block_table if it is paged"
         )
-    if is_integer(seqlens):
-        room = capacity(k_cache, block_table)
-        if not 0 <= seqlens <= room - appended:
-            raise ValueError(_too_long("cache_seqlens", seqlens, appended, room))
-    else:
-        _one_a_sequence("cache_seqlens", seqlens, q)
     for name, value in (("cache_batch_idx", batch_idx), ("cache_leftpad", leftpad)):
         if value is not None:
             _one_a_sequence(name, value, q)
+
+
+def seqlens(q: Tensor, value: Any, appended: int, room: int) -> None:
+    """cache_seqlens; `room`: rows that a sequence may have."""
+    if not is_integer(value):
+        _one_a_sequence("cache_seqlens", value, q)
+    elif not 0 <= value <= room - appended:
+        raise ValueError(_too_long("cache_seqlens", value, appended, room))
 
 
 def _one_a_sequence(name: str, value: Any, q: Tensor) -> None:
@@ -120,12 +120,12 @@ def _too_long(name: str, length: int, appended: int, room: int) -> str:
     beside_it = f" beside {appended} new rows" if appended else ""
     return (
         f"{name}: got {length}{beside_it}, need 0 to {room - appended}, for a sequence has room for {room} rows; try a "
-        "larger cache, or a wider block_table"
+        "larger cache, a wider block_table, or longer rotary tables"
     )
 
 
-def rotary(cos: Any, sin: Any, q: Tensor, appended: int, room: int) -> None:
-    """The tables of rotary embedding."""
+def rotary(cos: Any, sin: Any, q: Tensor, appended: int, positions: int) -> None:
+    """The tables of rotary embedding, which need so many `positions`; those of pages may end inside of the last."""
     if (cos is None) != (sin is None):
         missing, given = ("rotary_cos", "rotary_sin") if cos is None else ("rotary_sin", "rotary_cos")
         raise ValueError(f"{missing}: got None beside {given}, need both or neither")
@@ -151,9 +151,9 @@ def rotary(cos: Any, sin: Any, q: Tensor, appended: int, room: int) -> None:
         raise ValueError(
             f"rotary_cos: got {cos.shape[1]} columns, need 1 to {q.shape[-1] // 2}, half of the columns of q that turn"
         )
-    if cos.shape[0] < room:
+    if cos.shape[0] < positions:
         raise ValueError(
-            f"rotary_cos: got {cos.shape[0]} positions, need {room}, the rows that a sequence may have; "
+            f"rotary_cos: got {cos.shape[0]} positions, need {positions}, for the rows that a sequence may have; "
             "try longer tables"
         )
 

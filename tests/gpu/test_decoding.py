@@ -12,6 +12,7 @@ from flashtile.decoding import CacheArguments
 from flashtile.kvcache import PagedCache
 from tests import caches
 from tests.caches import CASES, EVERYTHING, CacheCase
+from tests.test_examples import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -151,3 +152,7 @@ def test_debug_looks_at_what_lies_on_the_device() -> None:
     with pytest.raises(ValueError, match="cache_seqlens: got 81 beside 3 new rows"):
         call.run(debug=True)
     torch.testing.assert_close(call.k_cache, before.k_cache, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_example_generates_through_a_graph() -> None:
+    assert load("generate").main(["--device", "cuda"]) == 0
