@@ -1,15 +1,17 @@
 """Calls over a KV cache: from the arguments of `attention_kvcache` to a backend, eagerly or as an operator.
 
 `flashtile::attention_kvcache` is a custom operator that writes into the caches; whoever compiles or exports sees it.
-Plain eager calls go straight to the same body.
+Plain eager calls go straight to the same body; on a GPU those that were made before, with other addresses, are neither
+checked nor planned again.
 """
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashtile import autograd, backends, check, masks, plan
+from flashtile import autograd, backends, check, masks, plan, recall
 from flashtile.plan import Plan
 from flashtile.problem import CacheTensors, Inputs, Options, capacity, describe_cached
 from flashtile.request import autocast
@@ -109,13 +111,63 @@ def _mask(given: CacheArguments) -> masks.Mask:
     return masks.causal() & window if given.causal else window
 
 
+class _Known(NamedTuple):
+    """What runs a call, and what earlier ones that differ in addresses alone have left behind."""
+
+    plan: Plan
+    memory: backends.Memory
+
+
+_known: dict[Any, _Known] = {}
+
+
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call, whose new rows are in the caches afterwards."""
+    key = _key(q, k_cache, v_cache, given)
+    known = _known.get(key)
+    if key is not None and known is not None:
+        inputs = Inputs(q, k_cache, v_cache, alibi_slopes=given.alibi_slopes, sinks=given.sinks)
+        return _run(inputs, _tensors(given), known, False)
     call = build(q, k_cache, v_cache, given)
-    if _plainly_eager(call):
-        return _run(call)
-    out, lse = _operator(*_pack(call))
-    return out, lse
+    if not _plainly_eager(call):
+        out, lse = _operator(*_pack(call))
+        return out, lse
+    known = _Known(call.plan(), {})
+    if key is not None:
+        recall.keep(_known, key, known)
+    return _run(call.inputs, call.cache, known, call.debug)
+
+
+def _tensors(given: CacheArguments) -> CacheTensors:
+    """The first fields of CacheArguments, which are those of CacheTensors in the same order."""
+    fields: Any = given[: len(CacheTensors._fields)]
+    return CacheTensors(*fields)
+
+
+_values = attrgetter(
+    "rotary_interleaved",
+    "causal",
+    "window",
+    "softcap",
+    "scale",
+    "num_splits",
+    "batch_invariant",
+    "return_lse",
+    "backend",
+)
+
+
+def _key(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) -> Any:
+    """All that decides what the call comes to, beside its tensors (see `recall`); None: it is not kept."""
+    if autograd.watched() or type(q) not in autograd.PLAIN or not recall.worth_it(q):
+        return None
+    values = _values(given)
+    kinds = tuple(map(type, values))
+    simple = recall.SIMPLE.issuperset(kinds) and recall.SIMPLE.issuperset(map(type, given.window or ()))
+    if not simple or given.debug is not False or torch.is_autocast_enabled(q.device.type):
+        return None
+    tensors = recall.layouts((q, k_cache, v_cache, *_tensors(given), given.alibi_slopes, given.sinks))
+    return None if tensors is None else (tensors, values, kinds, torch.is_grad_enabled())
 
 
 def _plainly_eager(call: Call) -> bool:
@@ -124,13 +176,12 @@ def _plainly_eager(call: Call) -> bool:
     return plain and not call.inputs.q.is_meta and not autograd.watched()
 
 
-def _run(call: Call) -> tuple[Tensor, Tensor]:
-    chosen = call.plan()
-    if call.debug or call.inputs.q.device.type == "cpu":
-        check.cache_values(call.inputs, call.cache, chosen.problem)
+def _run(inputs: Inputs, cache: CacheTensors, known: _Known, debug: bool) -> tuple[Tensor, Tensor]:
+    chosen = known.plan
+    if debug or inputs.q.device.type == "cpu":
+        check.cache_values(inputs, cache, chosen.problem)
     with torch.no_grad(), autograd.own_dtypes(chosen.problem.device):
-        run = plan.decoder(chosen)
-        return run.decode(call.inputs, call.cache, chosen.problem, chosen.config, {})
+        return plan.decoder(chosen).decode(inputs, cache, chosen.problem, chosen.config, known.memory)
 
 
 _SCHEMA = (
@@ -167,7 +218,8 @@ def _unpack(arguments: tuple[Any, ...]) -> Call:
 
 @torch.library.custom_op("flashtile::attention_kvcache", mutates_args=("k_cache", "v_cache"), schema=_SCHEMA)
 def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _run(_unpack(arguments))
+    call = _unpack(arguments)
+    return _run(call.inputs, call.cache, _Known(call.plan(), {}), call.debug)
 
 
 @_operator.register_fake

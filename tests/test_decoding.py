@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flashtile
-from flashtile import decoding, plan
+from flashtile import decoding, plan, recall
 from flashtile.decoding import CacheArguments
 from tests import caches
 from tests.caches import CASES, EVERYTHING, CacheCase
@@ -124,6 +124,64 @@ def test_operator_is_sound() -> None:
     made = decoding.build(call.q, call.k_cache, call.v_cache, CacheArguments(**call.options))
     with torch.no_grad():
         torch.library.opcheck(decoding._operator, decoding._pack(made), test_utils=("test_schema", "test_faketensor"))
+
+
+class TestRecall:
+    """On a GPU calls that were made before are known; here the CPU's are kept as those are."""
+
+    @pytest.fixture(autouse=True)
+    def _remembering(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(recall, "worth_it", lambda q: True)
+        monkeypatch.setattr(decoding, "_known", {})
+
+    def test_a_second_call_sees_its_own_tensors(self) -> None:
+        for _ in range(3):
+            caches.check(caches.make(EVERYTHING, torch.float32))
+        assert len(decoding._known) == 1
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"causal": False},
+            {"window": (3, 0)},
+            {"softcap": None},
+            {"scale": 2.0},
+            {"num_splits": 2},
+            {"batch_invariant": True},
+            {"rotary_interleaved": False},
+            {"backend": "pytorch"},
+            {"cache_batch_idx": None},
+            {"sinks": None},
+        ],
+        ids=str,
+    )
+    def test_what_differs_is_another_call(self, change: dict[str, Any]) -> None:
+        call = caches.make(EVERYTHING, torch.float32)
+        call.copy().run()
+        call.options |= change
+        call.k_cache.nan_to_num_()
+        call.v_cache.nan_to_num_()
+        again = call.copy().run()
+        assert len(decoding._known) == 2
+        decoding._known.clear()
+        assert torch.equal(call.run().out, again.out)
+
+    @pytest.mark.parametrize("change", [{"debug": True}, {"cache_seqlens": 9}, {"window": [3, 0]}], ids=str)
+    def test_what_is_not_kept(self, change: dict[str, Any]) -> None:
+        call = caches.make(CacheCase("equal", lengths=(9, 9)), torch.float32)
+        call.options |= change
+        call.run()
+        assert decoding._known == {}
+
+    def test_errors_come_again(self) -> None:
+        call = caches.make(CacheCase("plain"), torch.float32)
+        call.copy().run()
+        call.options["cache_seqlens"] += 50
+        with pytest.raises(ValueError, match="cache_seqlens: got 91"):
+            call.run()
+        call.q.requires_grad_()
+        with pytest.raises(ValueError, match="q: got a tensor that requires a gradient"):
+            call.run()
 
 
 def test_autocast_casts_queries_and_new_rows() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 import flashtile
 from flashtile import decoding, plan
 from flashtile.decoding import CacheArguments
+from flashtile.kernels.tape import Tape
 from flashtile.kvcache import PagedCache
 from tests import caches
 from tests.caches import CASES, EVERYTHING, CacheCase
@@ -156,3 +157,12 @@ def test_debug_looks_at_what_lies_on_the_device() -> None:
 
 def test_the_example_generates_through_a_graph() -> None:
     assert load("generate").main(["--device", "cuda"]) == 0
+
+
+def test_calls_are_played_from_a_tape() -> None:
+    """The third call of a kind is a tape's; each sees its own tensors, lengths and pages."""
+    decoding._known.clear()
+    for _ in range(4):
+        caches.check(caches.make(EVERYTHING, torch.bfloat16, "cuda"))
+    (known,) = decoding._known.values()
+    assert any(isinstance(kept, Tape) for kept in known.memory.values())
