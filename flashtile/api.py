@@ -196,6 +196,8 @@ def attention_kvcache(
     block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     rotary_interleaved: bool = True,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
@@ -218,7 +220,8 @@ def attention_kvcache(
     Args:
         q: (batch, seqlen_q, heads, headdim), the last seqlen_q positions of each sequence.
         k_cache: (rows, seqlen_cache, heads_kv, headdim), dtype and device of q, columns side by side; with
-            block_table (pages, page_size, heads_kv, headdim), pages of 16 rows or more.
+            block_table (pages, page_size, heads_kv, headdim), pages of 16 rows or more. Or, with scales, float8_e4m3fn,
+            float8_e5m2 or int8.
         v_cache: the same with headdim_v columns.
         cache_seqlens: int or (batch,) int32 or int64, rows of each sequence in the cache before this call, left
             padding included.
@@ -233,6 +236,8 @@ def attention_kvcache(
             before use, each row by its place in the cache, cache_seqlens + i; without causal and window all queries
             are turned to cache_seqlens. Needs k and v, and as many positions as a sequence may have rows; in pages
             they may end inside of the last one.
+        k_scale, v_scale: float32, (heads_kv,), or with block_table (pages, heads_kv): what the numbers of a quantised
+            cache are multiplied by. New rows are divided by them, and rounded and cut off to what the cache holds.
         rotary_interleaved: columns 2i and 2i + 1 are a pair (GPT-J); else i and i + rotary_dim / 2 (GPT-NeoX).
         causal, window: as in `attention`, aligned to the bottom right: the last query sees the last key.
         softcap, alibi_slopes, sinks, scale: as in `attention`.
@@ -262,6 +267,8 @@ def attention_kvcache(
         block_table=block_table,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
+        k_scale=k_scale,
+        v_scale=v_scale,
         rotary_interleaved=rotary_interleaved,
         causal=causal,
         window=window,

@@ -28,6 +28,8 @@ class CacheArguments(NamedTuple):
     block_table: Tensor | None = None
     rotary_cos: Tensor | None = None
     rotary_sin: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
     rotary_interleaved: bool = True
     causal: bool = True
     window: tuple[int | None, int | None] | None = None
@@ -66,7 +68,6 @@ def build(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) ->
     seqlens = given.cache_seqlens
     if not isinstance(seqlens, Tensor):
         seqlens = torch.full((q.shape[0],), seqlens, dtype=torch.int32, device=q.device)
-    beside = (given.cache_batch_idx, given.cache_leftpad, given.block_table, given.rotary_cos, given.rotary_sin)
     options = Options(
         mask=_mask(given).token,
         scale=q.shape[-1] ** -0.5 if given.scale is None else float(given.scale),
@@ -76,7 +77,7 @@ def build(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) ->
         backend=given.backend,
     )
     inputs = Inputs(q, k_cache, v_cache, alibi_slopes=given.alibi_slopes, sinks=given.sinks)
-    cache = CacheTensors(seqlens, k, v, *beside)
+    cache = _tensors(given._replace(cache_seqlens=seqlens, k=k, v=v))
     return Call(inputs, cache, options, given.rotary_interleaved, given.num_splits, given.debug)
 
 
@@ -90,6 +91,7 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) -
     room = capacity(k_cache, given.block_table)
     check.rotary(given.rotary_cos, given.rotary_sin, q, appended, room - page + 1)
     check.seqlens(q, given.cache_seqlens, appended, capacity(k_cache, given.block_table, given.rotary_cos))
+    check.scales(given.k_scale, given.v_scale, k_cache, given.block_table)
     for name in ("rotary_interleaved", "causal", "batch_invariant", "debug", "return_lse"):
         check.flag(name, getattr(given, name))
     check.window(given.window)
@@ -187,8 +189,8 @@ def _run(inputs: Inputs, cache: CacheTensors, known: _Known, debug: bool) -> tup
 _SCHEMA = (
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? alibi_slopes, Tensor? sinks, Tensor cache_seqlens, "
     "Tensor? k, Tensor? v, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, Tensor? rotary_cos, "
-    "Tensor? rotary_sin, str mask, float scale, float softcap, bool batch_invariant, str? backend, "
-    "bool rotary_interleaved, SymInt? num_splits, bool debug) -> (Tensor, Tensor)"
+    "Tensor? rotary_sin, Tensor? k_scale, Tensor? v_scale, str mask, float scale, float softcap, bool batch_invariant, "
+    "str? backend, bool rotary_interleaved, SymInt? num_splits, bool debug) -> (Tensor, Tensor)"
 )
 
 
@@ -204,7 +206,8 @@ def _pack(call: Call) -> tuple[Any, ...]:
 
 def _unpack(arguments: tuple[Any, ...]) -> Call:
     q, k, v, slopes, sinks, *rest = arguments
-    mask, scale, softcap, batch_invariant, backend, *last = rest[8:]
+    count = len(CacheTensors._fields)
+    mask, scale, softcap, batch_invariant, backend, *last = rest[count:]
     options = Options(
         mask=mask,
         scale=scale,
@@ -213,7 +216,7 @@ def _unpack(arguments: tuple[Any, ...]) -> Call:
         batch_invariant=batch_invariant,
         backend=backend,
     )
-    return Call(Inputs(q, k, v, alibi_slopes=slopes, sinks=sinks), CacheTensors(*rest[:8]), options, *last)
+    return Call(Inputs(q, k, v, alibi_slopes=slopes, sinks=sinks), CacheTensors(*rest[:count]), options, *last)
 
 
 @torch.library.custom_op("flashtile::attention_kvcache", mutates_args=("k_cache", "v_cache"), schema=_SCHEMA)

@@ -51,8 +51,24 @@ def append(k_cache: Tensor, v_cache: Tensor, tensors: CacheTensors, interleaved:
     if tensors.block_table is not None:
         size = k_cache.shape[1]
         rows, positions = tensors.block_table.long()[rows, positions // size], positions % size
-    k_cache[rows, positions] = k
-    v_cache[rows, positions] = tensors.v
+    for cache, new, scale in ((k_cache, k, tensors.k_scale), (v_cache, tensors.v, tensors.v_scale)):
+        stored = new if scale is None else quantized(new, scale if scale.ndim == 1 else scale[rows], cache.dtype)
+        _bytes(cache)[rows, positions] = _bytes(stored)
+
+
+def quantized(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows (.., heads_kv, d) divided by scale (.., heads_kv), rounded to the nearest number of the dtype; larger ones
+    are cut off to its largest, NaN stays where the dtype has it."""
+    scaled = rows.float() / scale[..., None]
+    if dtype is torch.int8:
+        return scaled.round().clamp(-127, 127).to(dtype)
+    largest = torch.finfo(dtype).max
+    return scaled.clamp(-largest, largest).to(dtype)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """8-bit floats as bytes: PyTorch moves those by index on every device."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _rows(tensors: CacheTensors) -> Tensor:
@@ -62,15 +78,21 @@ def _rows(tensors: CacheTensors) -> Tensor:
     return torch.arange(len(tensors.seqlens), device=tensors.seqlens.device)
 
 
-def gathered(cache: Tensor, table: Tensor | None, row: int, begin: int, end: int) -> Tensor:
-    """Rows [begin, end) of one sequence, (1, end - begin, heads_kv, d): a view, or a copy where they lie in pages."""
+def gathered(
+    cache: Tensor, table: Tensor | None, row: int, begin: int, end: int, scale: Tensor | None = None
+) -> Tensor:
+    """Rows [begin, end) of one sequence, (1, end - begin, heads_kv, d): a view, or a copy where they lie in pages, or
+    are quantised and get multiplied by `scale`."""
     if table is None:
-        return cache[row : row + 1, begin:end]
+        rows = cache[row : row + 1, begin:end]
+        return rows if scale is None else rows.float() * scale[:, None]
     size = cache.shape[1]
     first = begin // size
     pages = table[row, first : -(-end // size)].long()
-    rows = cache[pages].flatten(0, 1)
-    return rows[None, begin - first * size : end - first * size]
+    rows = _bytes(cache)[pages].view(cache.dtype)
+    if scale is not None:
+        rows = rows.float() * (scale if scale.ndim == 1 else scale[pages][:, None])[..., None]
+    return rows.flatten(0, 1)[None, begin - first * size : end - first * size]
 
 
 class Batch(NamedTuple):
@@ -92,7 +114,7 @@ class PagedCache:
         page_size: rows of a page, at least 16.
         heads_kv: key/value heads; headdim: columns of a key; headdim_v: of a value, default headdim.
         layers: of the model; a page holds its rows in each of them.
-        dtype: of keys and values; device: where they lie.
+        dtype: of keys and values, as they are stored; device: where they lie.
 
     Attributes:
         k, v: (layers, pages, page_size, heads_kv, headdim or headdim_v), not initialised.
@@ -216,14 +238,14 @@ class PagedCache:
         table = self.extend([sequence], tokens).block_table[0].long()
         rows = torch.arange(begin, begin + tokens, device=self.k.device)
         pages, slots = table[rows // self.page_size], rows % self.page_size
-        self.k[:, pages, slots] = k
-        self.v[:, pages, slots] = v
+        for pool, new in ((self.k, k), (self.v, v)):
+            _bytes(pool)[:, pages, slots] = _bytes(new)
 
     def read(self, sequence: int) -> tuple[Tensor, Tensor]:
         """Copies of a sequence's rows: k (layers, seqlen, heads_kv, headdim) and v (.., headdim_v)."""
         length = self.seqlen(sequence)
         pages = torch.tensor(self._pages[sequence][: self._pages_of(length)], dtype=torch.int64, device=self.k.device)
-        k, v = (pool[:, pages].flatten(1, 2)[:, :length] for pool in (self.k, self.v))
+        k, v = (_bytes(pool)[:, pages].view(pool.dtype).flatten(1, 2)[:, :length] for pool in (self.k, self.v))
         return k, v
 
     def block_table(self, sequences: Sequence[int], width: int | None = None) -> Tensor:

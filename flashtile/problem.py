@@ -34,6 +34,7 @@ class CacheTensors(NamedTuple):
 
     seqlens (batch,): rows of each sequence that are in the cache before the call. k, v: rows to append, (batch,
     seqlen_new, heads_kv, d). batch_idx, leftpad (batch,); block_table (rows, pages of a sequence). All int32 or int64.
+    k_scale, v_scale: float32, what a quantised cache's numbers are multiplied by, (heads_kv,) or (pages, heads_kv).
     """
 
     seqlens: Tensor
@@ -44,6 +45,8 @@ class CacheTensors(NamedTuple):
     block_table: Tensor | None = None
     rotary_cos: Tensor | None = None
     rotary_sin: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -61,7 +64,7 @@ class Cached:
 
     page: rows of a page, 0: sequences lie in one piece. appended: rows that the call adds to each sequence. rotary:
     columns that are turned, in pairs side by side (`interleaved`) or half of them apart. splits: parts that the keys
-    are cut into, None: the plan's choice.
+    are cut into, None: the plan's choice. stored: the dtype of a quantised cache, None: the queries'.
     """
 
     page: int = 0
@@ -69,6 +72,7 @@ class Cached:
     rotary: int = 0
     interleaved: bool = True
     splits: int | None = None
+    stored: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,7 @@ def describe_cached(
         rotary=0 if cache.rotary_cos is None else 2 * cache.rotary_cos.shape[1],
         interleaved=interleaved,
         splits=splits,
+        stored=inputs.k.dtype if inputs.k.dtype is not inputs.q.dtype else None,
     )
     problem = describe(inputs, options)
     room = capacity(inputs.k, table, cache.rotary_cos)

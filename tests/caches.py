@@ -21,7 +21,8 @@ from tests.problems import Draw, Shape
 @dataclass(frozen=True)
 class CacheCase:
     """lengths: rows in the cache, left padding included. appended: None: nothing is new. page: 0: one piece a row.
-    indexed: sequences have rows in another order than their own. rotary: columns that are turned."""
+    indexed: sequences have rows in another order than their own. rotary: columns that are turned. stored: what a
+    quantised cache holds, with a scale for each head, or each page of each head."""
 
     name: str
     lengths: tuple[int, ...] = (5, 41, 0)
@@ -42,6 +43,8 @@ class CacheCase:
     softcap: float | None = None
     alibi: bool = False
     sinks: bool = False
+    stored: torch.dtype | None = None
+    scale_by_page: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -64,6 +67,17 @@ EVERYTHING = CacheCase(
     sinks=True,
 )
 """Append, left padding, paging, batch index and rotary embedding in one call, and all modifiers."""
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+QUANTIZED = (
+    CacheCase("int8", stored=INT8),
+    CacheCase("fp8", stored=FP8, page=16, rotary=8),
+    CacheCase("fp8_wide", stored=torch.float8_e5m2),
+    CacheCase("int8_by_page", stored=INT8, page=16, scale_by_page=True, leftpad=(2, 17, 0)),
+    replace(EVERYTHING, name="everything_fp8", stored=FP8, scale_by_page=True),
+    replace(EVERYTHING, name="everything_int8", stored=INT8, seqlen_q=20),
+)
+"""Caches of fewer bits than the queries have."""
 
 CASES = (
     CacheCase("plain"),
@@ -114,6 +128,13 @@ class CacheCall:
 
     def copy(self) -> "CacheCall":
         return replace(self, k_cache=self.k_cache.clone(), v_cache=self.v_cache.clone())
+
+    def read(self, sequence: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """(k, v) of rows [begin, end) as a quantised cache holds them, float64."""
+        where = self.places(sequence, begin, end)
+        stores = (("k", self.k_cache), ("v", self.v_cache))
+        k, v = (as_bytes(store)[where].view(store.dtype).double() * _scale(self, name, where) for name, store in stores)
+        return k, v
 
     def places(self, sequence: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Where rows [begin, end) of a sequence lie: indices of the first two dimensions of the caches."""
@@ -169,12 +190,50 @@ def make(case: CacheCase, dtype: torch.dtype, device: str = "cpu") -> CacheCall:
         options["alibi_slopes"] = draw.normal(batch, case.heads).abs()
     if case.sinks:
         options["sinks"] = draw.normal(case.heads)
-    caches = [torch.full((*shape, heads_kv, width), torch.nan, dtype=dtype, device=device) for width in widths]
+    caches = [_unused((*shape, heads_kv, width), case.stored or dtype, device) for width in widths]
+    if case.stored is not None:
+        counts = (shape[0], heads_kv) if case.scale_by_page else (heads_kv,)
+        # 3 is what normal numbers seldom pass: some are cut off.
+        largest = 127.0 if case.stored is INT8 else torch.finfo(case.stored).max
+        for name in ("k_scale", "v_scale"):
+            options[name] = (draw.normal(*counts).abs() + 1.0) * (3.0 / largest)
     call = CacheCall(case, dtype, normal(batch, case.seqlen_q, case.heads, case.headdim), *caches, options, old)
-    for sequence, (k, v) in enumerate(old):
+    for sequence, rows in enumerate(old):
         where = call.places(sequence, pads[sequence], case.lengths[sequence])
-        call.k_cache[where], call.v_cache[where] = k, v
+        for name, cache, one in zip("kv", (call.k_cache, call.v_cache), rows, strict=True):
+            as_bytes(cache)[where] = as_bytes(one if case.stored is None else _quantized(call, name, where, one))
+    if case.stored is not None:
+        # What a quantised cache holds is what is attended to.
+        call.old = [call.read(i, pads[i], case.lengths[i]) for i in range(batch)]
     return call
+
+
+def _unused(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """NaN, or of integers the number furthest from all others."""
+    made = torch.zeros(shape, dtype=dtype, device=device)
+    as_bytes(made).fill_(0x80 if dtype is INT8 else 0x7F) if dtype.itemsize == 1 else made.fill_(torch.nan)
+    return made
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+
+
+def _scale(call: CacheCall, name: str, where: tuple[Tensor, Tensor]) -> Tensor:
+    """(rows, heads_kv, 1), float64."""
+    scale = call.options[f"{name}_scale"].double()
+    pages = where[0].to(scale.device)
+    return (scale[pages] if call.case.scale_by_page else scale.expand(len(pages), -1))[..., None]
+
+
+def _quantized(call: CacheCall, name: str, where: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """The nearest numbers that the cache can hold."""
+    stored = call.case.stored
+    assert stored is not None
+    scaled = rows.double() / _scale(call, name, where)
+    largest = 127.0 if stored is INT8 else torch.finfo(stored).max
+    scaled = scaled.clamp(-largest, largest)
+    return (scaled.round() if stored is INT8 else scaled.float()).to(stored)
 
 
 def expected(call: CacheCall, dtype: torch.dtype | None) -> tuple[State, list[Tensor]]:
@@ -191,13 +250,16 @@ def expected(call: CacheCall, dtype: torch.dtype | None) -> tuple[State, list[Te
         if case.rotary:
             q = _turned(call, q, length, case.turned, dtype)
             new_k = _turned(call, new_k, length, True, dtype)
+        turned_k = new_k
+        if case.stored is not None and case.appended:
+            new_k, new_v = (rows[None] for rows in call.read(index, length, length + case.appended))
         wide = dtype or q.dtype
         k, v = (torch.cat((one.to(wide), two.to(wide)), dim=1) for one, two in ((k, new_k), (v, new_v)))
         slopes = options["alibi_slopes"][index : index + 1] if case.alibi else None
         state = reference.attention(q, k, v, dtype=dtype, alibi_slopes=slopes, **shared)
         outs.append(state.out)
         lses.append(state.lse)
-        gained.append(new_k[0])
+        gained.append(turned_k[0])
     return State(torch.cat(outs), torch.cat(lses)), gained
 
 
@@ -243,15 +305,31 @@ def check(call: CacheCall, run: Callable[..., State] = CacheCall.run, **more: An
 
 def _check_caches(call: CacheCall, before: CacheCall, gained: list[Tensor]) -> None:
     """New keys within a rounding, new values exactly, and every other row, NaN included, as it was."""
-    for index, length in enumerate(call.case.lengths):
+    case = call.case
+    for index, length in enumerate(case.lengths):
         where = call.places(index, length, length + len(gained[index]))
-        if len(gained[index]):
+        if case.stored is not None:
+            _check_quantized(call, index, gained[index])
+        elif len(gained[index]):
             oracle.assert_close(call.k_cache[where], gained[index], roundings=2)
             assert torch.equal(call.v_cache[where], call.options["v"][index])
         for cache, old in ((call.k_cache, before.k_cache), (call.v_cache, before.v_cache)):
-            old[where] = cache[where]
+            as_bytes(old)[where] = as_bytes(cache)[where]
     for cache, old in ((call.k_cache, before.k_cache), (call.v_cache, before.v_cache)):
-        torch.testing.assert_close(cache, old, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(as_bytes(cache), as_bytes(old), rtol=0, atol=0, equal_nan=True)
+
+
+def _check_quantized(call: CacheCall, index: int, keys: Tensor) -> None:
+    """New rows are stored as near to what they were as the cache can hold, but for a rounding where two are as near."""
+    length = call.case.lengths[index]
+    where = call.places(index, length, length + len(keys))
+    found = call.read(index, length, length + len(keys))
+    wanted = (keys, call.options["v"][index] if len(keys) else keys)
+    for name, near, exact in zip("kv", found, wanted, strict=True):
+        if len(keys):
+            best = _quantized(call, name, where, exact).double() * _scale(call, name, where)
+            slack = 2**-6 * _scale(call, name, where) + 2**-7 * exact.double().abs() * (name == "k")
+            assert bool(((near - exact).abs() <= (best - exact).abs() + slack).all())
 
 
 def check_invariance(dtype: torch.dtype, page: int, device: str = "cpu") -> None:

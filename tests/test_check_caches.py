@@ -35,6 +35,19 @@ def _call(**changes: Any) -> None:
 
 TABLE = torch.tensor([[0, 2, 4], [6, 1, 3]])
 COS = torch.randn(48, 4)
+EIGHT: dict[str, Any] = {
+    "k_cache": torch.zeros(2, 48, 2, 8).to(torch.int8),
+    "v_cache": torch.zeros(2, 48, 2, 6).to(torch.int8),
+    "k_scale": torch.full((2,), 0.01),
+    "v_scale": torch.full((2,), 0.01),
+}
+PAGED_EIGHT: dict[str, Any] = {
+    "k_cache": torch.zeros(7, 16, 2, 8).to(torch.int8),
+    "v_cache": torch.zeros(7, 16, 2, 6).to(torch.int8),
+    "k_scale": torch.full((7, 2), 0.01),
+    "v_scale": torch.full((7, 2), 0.01),
+    "block_table": TABLE,
+}
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"q": [1.0]}, TypeError, "q: got list, need a torch.Tensor"),
     ({"k_cache": torch.zeros(2, 48, 2, 8).int()}, TypeError, "k_cache: got torch.int32, need float16"),
@@ -106,6 +119,24 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "cache_seqlens: got 40 beside 1 new rows, need 0 to 39.*longer rotary tables",
     ),
+    ({"k_scale": torch.ones(2)}, ValueError, "k_scale: got one beside a cache of torch.float32, need None"),
+    (
+        {**EIGHT, "v_cache": torch.zeros(2, 48, 2, 6).half()},
+        TypeError,
+        "v_cache: got torch.float16, need torch.float32",
+    ),
+    ({**EIGHT, "v_cache": EIGHT["v_cache"].to(torch.float8_e5m2)}, TypeError, "got torch.float8_e5m2, need torch.int8"),
+    ({**EIGHT, "v_scale": None}, ValueError, "v_scale: got None beside a cache of torch.int8, need a float32 tensor"),
+    ({**EIGHT, "k_scale": 1.0}, TypeError, "k_scale: got float, need a torch.Tensor"),
+    ({**EIGHT, "k_scale": torch.ones(3)}, ValueError, r"k_scale: got torch.float32 of shape \(3,\), need float32"),
+    ({**EIGHT, "k_scale": torch.ones(2, 2)}, ValueError, r"of shape \(heads_kv,\) = \(2,\)"),
+    ({**EIGHT, "v_scale": torch.ones(2).half()}, ValueError, "v_scale: got torch.float16 of shape"),
+    (
+        {**PAGED_EIGHT, "v_scale": torch.ones(6, 2)},
+        ValueError,
+        r"need float32, heads side by side, of shape \(heads_kv,\) or \(pages, heads_kv\) = \(2,\) or \(7, 2\)",
+    ),
+    ({**PAGED_EIGHT, "v_scale": torch.ones(2)}, ValueError, r"v_scale: got shape \(2,\), need \(7, 2\) as k_scale"),
     ({"rotary_interleaved": 1}, TypeError, "rotary_interleaved: got 1, need True or False"),
     ({"causal": None}, TypeError, "causal: got None"),
     ({"debug": 1}, TypeError, "debug: got 1"),
@@ -151,7 +182,7 @@ WRONG_POOLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: _pool(pages=0), ValueError, "pages: got 0, need 1 or more"),
     (lambda: _pool(page_size=8), ValueError, "page_size: got 8, need 16 or more"),
     (lambda: _pool(headdim=2.0), TypeError, "headdim: got float, need an int"),
-    (lambda: _pool(dtype=torch.int8), TypeError, "dtype: got torch.int8, need float16"),
+    (lambda: _pool(dtype=torch.int16), TypeError, "dtype: got torch.int16, need float16"),
     (lambda: _pool().allocate(-1), ValueError, "tokens: got -1, need 0 or more"),
     (lambda: _pool().allocate(65), OutOfPages, "pages: got 4 free of 4, need 5 more; nothing has changed"),
     (lambda: _pool().fork(0), ValueError, "sequence: got 0, need one that allocate or fork returned"),

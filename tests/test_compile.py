@@ -42,8 +42,10 @@ def test_variants_on_the_gpu_that_is_measured(variant: str) -> None:
     assert ("hopper" in [row["backend"] for row in rows]) == (variant != "dropout")
 
 
-@pytest.mark.parametrize("variant", matrix.CACHED)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "gfx942"])
+@pytest.mark.parametrize(
+    ("target", "variant"),
+    [*(("sm_90a", variant) for variant in matrix.CACHED), ("sm_80", "decode_many"), ("gfx942", "decode_int8")],
+)
 def test_kernels_over_a_cache(target: str, variant: str) -> None:
     rows = [Row(**row) for row in build.rows(Entry(target, 128, "bfloat16", variant))]
     assert [row.kernel for row in rows] == ["append_kernel", "decode_kernel", "combine_kernel"]
@@ -125,6 +127,10 @@ class TestCommand:
     def test_a_wrong_call_ends_with_2(self, capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
         assert cli.main(["compile", *options]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_what_a_target_cannot_convert_is_not_compiled() -> None:
+    assert build.rows(Entry("sm_86", 64, "bfloat16", "decode_fp8")) == []
 
 
 def test_limits_are_checked() -> None:

@@ -158,6 +158,19 @@ def test_pages_set_aside_are_used() -> None:
     assert pool.block_table([sequence], width=5).tolist() == [[0, 1, 2, 0, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_pool_of_few_bits(dtype: torch.dtype) -> None:
+    """Rows come as they are stored; a fork's copy has the same bits."""
+    pool = PagedCache(4, PAGE, 2, 3, dtype=dtype)
+    k, v = (rows.remainder(7).to(dtype) for rows in (torch.arange(60.0).view(1, 10, 2, 3), torch.ones(1, 10, 2, 3)))
+    one = pool.allocate()
+    pool.append(one, k, v)
+    two = pool.fork(one)
+    pool.append(two, k[:, :2], v[:, :2])
+    for sequence, wanted in ((one, k), (two, torch.cat((k.float(), k[:, :2].float()), 1))):
+        assert torch.equal(pool.read(sequence)[0].float(), wanted.float())
+
+
 def test_attention_over_forks() -> None:
     """Two continuations of one prompt, in each layer, against attention over their own rows."""
     pool = PagedCache(12, 16, 2, 8, layers=2, dtype=torch.float32)

@@ -19,6 +19,8 @@ from flashtile.check.tensors import (
 from flashtile.problem import CacheTensors, Inputs, Problem
 
 SMALLEST_PAGE = 16
+QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+"""What a cache may hold in place of the queries' dtype, beside scales."""
 
 
 class OutOfPages(RuntimeError):
@@ -29,16 +31,17 @@ def cache(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
     """q and the cache against each other."""
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         tensor(name, value)
-        if value.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}: got {value.dtype}, need float16, bfloat16, float32 or float64; try {name}.float()"
-            )
+        if value.dtype not in (DTYPES if name == "q" else DTYPES + QUANTIZED):
+            more = "" if name == "q" else ", or with scales float8_e4m3fn, float8_e5m2 or int8"
+            raise TypeError(f"{name}: got {value.dtype}, need float16, bfloat16, float32 or float64{more}")
         if value.ndim != 4:
             layout = "(batch, seqlen, heads, headdim)" if name == "q" or block_table is None else _PAGES
             raise ValueError(f"{name}: got shape {shape_of(value)}, need {layout}")
-        if value.dtype != q.dtype:
+        if value.dtype != q.dtype and value.dtype not in QUANTIZED:
             raise TypeError(f"{name}: got {value.dtype}, need {q.dtype} as q; try q.to({value.dtype})")
         beside(name, value, q)
+    if v_cache.dtype != k_cache.dtype:
+        raise TypeError(f"v_cache: got {v_cache.dtype}, need {k_cache.dtype} as k_cache")
     if k_cache.shape[0] != v_cache.shape[0]:
         what = "rows" if block_table is None else "pages"
         raise ValueError(f"v_cache: got {v_cache.shape[0]} {what}, need {k_cache.shape[0]} as k_cache")
@@ -122,6 +125,29 @@ def _too_long(name: str, length: int, appended: int, room: int) -> str:
         f"{name}: got {length}{beside_it}, need 0 to {room - appended}, for a sequence has room for {room} rows; try a "
         "larger cache, a wider block_table, or longer rotary tables"
     )
+
+
+def scales(k_scale: Any, v_scale: Any, k_cache: Tensor, block_table: Any) -> None:
+    """What a quantised cache's numbers are multiplied by; no other cache has any."""
+    quantized = k_cache.dtype in QUANTIZED
+    shapes = [(k_cache.shape[2],)] + ([] if block_table is None else [(k_cache.shape[0], k_cache.shape[2])])
+    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if not quantized and value is not None:
+            raise ValueError(f"{name}: got one beside a cache of {k_cache.dtype}, need None, for it is not quantised")
+        if not quantized:
+            continue
+        wanted = " or ".join(["(heads_kv,)", *(["(pages, heads_kv)"] if len(shapes) > 1 else [])])
+        if value is None:
+            raise ValueError(f"{name}: got None beside a cache of {k_cache.dtype}, need a float32 tensor {wanted}")
+        tensor(name, value)
+        beside(name, value, k_cache, "k_cache")
+        if value.dtype is not torch.float32 or shape_of(value) not in shapes or value.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: got {value.dtype} of shape {shape_of(value)}, need float32, heads side by side, of shape "
+                f"{wanted} = {' or '.join(map(str, shapes))}"
+            )
+    if quantized and k_scale.ndim != v_scale.ndim:
+        raise ValueError(f"v_scale: got shape {shape_of(v_scale)}, need {shape_of(k_scale)} as k_scale")
 
 
 def rotary(cos: Any, sin: Any, q: Tensor, appended: int, positions: int) -> None:
@@ -242,8 +268,10 @@ def combined(outputs: Any, lses: Any) -> None:
 def pool(sizes: dict[str, Any], dtype: Any) -> None:
     for name, value in sizes.items():
         _count(name, value, SMALLEST_PAGE if name == "page_size" else 1)
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype: got {dtype}, need float16, bfloat16, float32 or float64; try torch.bfloat16")
+    if dtype not in DTYPES + QUANTIZED:
+        raise TypeError(
+            f"dtype: got {dtype}, need float16, bfloat16, float32, float64, float8_e4m3fn, float8_e5m2 or int8"
+        )
 
 
 def _count(name: str, value: Any, least: int) -> None:

@@ -59,6 +59,8 @@ PAGE = 64
 CACHED: dict[str, tuple[int, dict[str, Any]]] = {
     "decode": (1, {}),
     "decode_paged": (1, {"paged": True}),
+    "decode_fp8": (1, {"paged": True, "stored": torch.float8_e4m3fn}),
+    "decode_int8": (1, {"paged": True, "stored": torch.int8}),
     "decode_many": (64, {"paged": True, "softcap": 20.0, "window": (100, 0), "rotary": True}),
 }
 """Name -> queries of a sequence and options of a call over a KV cache."""
@@ -80,12 +82,17 @@ def cached_call(entry: Entry) -> decoding.Call:
         shape = (2 * SEQLEN // PAGE, PAGE, 2)
     else:
         shape = (2, SEQLEN, 2)
+    stored = options.pop("stored", None)
+    caches = [zeros(*shape) for _ in range(2)]
+    if stored is not None:
+        caches = [cache.to(stored) for cache in caches]
+        options["k_scale"] = options["v_scale"] = torch.ones(shape[0], 2)
     if options.pop("rotary", False):
         options["rotary_cos"] = options["rotary_sin"] = torch.zeros(SEQLEN, entry.headdim // 2, dtype=dtype)
     lengths = torch.full((2,), 100, dtype=torch.int32)
     new = zeros(2, queries, 2)
     arguments = CacheArguments(cache_seqlens=lengths, k=new, v=new, num_splits=2, **options)
-    return decoding.build(zeros(2, queries, 8), zeros(*shape), zeros(*shape), arguments)
+    return decoding.build(zeros(2, queries, 8), caches[0], caches[1], arguments)
 
 
 def call(entry: Entry) -> tuple[Inputs, Options]:

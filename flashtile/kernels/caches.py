@@ -10,8 +10,9 @@ from torch import Tensor
 
 from flashtile.kernels.places import number_of, program_of
 from flashtile.kernels.rules import LOG2E
-from flashtile.kernels.tiles import row_pointers
-from flashtile.kernels.words import Cache, Rotary, Rows, Source, Table, odd
+from flashtile.kernels.tiles import row_pointers, scales_of_rows
+from flashtile.kernels.words import Cache, Rotary, Rows, Scale, Source, Table, odd
+from flashtile.lower.rules import round_half_even
 from flashtile.problem import CacheTensors
 
 
@@ -38,6 +39,21 @@ def rotary_of(cache: CacheTensors) -> Rotary | None:
     return Rotary(cache.rotary_cos, cache.rotary_sin, cache.rotary_cos.stride(0), cache.rotary_sin.stride(0))
 
 
+def scale_of(scale: Tensor | None) -> Scale | None:
+    """A quantised cache's scales, (heads_kv,) or (pages, heads_kv)."""
+    if scale is None:
+        return None
+    return Scale(scale, None if scale.ndim == 1 else odd(scale.stride(0)))
+
+
+@triton.jit
+def scale_of_head(scale, i_head):
+    """The `Scale` of one head."""
+    if scale is not None:
+        scale = Scale(scale.pointer + i_head, scale.page)
+    return scale
+
+
 @triton.jit
 def sequence_of(cache, i_batch):
     """(row of the cache or of the block table, left padding, rows before the call) of a sequence."""
@@ -60,25 +76,46 @@ def table_of(cache, i_row, first):
 
 
 @triton.jit
-def open_cache(rows, cache, i_row, i_head, first, begin, end):
+def open_cache(rows, scale, cache, i_row, i_head, first, begin, end):
     """The `Source` of a sequence's rows [begin, end), counted behind its left padding."""
     tiles = rows.pointer + i_head.to(tl.int64) * rows.head
     if cache.table is None:
         tiles += i_row.to(tl.int64) * rows.batch + first.to(tl.int64) * rows.row
-    return Source(rows, tiles, begin, end, table_of(cache, i_row, first))
+    return Source(rows, tiles, begin, end, table_of(cache, i_row, first), scale_of_head(scale, i_head))
 
 
 @triton.jit
-def cache_pointers(rows, cache, i_row, i_head, o_places, m_rows, BLOCK: tl.constexpr, PAGE: tl.constexpr):
-    """Where rows `o_places` of a sequence, left padding counted, lie in a cache."""
-    base = rows.pointer + i_head.to(tl.int64) * rows.head + tl.arange(0, BLOCK)[None, :]
+def store_new(
+    rows, scale, cache, i_row, i_head, o_places, m_rows, b_rows,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Rows of one head to places `o_places` of a sequence, left padding counted; with a `scale` quantised (see
+    `flashtile.kvcache.quantized`)."""
+    STORED: tl.constexpr = rows.pointer.dtype.element_ty
+    o_columns = tl.arange(0, BLOCK)[None, :]
+    b_pages = None
     if PAGE:
-        table = table_of(cache, i_row, 0)
-        b_pages = tl.load(table.pointer + o_places // PAGE, mask=m_rows, other=0)
+        b_pages = tl.load(table_of(cache, i_row, 0).pointer + o_places // PAGE, mask=m_rows, other=0)
         o_rows = b_pages.to(tl.int64) * rows.batch + (o_places % PAGE) * rows.row
     else:
         o_rows = i_row.to(tl.int64) * rows.batch + o_places.to(tl.int64) * rows.row
-    return base + o_rows[:, None]
+    if scale is not None:
+        b_scale = scales_of_rows(scale_of_head(scale, i_head), b_pages)
+        if scale.page is not None:
+            b_scale = b_scale[:, None]
+        b_rows = tl.div_rn(b_rows.to(tl.float32), b_scale)
+        LARGEST: tl.constexpr = largest_of(STORED)
+        b_rows = tl.where(b_rows > LARGEST, LARGEST, tl.where(b_rows < -LARGEST, -LARGEST, b_rows))
+        if STORED == tl.int8:
+            b_rows = round_half_even(b_rows)
+    p_rows = rows.pointer + i_head.to(tl.int64) * rows.head + o_rows[:, None] + o_columns
+    tl.store(p_rows, b_rows.to(STORED), mask=m_rows[:, None] & (o_columns < DIM))
+
+
+@triton.constexpr_function
+def largest_of(dtype):
+    """The largest number of what a cache holds; of integers -127 to 127, so that signs are alike."""
+    return {"fp8e4nv": 448.0, "fp8e5": 57344.0, "int8": 127.0}[dtype.name]
 
 
 @triton.jit
@@ -111,7 +148,7 @@ def load_turned(
 
 @triton.jit
 def append_kernel(
-    k, v, k_cache, v_cache, q, turned, cache, rotary, size, heads_kv,
+    k, v, k_cache, v_cache, q, turned, cache, k_scale, v_scale, rotary, size, heads_kv,
     TILE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, MOVING: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -126,12 +163,9 @@ def append_kernel(
         m_rows = (o_rows < number_of(cache.appended)) & (o_places >= 0) & (o_places < number_of(size.seqlen_k))
         b_k = load_turned(k, i_batch, i_head, o_rows, m_rows, o_places, rotary, DIM, BLOCK, HALF, INTERLEAVED)
         b_v = load_turned(v, i_batch, i_head, o_rows, m_rows, o_places, None, DIM_V, BLOCK_V, 0, False)
-        p_k = cache_pointers(k_cache, cache, i_row, i_head, o_places, m_rows, BLOCK, PAGE)
-        p_v = cache_pointers(v_cache, cache, i_row, i_head, o_places, m_rows, BLOCK_V, PAGE)
-        m_k = m_rows[:, None] & (tl.arange(0, BLOCK) < DIM)[None, :]
-        m_v = m_rows[:, None] & (tl.arange(0, BLOCK_V) < DIM_V)[None, :]
-        tl.store(p_k, b_k.to(k_cache.pointer.dtype.element_ty), mask=m_k)
-        tl.store(p_v, b_v.to(v_cache.pointer.dtype.element_ty), mask=m_v)
+        b_k = b_k.to(k.pointer.dtype.element_ty)
+        store_new(k_cache, k_scale, cache, i_row, i_head, o_places, m_rows, b_k, DIM, BLOCK, PAGE)
+        store_new(v_cache, v_scale, cache, i_row, i_head, o_places, m_rows, b_v, DIM_V, BLOCK_V, PAGE)
     elif rotary is not None:
         i_head -= number_of(heads_kv)
         if not MOVING:

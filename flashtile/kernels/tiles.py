@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from flashtile.kernels.places import diagonal_of, key_range, rows_of_tile, stats_pointers
+from flashtile.kernels.places import diagonal_of, key_range, number_of, rows_of_tile, stats_pointers
 from flashtile.kernels.words import Source
 
 
@@ -38,7 +38,7 @@ def open_tiles(
         tiles += begin.to(tl.int64) * rows.row
         length = tl.maximum(end - begin, 0)
         tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
-    return Source(rows, tiles, begin, end, None)
+    return Source(rows, tiles, begin, end, None, None)
 
 
 @triton.jit
@@ -47,6 +47,16 @@ def pages_of_tile(source, i_tile, TILE: tl.constexpr, PAGE: tl.constexpr):
     o_rows = i_tile * TILE + tl.arange(0, TILE)
     m_rows = (o_rows >= source.begin) & (o_rows < source.end)
     return tl.load(source.table.pointer + (source.table.first + o_rows) // PAGE, mask=m_rows, other=0)
+
+
+@triton.jit
+def scales_of_rows(scale, b_pages):
+    """What quantised rows are multiplied by: one number, or one for each row by its page."""
+    if scale.page is None:
+        b_scale = tl.load(scale.pointer)
+    else:
+        b_scale = tl.load(scale.pointer + b_pages.to(tl.int64) * number_of(scale.page))
+    return b_scale
 
 
 @triton.jit

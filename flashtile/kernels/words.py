@@ -142,13 +142,15 @@ class Place(NamedTuple):
 
 class Source(NamedTuple):
     """What a sweep reads tile by tile: rows [begin, end) of one head; `tiles`: a descriptor for the copy engine, or a
-    pointer to row 0, or of rows in pages, which `table` names, to the first page; None: they lie in one piece."""
+    pointer to row 0, or of rows in pages, which `table` names, to the first page; None: they lie in one piece. `scale`:
+    the `Scale` of quantised rows."""
 
     rows: Any
     tiles: Any
     begin: Any
     end: Any
     table: Any
+    scale: Any
 
 
 class Table(NamedTuple):
@@ -156,6 +158,14 @@ class Table(NamedTuple):
 
     pointer: Any
     first: Any
+
+
+class Scale(NamedTuple):
+    """What quantised rows are multiplied by, head by head; page: the stride of a page's (`odd`), None: all pages
+    share them."""
+
+    pointer: Any
+    page: Any
 
 
 class Cache(NamedTuple):

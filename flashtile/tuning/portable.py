@@ -157,6 +157,7 @@ SPILLS: dict[tuple[str, str, int], int] = {
     ("rdna", "forward_kernel", 256): 150,
     ("rdna", "query_kernel", 256): 300,
     ("rdna", "bias_kernel", 256): 150,
+    ("rdna", "decode_kernel", 128): 10,
     ("rdna", "decode_kernel", 256): 110,
     ("rdna", "key_kernel", 256): 320,
 }

@@ -68,7 +68,9 @@ def plain(value: Any) -> Any:
 
 
 def _memory(tensor: Tensor) -> np.ndarray:
-    """All that lies behind the first element of a tensor, shared with it; bfloat16 as its bits."""
+    """All that lies behind the first element of a tensor, shared with it; bfloat16 and 8-bit floats as their bits."""
     behind = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
     flat = tensor.as_strided((behind,), (1,))
+    if flat.dtype.is_floating_point and flat.dtype.itemsize == 1:
+        return flat.view(torch.uint8).numpy()
     return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype is torch.bfloat16 else flat.numpy()

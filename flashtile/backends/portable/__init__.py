@@ -56,6 +56,19 @@ def refuses(problem: Problem) -> str | None:
     return support.functions(problem)
 
 
+def refuses_cached(problem: Problem) -> str | None:
+    """Of calls over a KV cache those whose numbers the device can convert."""
+    reason, cached = refuses(problem), problem.cached
+    stored = cached.stored if cached is not None else None
+    if reason is not None or cached is None or stored is None or not stored.is_floating_point:
+        return reason
+    if interpreted():
+        return "Triton's interpreter rounds nothing to 8-bit floats" if cached.appended else None
+    if stored is torch.float8_e4m3fn and not torch.version.hip and torch.cuda.get_device_capability() < (8, 9):
+        return "the GPU converts no float8_e4m3fn; float8_e5m2 or int8 would do"
+    return None
+
+
 def configure(problem: Problem, family: str | None = None) -> PortableConfig:
     """The row of the tuning table; `family`: of another GPU than the current one."""
     family = family or _family(torch.cuda.current_device() if torch.cuda.is_available() else None)
@@ -145,4 +158,4 @@ def _kept(memory: Memory) -> Memory | None:
 
 KERNELS = (Kernel("sweep", refuses, configure, _forward, _backward),)
 
-DECODERS = (Decoder("split_keys", refuses, configure_decoding, _decode),)
+DECODERS = (Decoder("split_keys", refuses_cached, configure_decoding, _decode),)

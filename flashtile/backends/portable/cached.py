@@ -9,7 +9,7 @@ from flashtile.backends.portable.decode import decode_kernel
 from flashtile.backends.portable.launch import Call, Machine
 from flashtile.backends.portable.meta import block, meta_of
 from flashtile.kernels.arguments import beside, numbers_of, rows_of, size_of
-from flashtile.kernels.caches import append_kernel, cache_of, combine_kernel, rotary_of, stored
+from flashtile.kernels.caches import append_kernel, cache_of, combine_kernel, rotary_of, scale_of, stored
 from flashtile.kernels.tape import Tape, perform
 from flashtile.kernels.words import Cache, Parts, odd
 from flashtile.problem import CacheTensors, Inputs, Problem
@@ -38,7 +38,7 @@ def decode(
         call = Call.of(machine._replace(tape=tape), inputs, problem)
         words = cache_of(cache)
         _append(call, cache, words, turned)
-        _attend(call, words, config, turned, parts)
+        _attend(call, cache, words, config, turned, parts)
         if splits > 1:
             _combine(call, config, parts, (out, lse))
 
@@ -70,7 +70,8 @@ def _append(call: Call, cache: CacheTensors, words: Cache, turned: Tensor) -> No
         problem.batch * heads * count,
         Tiles(tile, tile, 1, 1),
         *(rows_of(cache.k), rows_of(cache.v), stored(inputs.k), stored(inputs.v)),
-        *(rows_of(inputs.q), rows_of(turned), words, rotary, size_of(problem, heads, count), odd(problem.heads_kv)),
+        *(rows_of(inputs.q), rows_of(turned), words, scale_of(cache.k_scale), scale_of(cache.v_scale), rotary),
+        *(size_of(problem, heads, count), odd(problem.heads_kv)),
         TILE=tile,
         DIM=problem.headdim,
         DIM_V=problem.headdim_v,
@@ -84,7 +85,9 @@ def _append(call: Call, cache: CacheTensors, words: Cache, turned: Tensor) -> No
     )
 
 
-def _attend(call: Call, words: Cache, config: DecodeConfig, q: Tensor, parts: tuple[Tensor, Tensor]) -> None:
+def _attend(
+    call: Call, cache: CacheTensors, words: Cache, config: DecodeConfig, q: Tensor, parts: tuple[Tensor, Tensor]
+) -> None:
     problem, inputs = call.problem, call.inputs
     cut = Parts(odd(config.splits), None if config.part is None else odd(config.part), odd(problem.batch))
 
@@ -95,6 +98,7 @@ def _attend(call: Call, words: Cache, config: DecodeConfig, q: Tensor, parts: tu
             problem.batch * problem.heads_kv * count,
             tiles,
             *(rows_of(q), stored(inputs.k), stored(inputs.v), rows_of(parts[0]), numbers_of(parts[1]), words),
+            *(scale_of(cache.k_scale), scale_of(cache.v_scale)),
             *(size_of(problem, problem.heads_kv, count), call.rules, cut, inputs.sinks),
             META=meta_of(problem, tiles, False, False, False),
             enable_fp_fusion=call.fused(),

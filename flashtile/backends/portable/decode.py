@@ -10,6 +10,7 @@ import triton.language as tl
 from flashtile.backends.portable.forward import before_any_key, forward_sweep, normalized
 from flashtile.kernels.caches import open_cache, part_of, sequence_of
 from flashtile.kernels.places import diagonal_of, key_range, key_span, number_of, program_of
+from flashtile.kernels.tiles import scales_of_rows
 from flashtile.kernels.words import Place, Steps
 
 
@@ -31,7 +32,7 @@ def cached_place(cache, size, i_batch, i_tile, o_head):
 
 
 @triton.jit
-def decode_kernel(q, k, v, out, lse, cache, size, rules, parts, sinks, META: tl.constexpr):
+def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts, sinks, META: tl.constexpr):
     """One program a query tile of a key head and part of the keys."""
     TILE: tl.constexpr = META.tile_q
     BLOCK_DV: tl.constexpr = META.block_dv
@@ -50,8 +51,8 @@ def decode_kernel(q, k, v, out, lse, cache, size, rules, parts, sinks, META: tl.
     )
     begin, end = part_of(parts, i_part, begin, end)
     begin_key, end_key = key_range(rules.window, diagonal, first_row, last_row, place.seqlen_k)
-    keys = open_cache(k, cache, i_row, i_head, place.first_k, begin_key, end_key)
-    values = open_cache(v, cache, i_row, i_head, place.first_k, begin_key, end_key)
+    keys = open_cache(k, k_scale, cache, i_row, i_head, place.first_k, begin_key, end_key)
+    values = open_cache(v, v_scale, cache, i_row, i_head, place.first_k, begin_key, end_key)
 
     m_q = m_rows[:, None] & (tl.arange(0, META.block_d) < META.headdim)[None, :]
     b_q = tl.load(packed_pointers(q, i_batch, o_query, o_head, META.block_d), mask=m_q, other=0.0)
@@ -68,6 +69,9 @@ def decode_kernel(q, k, v, out, lse, cache, size, rules, parts, sinks, META: tl.
         b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps, META, None, None, META.masked, False
     )
     b_out, b_lse = normalized(b_out, b_max, b_sum, unit)
+    if META.quantized:
+        if values.scale.page is None:
+            b_out *= scales_of_rows(values.scale, None)
 
     i_slot = i_part * number_of(parts.batches) + i_batch
     m_out = m_rows[:, None] & (tl.arange(0, BLOCK_DV) < META.headdim_v)[None, :]

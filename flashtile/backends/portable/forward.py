@@ -5,7 +5,7 @@ import triton.language as tl
 
 from flashtile.kernels.places import keys_of_tile, locate, masked_in, stats_pointers, steps_of, tile_at
 from flashtile.kernels.rules import has_nan, kept, only, only_seen, ruled
-from flashtile.kernels.tiles import load_queries, load_tile, open_keys, pages_of_tile, store_rows
+from flashtile.kernels.tiles import load_queries, load_tile, open_keys, pages_of_tile, scales_of_rows, store_rows
 
 
 @triton.jit
@@ -49,7 +49,13 @@ def forward_sweep(
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
         b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma, b_pages, META.page)
         b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma, b_pages, META.page)
+        if META.quantized:
+            b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
+        if META.quantized:
+            b_scores *= scales_of_rows(keys.scale, b_pages)
+            if values.scale.page is not None:
+                b_v = (b_v.to(tl.float32) * scales_of_rows(values.scale, b_pages)[:, None]).to(b_q.dtype)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_scores, m_tile, _, _ = ruled(b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED)
         if GUARDED and MASKED == "always":

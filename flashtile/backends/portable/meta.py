@@ -24,6 +24,7 @@ class Meta:
     exact: the inputs are float32, so that what is cheap for half precision is too coarse.
     packed: sequences lie side by side, so that another one's numbers follow the end of one.
     page: rows of a page of the cache that keys lie in, 0: they lie in one piece.
+    quantized: keys and values are of fewer bits than queries, and have scales.
     """
 
     tile_q: int
@@ -46,6 +47,7 @@ class Meta:
     gives: str
     packed: bool
     page: int
+    quantized: bool
 
 
 @lru_cache(maxsize=4096)
@@ -76,6 +78,7 @@ def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool,
         gives=gives,
         packed=problem.varlen,
         page=problem.cached.page if problem.cached is not None else 0,
+        quantized=problem.cached is not None and problem.cached.stored is not None,
     )
 
 
