@@ -22,7 +22,8 @@ from tests.problems import Draw, Shape
 class CacheCase:
     """lengths: rows in the cache, left padding included. appended: None: nothing is new. page: 0: one piece a row.
     indexed: sequences have rows in another order than their own. rotary: columns that are turned. stored: what a
-    quantised cache holds, with a scale for each head, or each page of each head."""
+    quantised cache holds, with a scale for each head, or each page of each head. latent: values are the first columns
+    of the keys, in the cache too."""
 
     name: str
     lengths: tuple[int, ...] = (5, 41, 0)
@@ -45,6 +46,7 @@ class CacheCase:
     sinks: bool = False
     stored: torch.dtype | None = None
     scale_by_page: bool = False
+    latent: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -78,6 +80,13 @@ QUANTIZED = (
     replace(EVERYTHING, name="everything_int8", stored=INT8, seqlen_q=20),
 )
 """Caches of fewer bits than the queries have."""
+
+WIDE = (
+    CacheCase("latent", latent=True, heads=5, heads_kv=1, headdim=576, headdim_v=512, page=16),
+    CacheCase("latent_fp8", latent=True, heads=5, heads_kv=1, headdim=576, headdim_v=512, stored=FP8),
+    CacheCase("wide", seqlen_q=1, appended=1, headdim=530, headdim_v=40),
+)
+"""Keys of more than 512 columns: multi-head latent attention, and others."""
 
 CASES = (
     CacheCase("plain"),
@@ -127,7 +136,9 @@ class CacheCall:
         return found
 
     def copy(self) -> "CacheCall":
-        return replace(self, k_cache=self.k_cache.clone(), v_cache=self.v_cache.clone())
+        k_cache = self.k_cache.clone()
+        v_cache = k_cache[..., : self.case.headdim_v] if self.case.latent else self.v_cache.clone()
+        return replace(self, k_cache=k_cache, v_cache=v_cache)
 
     def read(self, sequence: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """(k, v) of rows [begin, end) as a quantised cache holds them, float64."""
@@ -198,6 +209,13 @@ def make(case: CacheCase, dtype: torch.dtype, device: str = "cpu") -> CacheCall:
         for name in ("k_scale", "v_scale"):
             options[name] = (draw.normal(*counts).abs() + 1.0) * (3.0 / largest)
     call = CacheCall(case, dtype, normal(batch, case.seqlen_q, case.heads, case.headdim), *caches, options, old)
+    if case.latent:
+        call.v_cache = call.k_cache[..., : case.headdim_v]
+        call.old = old = [(k, k[..., : case.headdim_v]) for k, _ in old]
+        if "k" in options:
+            options["v"] = options["k"][..., : case.headdim_v]
+        if case.stored is not None:
+            options["v_scale"] = options["k_scale"]
     for sequence, rows in enumerate(old):
         where = call.places(sequence, pads[sequence], case.lengths[sequence])
         for name, cache, one in zip("kv", (call.k_cache, call.v_cache), rows, strict=True):

@@ -129,6 +129,13 @@ class TestCommand:
         assert said in capsys.readouterr().err
 
 
+def test_latent_attention() -> None:
+    """Keys in two tiles of columns, the first of which are the values; many heads to a tile."""
+    rows = [Row(**row) for row in build.rows(Entry("sm_90a", matrix.LATENT, "bfloat16", "decode_paged"))]
+    assert [str(row) for row in rows if row.broken] == []
+    assert rows[1].tiles[0] == 16
+
+
 def test_what_a_target_cannot_convert_is_not_compiled() -> None:
     assert build.rows(Entry("sm_86", 64, "bfloat16", "decode_fp8")) == []
 

@@ -10,13 +10,13 @@ import flashtile
 from flashtile import decoding, plan, recall
 from flashtile.decoding import CacheArguments
 from tests import caches
-from tests.caches import CASES, EVERYTHING, QUANTIZED, CacheCase
+from tests.caches import CASES, EVERYTHING, QUANTIZED, WIDE, CacheCase
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*CASES, *QUANTIZED], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *QUANTIZED, *WIDE], ids=str)
 def test_matches_reference(case: CacheCase, dtype: torch.dtype) -> None:
     call = caches.make(case, dtype)
     assert _plan(call).backend == "pytorch"

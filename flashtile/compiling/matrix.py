@@ -68,31 +68,35 @@ CACHED: dict[str, tuple[int, dict[str, Any]]] = {
 NAMES = (*VARIANTS, *CACHED)
 
 
+LATENT = 576
+"""The head dimension of multi-head latent attention, whose values are the first 512 columns of the one key head."""
+
+
 def cached_call(entry: Entry) -> decoding.Call:
-    """The same of an entry over a KV cache, whose keys are cut into two parts; four query heads share a key head."""
+    """The same of an entry over a KV cache, whose keys are cut into two parts. Four query heads share a key head, with
+    headdim `LATENT` sixteen."""
     queries, given = CACHED[entry.variant]
     options = dict(given)
     dtype = getattr(torch, entry.dtype)
+    heads, heads_kv = (16, 1) if entry.headdim == LATENT else (8, 2)
 
     def zeros(*sizes: int) -> Tensor:
         return torch.zeros(*sizes, entry.headdim, dtype=dtype)
 
+    shape = (2, SEQLEN, heads_kv)
     if options.pop("paged", False):
         options["block_table"] = torch.arange(2 * SEQLEN // PAGE, dtype=torch.int32).view(2, -1)
-        shape = (2 * SEQLEN // PAGE, PAGE, 2)
-    else:
-        shape = (2, SEQLEN, 2)
+        shape = (2 * SEQLEN // PAGE, PAGE, heads_kv)
     stored = options.pop("stored", None)
-    caches = [zeros(*shape) for _ in range(2)]
+    k, k_cache = zeros(2, queries, heads_kv), zeros(*shape).to(stored or dtype)
+    v, v_cache = (k[..., :512], k_cache[..., :512]) if entry.headdim == LATENT else (k, torch.zeros_like(k_cache))
     if stored is not None:
-        caches = [cache.to(stored) for cache in caches]
-        options["k_scale"] = options["v_scale"] = torch.ones(shape[0], 2)
+        options["k_scale"] = options["v_scale"] = torch.ones(shape[0], heads_kv)
     if options.pop("rotary", False):
         options["rotary_cos"] = options["rotary_sin"] = torch.zeros(SEQLEN, entry.headdim // 2, dtype=dtype)
     lengths = torch.full((2,), 100, dtype=torch.int32)
-    new = zeros(2, queries, 2)
-    arguments = CacheArguments(cache_seqlens=lengths, k=new, v=new, num_splits=2, **options)
-    return decoding.build(zeros(2, queries, 8), caches[0], caches[1], arguments)
+    arguments = CacheArguments(cache_seqlens=lengths, k=k, v=v, num_splits=2, **options)
+    return decoding.build(zeros(2, queries, heads), k_cache, v_cache, arguments)
 
 
 def call(entry: Entry) -> tuple[Inputs, Options]:

@@ -42,6 +42,12 @@ def open_tiles(
 
 
 @triton.jit
+def columns_from(source, FIRST: tl.constexpr):
+    """The `Source` of the same rows' columns from FIRST on, without the copy engine."""
+    return Source(source.rows, source.tiles + FIRST, source.begin, source.end, source.table, source.scale)
+
+
+@triton.jit
 def pages_of_tile(source, i_tile, TILE: tl.constexpr, PAGE: tl.constexpr):
     """The page that each row of a tile lies in; of rows outside of [begin, end), which are never read, the first."""
     o_rows = i_tile * TILE + tl.arange(0, TILE)

@@ -48,10 +48,14 @@ program on a multiprocessor. The largest that do not spill; timed on none."""
 NARROW["blackwell"] = NARROW["hopper"]
 
 APPEND = (1, 2, 4)
-"""New rows of a program: the first that holds all, or as many programs as it takes."""
+"""New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns do
+without the last."""
 
 COMBINE = 16
 """Parts that are joined at a time."""
+
+COLUMNS = 256
+"""Columns of a row that one warp joins."""
 
 PART = 1024
 """Keys of a part where all are of one size (`batch_invariant`)."""
@@ -76,6 +80,12 @@ def decode_tiles(headdim: int, rows: int, half: bool, kind: str, family: str) ->
     if rows > tiles.tile_q:
         return portable_config(headdim, kind, family).forward
     return tiles._replace(tile_q=max(16, 1 << (rows - 1).bit_length()))
+
+
+def append_rows(rows: int, columns: int) -> int:
+    """New rows of a program, from `APPEND`."""
+    fitting = APPEND if columns <= 512 else APPEND[:-1]
+    return next((tile for tile in fitting if rows <= tile), fitting[-1])
 
 
 def decode_splits(programs: int, tiles: int, multiprocessors: int) -> int:

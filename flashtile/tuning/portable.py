@@ -151,6 +151,8 @@ SPILLS: dict[tuple[str, str, int], int] = {
     ("ampere", "forward_kernel", 128): 10,
     ("ampere", "query_kernel", 128): 10,
     ("ampere", "key_kernel", 128): 10,
+    ("ampere", "decode_kernel", 576): 50,
+    ("cdna", "decode_kernel", 576): 100,
     # The smallest tiles that matrix instructions take; rows of this many columns alone fill the registers.
     ("rdna", "query_kernel", 128): 410,
     ("rdna", "key_kernel", 128): 130,
@@ -168,6 +170,7 @@ HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
     ("forward_kernel", 128): {"mask_mod": 90},
     ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 90},
     ("decode_kernel", 256): {"decode_many": 10},
+    ("decode_kernel", 576): {"decode_many": 90},
     ("bias_kernel", 64): {"bias": 20},
     ("bias_kernel", 128): {"bias": 20},
     ("bias_kernel", 256): {"bias": 20},

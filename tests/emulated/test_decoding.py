@@ -17,7 +17,7 @@ from flashtile.kernels import aot
 from flashtile.problem import describe_cached
 from flashtile.tuning.portable import Tiles
 from tests import caches
-from tests.caches import CASES, EVERYTHING, INT8, QUANTIZED, CacheCall, CacheCase
+from tests.caches import CASES, EVERYTHING, INT8, QUANTIZED, WIDE, CacheCall, CacheCase
 from tests.emulated.amd import bind
 from tests.emulated.hopper import plain
 from tools.ptx_emulation import SWEEP, emulate_kernel
@@ -84,6 +84,11 @@ def test_matches_reference(arch: int, case: CacheCase) -> None:
 def test_quantized(arch: int, case: CacheCase) -> None:
     """The emulator does not know how Triton converts 8-bit floats for sm_80."""
     _check(case, torch.bfloat16 if case.page else torch.float16, arch, SWEEP[0])
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide(case: CacheCase) -> None:
+    _check(case, torch.bfloat16, 90, SWEEP[0])
 
 
 def test_float32() -> None:

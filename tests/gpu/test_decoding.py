@@ -12,7 +12,7 @@ from flashtile.decoding import CacheArguments
 from flashtile.kernels.tape import Tape
 from flashtile.kvcache import PagedCache
 from tests import caches
-from tests.caches import CASES, EVERYTHING, QUANTIZED, CacheCase
+from tests.caches import CASES, EVERYTHING, QUANTIZED, WIDE, CacheCase
 from tests.test_examples import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -24,7 +24,7 @@ def _plan(call: caches.CacheCall, **more: object) -> plan.Plan:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [*CASES, *QUANTIZED], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *QUANTIZED, *WIDE], ids=str)
 def test_matches_reference(case: CacheCase, dtype: torch.dtype) -> None:
     for splits in (None, 1, 5):
         call = caches.make(case, dtype, "cuda")

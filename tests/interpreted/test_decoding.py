@@ -12,7 +12,7 @@ from flashtile.decoding import CacheArguments
 from flashtile.tuning import decoding
 from flashtile.tuning.portable import Tiles
 from tests import caches
-from tests.caches import CASES, EVERYTHING, QUANTIZED, CacheCase
+from tests.caches import CASES, EVERYTHING, QUANTIZED, WIDE, CacheCase
 
 ROWS = ((10**6, Tiles(128, 16, 4, 1)),)
 
@@ -31,7 +31,7 @@ def _plan(call: caches.CacheCall, **more: object) -> plan.Plan:
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("case", [*CASES, *QUANTIZED], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *QUANTIZED, *WIDE], ids=str)
 def test_matches_reference(case: CacheCase, splits: int) -> None:
     dtype = torch.float16 if splits == 3 else torch.float32
     call = caches.make(case, dtype)

@@ -38,10 +38,19 @@ def builds() -> int:
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST = 512
+_LARGEST_KEY = 576
+"""Over a KV cache: multi-head latent attention has 512 columns and 64 more with positions."""
 
 
 def refuses(problem: Problem) -> str | None:
     """Takes head dimensions to 512 and the functions that can be written in Triton."""
+    if max(problem.headdim, problem.headdim_v) > _LARGEST:
+        return f"headdim {problem.headdim} and headdim_v {problem.headdim_v}: it takes up to {_LARGEST}"
+    return _refuses_numbers(problem)
+
+
+def _refuses_numbers(problem: Problem) -> str | None:
+    """What stands against the dtype, the device and the functions, whatever the head dimensions are."""
     device = "cpu" if interpreted() else "cuda"
     if problem.device != device:
         return f"it runs on {device}, the tensors are on {problem.device}"
@@ -49,16 +58,17 @@ def refuses(problem: Problem) -> str | None:
         return "Triton's interpreter multiplies no bfloat16"
     if problem.dtype not in _DTYPES:
         return f"it computes in float32; the tensors are {problem.dtype}"
-    if max(problem.headdim, problem.headdim_v) > _LARGEST:
-        return f"headdim {problem.headdim} and headdim_v {problem.headdim_v}: it takes up to {_LARGEST}"
     from flashtile.kernels import support
 
     return support.functions(problem)
 
 
 def refuses_cached(problem: Problem) -> str | None:
-    """Of calls over a KV cache those whose numbers the device can convert."""
-    reason, cached = refuses(problem), problem.cached
+    """Of calls over a KV cache keys to headdim 576, and those whose numbers the device can convert."""
+    reason, cached = _refuses_numbers(problem), problem.cached
+    if problem.headdim > _LARGEST_KEY or problem.headdim_v > _LARGEST:
+        sizes = f"headdim {problem.headdim} and headdim_v {problem.headdim_v}"
+        return f"{sizes}: it takes up to {_LARGEST_KEY} and {_LARGEST} over a KV cache"
     stored = cached.stored if cached is not None else None
     if reason is not None or cached is None or stored is None or not stored.is_floating_point:
         return reason
@@ -78,7 +88,7 @@ def configure(problem: Problem, family: str | None = None) -> PortableConfig:
 def configure_decoding(problem: Problem, family: str | None = None) -> DecodeConfig:
     """Tiles from the table, and as many parts of the keys as fill the device; no length is known here."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    rows, headdim = problem.seqlen_q * problem.group, max(problem.headdim, problem.headdim_v)
+    rows, headdim = problem.seqlen_q * problem.group, min(_LARGEST, max(problem.headdim, problem.headdim_v))
     half = problem.dtype is not torch.float32
     tiles = decode_tiles(headdim, rows, half, kind_of(problem), family or _family(device))
     longest = -(-problem.seqlen_kv // tiles.tile_kv)

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from flashtile.backends.portable.decode import decode_kernel
 from flashtile.backends.portable.launch import Call, Machine
-from flashtile.backends.portable.meta import block, meta_of
+from flashtile.backends.portable.meta import block, cut, meta_of
 from flashtile.kernels.arguments import beside, numbers_of, rows_of, size_of
 from flashtile.kernels.caches import append_kernel, cache_of, combine_kernel, rotary_of, scale_of, stored
 from flashtile.kernels.tape import Tape, perform
 from flashtile.kernels.words import Cache, Parts, odd
 from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
-from flashtile.tuning.decoding import APPEND, COMBINE, DecodeConfig
+from flashtile.tuning.decoding import COLUMNS, COMBINE, DecodeConfig, append_rows
 from flashtile.tuning.portable import Tiles
 
 KERNELS = (append_kernel, decode_kernel, combine_kernel)
@@ -62,7 +62,7 @@ def _append(call: Call, cache: CacheTensors, words: Cache, turned: Tensor) -> No
     rotary = rotary_of(cache)
     heads = problem.heads_kv + (problem.heads if rotary is not None else 0)
     rows = max(cached.appended, problem.seqlen_q if rotary is not None else 0)
-    tile = next((tile for tile in APPEND if rows <= tile), APPEND[-1])
+    tile = append_rows(rows, max(problem.headdim, problem.headdim_v))
     count = -(-rows // tile)
     window = region(problem.mask)
     call.run(
@@ -91,6 +91,8 @@ def _attend(
     problem, inputs = call.problem, call.inputs
     cut = Parts(odd(config.splits), None if config.part is None else odd(config.part), odd(problem.batch))
 
+    latent = _latent(inputs, problem)
+
     def attempt(tiles: Tiles) -> None:
         count = -(-problem.seqlen_q * problem.group // tiles.tile_q) * config.splits
         call.run(
@@ -100,11 +102,18 @@ def _attend(
             *(rows_of(q), stored(inputs.k), stored(inputs.v), rows_of(parts[0]), numbers_of(parts[1]), words),
             *(scale_of(cache.k_scale), scale_of(cache.v_scale)),
             *(size_of(problem, problem.heads_kv, count), call.rules, cut, inputs.sinks),
-            META=meta_of(problem, tiles, False, False, False),
+            META=meta_of(problem, tiles, False, False, False, latent=latent),
             enable_fp_fusion=call.fused(),
         )
 
-    call.fit(decode_kernel, config.tiles, attempt, meta_of(problem, config.tiles, False, False, False))
+    call.fit(decode_kernel, config.tiles, attempt, meta_of(problem, config.tiles, False, False, False, latent=latent))
+
+
+def _latent(inputs: Inputs, problem: Problem) -> bool:
+    """Whether values are the first columns of the keys' first tile, as in multi-head latent attention (DeepSeek-V2,
+    section 2.1): they are then read once."""
+    k, v = inputs.k, inputs.v
+    return v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and problem.headdim_v == cut(problem)[0]
 
 
 def _combine(call: Call, config: DecodeConfig, parts: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> None:
@@ -112,7 +121,7 @@ def _combine(call: Call, config: DecodeConfig, parts: tuple[Tensor, Tensor], who
     call.run(
         combine_kernel,
         problem.batch * problem.heads * problem.seqlen_q,
-        Tiles(1, COMBINE, 1, 1),
+        Tiles(1, COMBINE, max(1, block(problem.headdim_v) // COLUMNS), 1),
         *(rows_of(parts[0]), numbers_of(parts[1]), rows_of(whole[0]), numbers_of(whole[1])),
         *(size_of(problem, problem.heads, problem.seqlen_q), Parts(odd(config.splits), None, odd(problem.batch))),
         DIM=problem.headdim_v,

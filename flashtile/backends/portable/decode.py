@@ -56,6 +56,11 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
 
     m_q = m_rows[:, None] & (tl.arange(0, META.block_d) < META.headdim)[None, :]
     b_q = tl.load(packed_pointers(q, i_batch, o_query, o_head, META.block_d), mask=m_q, other=0.0)
+    b_q_rest = None
+    if META.rest:
+        m_rest = m_rows[:, None] & (tl.arange(0, META.block_rest) < META.rest)[None, :]
+        p_rest = packed_pointers(q, i_batch, o_query, o_head, META.block_rest) + META.headdim
+        b_q_rest = tl.load(p_rest, mask=m_rest, other=0.0)
     # The maximum is kept as scores, or as dot products if nothing modifies.
     unit = 1.0 if META.modified else rules.scale
     b_max, b_sum = before_any_key(sinks, o_head, unit, TILE)
@@ -66,8 +71,9 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
     b_out = tl.zeros([TILE, BLOCK_DV], tl.float32)
     steps = Steps(begin, begin, end, full_begin, full_end)
     b_out, b_max, b_sum = forward_sweep(
-        b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps, META, None, None, META.masked, False
-    )
+        b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
+        META, None, None, META.masked, False, b_q_rest,
+    )  # fmt: skip
     b_out, b_lse = normalized(b_out, b_max, b_sum, unit)
     if META.quantized:
         if values.scale.page is None:

@@ -5,7 +5,15 @@ import triton.language as tl
 
 from flashtile.kernels.places import keys_of_tile, locate, masked_in, stats_pointers, steps_of, tile_at
 from flashtile.kernels.rules import has_nan, kept, only, only_seen, ruled
-from flashtile.kernels.tiles import load_queries, load_tile, open_keys, pages_of_tile, scales_of_rows, store_rows
+from flashtile.kernels.tiles import (
+    columns_from,
+    load_queries,
+    load_tile,
+    open_keys,
+    pages_of_tile,
+    scales_of_rows,
+    store_rows,
+)
 
 
 @triton.jit
@@ -28,9 +36,10 @@ def online_softmax(b_out, b_max, b_sum, b_scores, factor, EXACT: tl.constexpr):
 def forward_sweep(
     b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
     META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    b_q_rest=None,
 ):  # fmt: skip
     """The key tiles that `steps` names. MASKED: the mask is evaluated "always", "never", or at the "edges". GUARDED:
-    values that no row sees are not multiplied; a weight of 0 does not stop NaN."""
+    values that no row sees are not multiplied; a weight of 0 does not stop NaN. `b_q_rest`: see `Meta.rest`."""
     TILE: tl.constexpr = META.tile_kv
     o_rows = o_query[:, None]
     STAGES: tl.constexpr = 1 if GUARDED else None
@@ -48,10 +57,17 @@ def forward_sweep(
             b_next = pages_of_tile(keys, i_next, TILE, META.page)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
         b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma, b_pages, META.page)
-        b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma, b_pages, META.page)
+        if META.latent:
+            b_v = b_k
+        else:
+            b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma, b_pages, META.page)
         if META.quantized:
             b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
+        if META.rest:
+            further = columns_from(keys, META.headdim)
+            b_rest = load_tile(further, i_tile, META.rest, TILE, META.block_rest, False, b_pages, META.page)
+            b_scores = tl.dot(b_q_rest, tl.trans(b_rest.to(b_q.dtype)), b_scores, input_precision=META.precision)
         if META.quantized:
             b_scores *= scales_of_rows(keys.scale, b_pages)
             if values.scale.page is not None:
