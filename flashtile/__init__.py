@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flashtile import kvcache, masks, reference
-    from flashtile.api import attention, attention_kvcache, attention_varlen, builds, explain, warmup
+    from flashtile.api import attention, attention_kvcache, attention_varlen, builds, explain, explain_kvcache, warmup
     from flashtile.dropout import dropout_mask
     from flashtile.masks import Mask
     from flashtile.state import State, combine, merge
@@ -22,6 +22,7 @@ _HOMES = {
     "attention_varlen": "api",
     "builds": "api",
     "explain": "api",
+    "explain_kvcache": "api",
     "warmup": "api",
     "combine": "state",
     "merge": "state",
@@ -43,6 +44,7 @@ __all__ = [
     "combine",
     "dropout_mask",
     "explain",
+    "explain_kvcache",
     "kvcache",
     "masks",
     "merge",

@@ -286,6 +286,20 @@ def attention_kvcache(
     return State(out, lse) if return_lse else out
 
 
+def explain_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, **arguments: Any) -> Plan:
+    """`explain` for `attention_kvcache`, whose arguments it takes. Nothing runs, the caches stay as they are.
+
+    Returns:
+        Plan: printed, and returned.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention_kvcache` would, but for what tensors contain.
+    """
+    chosen = decoding.build(q, k_cache, v_cache, CacheArguments(**arguments)).plan()
+    print(chosen)
+    return chosen
+
+
 def explain(
     q: Tensor,
     k: Tensor,

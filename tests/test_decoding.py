@@ -193,9 +193,12 @@ def test_autocast_casts_queries_and_new_rows() -> None:
         assert torch.equal(call.run().out, wanted)
 
 
-def test_plans_say_what_is_refused() -> None:
+def test_plans_say_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     call = caches.make(EVERYTHING, torch.float32)
-    text = str(_plan(call))
+    before = call.copy()
+    text = str(flashtile.explain_kvcache(call.q, call.k_cache, call.v_cache, **call.options))
+    assert capsys.readouterr().out == text + "\n"
+    torch.testing.assert_close(call.k_cache, before.k_cache, rtol=0, atol=0, equal_nan=True)
     assert "attention over a KV cache in pages of 16: batch 3, seqlen 3x64" in text
     assert "runs on  pytorch/tiled" in text
     call.options["backend"] = "hopper"

@@ -89,8 +89,7 @@ def _attend(
     call: Call, cache: CacheTensors, words: Cache, config: DecodeConfig, q: Tensor, parts: tuple[Tensor, Tensor]
 ) -> None:
     problem, inputs = call.problem, call.inputs
-    cut = Parts(odd(config.splits), None if config.part is None else odd(config.part), odd(problem.batch))
-
+    parted = Parts(odd(config.splits), None if config.part is None else odd(config.part), odd(problem.batch))
     latent = _latent(inputs, problem)
 
     def attempt(tiles: Tiles) -> None:
@@ -101,7 +100,7 @@ def _attend(
             tiles,
             *(rows_of(q), stored(inputs.k), stored(inputs.v), rows_of(parts[0]), numbers_of(parts[1]), words),
             *(scale_of(cache.k_scale), scale_of(cache.v_scale)),
-            *(size_of(problem, problem.heads_kv, count), call.rules, cut, inputs.sinks),
+            *(size_of(problem, problem.heads_kv, count), call.rules, parted, inputs.sinks),
             META=meta_of(problem, tiles, False, False, False, latent=latent),
             enable_fp_fusion=call.fused(),
         )

@@ -80,7 +80,11 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
             b_out *= scales_of_rows(values.scale, None)
 
     i_slot = i_part * number_of(parts.batches) + i_batch
-    m_out = m_rows[:, None] & (tl.arange(0, BLOCK_DV) < META.headdim_v)[None, :]
+    m_read = m_rows
+    if number_of(parts.splits) > 1:
+        # Of rows that saw no key of a part nobody reads the output.
+        m_read = m_rows & (b_lse != -float("inf"))
+    m_out = m_read[:, None] & (tl.arange(0, BLOCK_DV) < META.headdim_v)[None, :]
     p_out = packed_pointers(out, i_slot, o_query, o_head, BLOCK_DV)
     tl.store(p_out, b_out.to(out.pointer.dtype.element_ty), mask=m_out)
     p_lse = lse.pointer + i_slot.to(tl.int64) * number_of(lse.batch) + o_head.to(tl.int64) * number_of(lse.head)
