@@ -220,10 +220,23 @@ def make(case: CacheCase, dtype: torch.dtype, device: str = "cpu") -> CacheCall:
         where = call.places(sequence, pads[sequence], case.lengths[sequence])
         for name, cache, one in zip("kv", (call.k_cache, call.v_cache), rows, strict=True):
             as_bytes(cache)[where] = as_bytes(one if case.stored is None else _quantized(call, name, where, one))
+    if case.scale_by_page:
+        for name in ("k_scale", "v_scale"):
+            options[name] = _scales_in_use(call, options[name])
     if case.stored is not None:
         # What a quantised cache holds is what is attended to.
         call.old = [call.read(i, pads[i], case.lengths[i]) for i in range(batch)]
     return call
+
+
+def _scales_in_use(call: CacheCall, scale: Tensor) -> Tensor:
+    """The same, NaN for pages that no sequence has rows in."""
+    found = torch.full_like(scale, torch.nan)
+    for index, length in enumerate(call.case.lengths):
+        begin = call.case.leftpad[index] if call.case.leftpad else 0
+        pages, _ = call.places(index, begin, length + (call.case.appended or 0))
+        found[pages] = scale[pages]
+    return found
 
 
 def _unused(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

@@ -49,19 +49,20 @@ def columns_from(source, FIRST: tl.constexpr):
 
 @triton.jit
 def pages_of_tile(source, i_tile, TILE: tl.constexpr, PAGE: tl.constexpr):
-    """The page that each row of a tile lies in; of rows outside of [begin, end), which are never read, the first."""
+    """The page that each row of a tile lies in; -1 for rows outside of [begin, end), which are never read."""
     o_rows = i_tile * TILE + tl.arange(0, TILE)
     m_rows = (o_rows >= source.begin) & (o_rows < source.end)
-    return tl.load(source.table.pointer + (source.table.first + o_rows) // PAGE, mask=m_rows, other=0)
+    return tl.load(source.table.pointer + (source.table.first + o_rows) // PAGE, mask=m_rows, other=-1)
 
 
 @triton.jit
 def scales_of_rows(scale, b_pages):
-    """What quantised rows are multiplied by: one number, or one for each row by its page."""
+    """What quantised rows are multiplied by: one number, or one for each row by its page, 0 where that is -1."""
     if scale.page is None:
         b_scale = tl.load(scale.pointer)
     else:
-        b_scale = tl.load(scale.pointer + b_pages.to(tl.int64) * number_of(scale.page))
+        pointers = scale.pointer + b_pages.to(tl.int64) * number_of(scale.page)
+        b_scale = tl.load(pointers, mask=b_pages >= 0, other=0.0)
     return b_scale
 
 
