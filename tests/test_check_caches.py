@@ -1,13 +1,19 @@
 """Every message about KV caches: a wrong call raises it, and the caches are as they were before."""
 
+import functools
+import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import flashtile
+from flashtile import check
 from flashtile.kvcache import OutOfPages, PagedCache
+from tests.raises import lines_run, raises
 
 
 def _call(**changes: Any) -> None:
@@ -140,6 +146,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rotary_interleaved": 1}, TypeError, "rotary_interleaved: got 1, need True or False"),
     ({"causal": None}, TypeError, "causal: got None"),
     ({"debug": 1}, TypeError, "debug: got 1"),
+    ({"batch_invariant": 1}, TypeError, "batch_invariant: got 1"),
+    ({"return_lse": None}, TypeError, "return_lse: got None"),
     ({"window": 4}, TypeError, "window: got int"),
     ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
     ({"sinks": torch.zeros(3)}, ValueError, r"sinks: got shape \(3,\)"),
@@ -155,8 +163,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("changes", "kind", "message"), WRONG, ids=[message[:40] for _, _, message in WRONG])
 def test_wrong_calls(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=message) as caught:
         _call(**changes)
+    assert re.search("[,;] need ", str(caught.value)), str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +223,9 @@ def _with_one(wrong: Callable[[PagedCache], Any]) -> None:
 
 @pytest.mark.parametrize(("wrong", "kind", "message"), WRONG_POOLS, ids=[message[:40] for _, _, message in WRONG_POOLS])
 def test_wrong_use_of_a_pool(wrong: Callable[[], Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=message) as caught:
         wrong()
+    assert re.search("[,;] need ", str(caught.value)), str(caught.value)
 
 
 def test_combine_wants_as_many_of_both() -> None:
@@ -224,3 +234,19 @@ def test_combine_wants_as_many_of_both() -> None:
         flashtile.combine([out, out], [lse])
     with pytest.raises(TypeError, match="outputs: got int, need a tensor"):
         flashtile.combine(3, [lse])  # type: ignore[arg-type]
+
+
+def test_every_message_is_in_a_table() -> None:
+    """Each `raise` about KV caches runs when the tables do."""
+    file = Path(check.__file__).parent / "caches.py"
+    calls: list[tuple[Callable[[], Any], type[Exception]]] = [
+        *((functools.partial(_call, **changes), kind) for changes, kind, _ in WRONG),
+        *((wrong, kind) for wrong, kind, _ in WRONG_POOLS),
+        (test_combine_wants_as_many_of_both, AssertionError),
+    ]
+    assert sorted(raises([file]) - lines_run(file.parent, calls)) == []
+
+
+def test_every_argument_is_in_the_table() -> None:
+    refused = {message.split(":")[0] for _, _, message in WRONG}
+    assert set(inspect.signature(flashtile.attention_kvcache).parameters) <= refused
