@@ -9,23 +9,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from flashtile import masks, reference
-    from flashtile.api import attention, attention_varlen, builds, explain, warmup
+    from flashtile import kvcache, masks, reference
+    from flashtile.api import attention, attention_kvcache, attention_varlen, builds, explain, explain_kvcache, warmup
     from flashtile.dropout import dropout_mask
     from flashtile.masks import Mask
-    from flashtile.state import State, merge
+    from flashtile.state import State, combine, merge
 
 # Public name -> the module that holds it. A module listed under its own name is exported whole.
 _HOMES = {
     "attention": "api",
+    "attention_kvcache": "api",
     "attention_varlen": "api",
     "builds": "api",
     "explain": "api",
+    "explain_kvcache": "api",
     "warmup": "api",
+    "combine": "state",
     "merge": "state",
     "State": "state",
     "Mask": "masks",
     "dropout_mask": "dropout",
+    "kvcache": "kvcache",
     "masks": "masks",
     "reference": "reference",
 }
@@ -34,10 +38,14 @@ __all__ = [
     "Mask",
     "State",
     "attention",
+    "attention_kvcache",
     "attention_varlen",
     "builds",
+    "combine",
     "dropout_mask",
     "explain",
+    "explain_kvcache",
+    "kvcache",
     "masks",
     "merge",
     "reference",

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import autograd, plan, recall
+from flashtile import autograd, decoding, plan, recall
+from flashtile.decoding import CacheArguments
 from flashtile.masks import Alignment, Mask
 from flashtile.plan import Plan
 from flashtile.request import Arguments, Packing, build, described
@@ -180,6 +181,123 @@ def attention_varlen(
     packing = Packing(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     out, lse = recall.attention(q, k, v, arguments, packing)
     return State(out, lse) if return_lse else out
+
+
+def attention_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: int | Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    num_splits: int | None = None,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    debug: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Appends new keys and values to a KV cache, in place, and attends over all of it, in one call; for inference.
+
+    Keys are split over the device where there are few queries (Flash-Decoding, Dao et al. 2023), the query heads of a
+    key head share its reads, and pages are followed by a block table (vLLM, Kwon et al. 2023). Every option goes with
+    every other. Lengths are read on the device, so that a captured CUDA graph may be replayed with others in them.
+
+    Args:
+        q: (batch, seqlen_q, heads, headdim), the last seqlen_q positions of each sequence.
+        k_cache: (rows, seqlen_cache, heads_kv, headdim), dtype and device of q, columns side by side; with
+            block_table (pages, page_size, heads_kv, headdim), pages of 16 rows or more. Or, with scales, float8_e4m3fn,
+            float8_e5m2 or int8.
+        v_cache: the same with headdim_v columns.
+        cache_seqlens: int or (batch,) int32 or int64, rows of each sequence in the cache before this call, left
+            padding included.
+        k, v: (batch, seqlen_new, heads_kv, headdim or headdim_v), rows to write behind those. Default: nothing is new,
+            and q belongs to the last rows that are there.
+        cache_batch_idx: (batch,), the row of the caches, or of block_table, that each sequence has. Default: its own
+            number.
+        cache_leftpad: (batch,), rows at the front of each sequence that are padding: never read. Default: 0.
+        block_table: (batch or more, pages of a sequence), the page that holds each page_size rows. Entries behind the
+            last page in use may be anything.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), q's dtype or float32: q and k are turned (Su et al. 2021)
+            before use, each row by its place in the cache, cache_seqlens + i; without causal and window all queries
+            are turned to cache_seqlens. Needs k and v, and as many positions as a sequence may have rows; in pages
+            they may end inside of the last one.
+        k_scale, v_scale: float32, (heads_kv,), or with block_table (pages, heads_kv): what the numbers of a quantised
+            cache are multiplied by. New rows are divided by them, and rounded and cut off to what the cache holds.
+        rotary_interleaved: columns 2i and 2i + 1 are a pair (GPT-J); else i and i + rotary_dim / 2 (GPT-NeoX).
+        causal, window: as in `attention`, aligned to the bottom right: the last query sees the last key.
+        softcap, alibi_slopes, sinks, scale: as in `attention`.
+        num_splits: parts that the keys of a sequence are cut into, 1 to 256; default: as many as fill the device. On
+            the CPU they stay in one.
+        batch_invariant: a sequence gets the same bits alone and in any batch, at any capacity of the cache, paged or
+            not: its keys are cut into parts of one size.
+        return_lse: return State(out, lse) instead of out.
+        debug: look at lengths, rows and page ids on a GPU too, which then waits for them; on the CPU that is always
+            done. Otherwise a sequence that is too long, or a page that does not exist, is not noticed there.
+        backend: insist on one backend; default: the fastest that takes the call.
+
+    Returns:
+        out (batch, seqlen_q, heads, headdim_v), contiguous; or, with return_lse, State(out, lse) where lse is
+        (batch, heads, seqlen_q), float32, natural logarithm. A query that sees no key gets out 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the caches are as they were before.
+        NotImplementedError: `backend` cannot take the call.
+    """
+    given = CacheArguments(
+        cache_seqlens=cache_seqlens,
+        k=k,
+        v=v,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        block_table=block_table,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        rotary_interleaved=rotary_interleaved,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        scale=scale,
+        num_splits=num_splits,
+        batch_invariant=batch_invariant,
+        return_lse=return_lse,
+        debug=debug,
+        backend=backend,
+    )
+    out, lse = decoding.attention(q, k_cache, v_cache, given)
+    return State(out, lse) if return_lse else out
+
+
+def explain_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, **arguments: Any) -> Plan:
+    """`explain` for `attention_kvcache`, whose arguments it takes. Nothing runs, the caches stay as they are.
+
+    Returns:
+        Plan: printed, and returned.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention_kvcache` would, but for what tensors contain.
+    """
+    chosen = decoding.build(q, k_cache, v_cache, CacheArguments(**arguments)).plan()
+    print(chosen)
+    return chosen
 
 
 def explain(

@@ -92,7 +92,7 @@ class Call:
         return chosen
 
 
-def _own_dtypes(device: str) -> AbstractContextManager[Any]:
+def own_dtypes(device: str) -> AbstractContextManager[Any]:
     """Autocast has had its say on q, k and v; it must not reach the sums of the kernels."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -101,7 +101,7 @@ def _own_dtypes(device: str) -> AbstractContextManager[Any]:
 
 def _run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     chosen = call.plan(inputs, False)
-    with _own_dtypes(chosen.problem.device):
+    with own_dtypes(chosen.problem.device):
         return plan.kernel(chosen).forward(inputs, chosen.problem, chosen.config, call.memories[0])
 
 
@@ -110,7 +110,7 @@ def _run_backward(
 ) -> list[Tensor | None]:
     """Gradients of `_sources`, each in its tensor's dtype; None where not wanted."""
     chosen = call.plan(inputs, True)
-    with _own_dtypes(chosen.problem.device):
+    with own_dtypes(chosen.problem.device):
         run = plan.kernel(chosen)
         gradients = run.backward(inputs, chosen.problem, chosen.config, *saved, *grads, call.memories[1])
     return [

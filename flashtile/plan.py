@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from flashtile import backends, masks
-from flashtile.backends import Kernel
+from flashtile.backends import Decoder, Kernel
 from flashtile.problem import Problem
 
 logger = logging.getLogger("flashtile")
@@ -15,14 +15,15 @@ logger = logging.getLogger("flashtile")
 @dataclass(frozen=True)
 class Plan:
     """The choice for one Problem. `rejected` holds (backend/kernel, reason) of everything faster that was refused;
-    `run` is the kernel; `backward`: what the backward pass would choose, where `explain` was asked."""
+    `run` is the Kernel, or the Decoder of a call over a KV cache; `backward`: what the backward pass would choose,
+    where `explain` was asked."""
 
     problem: Problem
     backend: str
     kernel: str
     config: Any
     rejected: tuple[tuple[str, str], ...]
-    run: Kernel = field(repr=False, compare=False)
+    run: Any = field(repr=False, compare=False)
     backward: "Plan | None" = field(default=None, compare=False)
 
     def __str__(self) -> str:
@@ -37,13 +38,19 @@ def _title(problem: Problem) -> str:
     dims = f"{problem.headdim}" if problem.headdim == problem.headdim_v else f"{problem.headdim}/{problem.headdim_v}"
     dtype = str(problem.dtype).removeprefix("torch.")
     parts = [
-        f"{'backward pass of ' if problem.backward else ''}attention{' (packed)' if problem.varlen else ''}: "
+        f"{'backward pass of ' if problem.backward else ''}attention{_kind(problem)}: "
         f"batch {problem.batch}, seqlen {lengths}",
         f"heads {problem.heads}/{problem.heads_kv}, headdim {dims}, {dtype} on {problem.device}",
         f"mask {masks.readable(problem.mask)}",
         *problem.modified,
     ]
     return ", ".join(parts)
+
+
+def _kind(problem: Problem) -> str:
+    if problem.cached is not None:
+        return f" over a KV cache in pages of {problem.cached.page}" if problem.cached.page else " over a KV cache"
+    return " (packed)" if problem.varlen else ""
 
 
 def available() -> list[tuple[str, str | None]]:
@@ -65,7 +72,7 @@ def choose(problem: Problem, backend: str | None = None) -> Plan:
         if missing is not None:
             rejected.append((name, missing))
             continue
-        for kernel in module.KERNELS:
+        for kernel in module.KERNELS if problem.cached is None else module.DECODERS:
             reason = kernel.refuses(problem)
             if reason is None:
                 chosen = Plan(problem, name, kernel.name, kernel.configure(problem), tuple(rejected), kernel)
@@ -82,7 +89,14 @@ def choose(problem: Problem, backend: str | None = None) -> Plan:
 
 def kernel(plan: Plan) -> Kernel:
     """The kernel that a Plan names; all that run pass here."""
-    return plan.run
+    run: Kernel = plan.run
+    return run
+
+
+def decoder(plan: Plan) -> Decoder:
+    """The same for a call over a KV cache."""
+    run: Decoder = plan.run
+    return run
 
 
 def builds() -> int:

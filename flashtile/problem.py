@@ -29,6 +29,26 @@ class Inputs(NamedTuple):
     score: tuple[Tensor, ...] = ()
 
 
+class CacheTensors(NamedTuple):
+    """The tensors of a call over a KV cache beside its `Inputs`, whose k and v are the cache itself.
+
+    seqlens (batch,): rows of each sequence that are in the cache before the call. k, v: rows to append, (batch,
+    seqlen_new, heads_kv, d). batch_idx, leftpad (batch,); block_table (rows, pages of a sequence). All int32 or int64.
+    k_scale, v_scale: float32, what a quantised cache's numbers are multiplied by, (heads_kv,) or (pages, heads_kv).
+    """
+
+    seqlens: Tensor
+    k: Tensor | None = None
+    v: Tensor | None = None
+    batch_idx: Tensor | None = None
+    leftpad: Tensor | None = None
+    block_table: Tensor | None = None
+    rotary_cos: Tensor | None = None
+    rotary_sin: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
 class Wanted(NamedTuple):
     """Which gradients the backward pass must produce; q, k and v come together."""
 
@@ -36,6 +56,23 @@ class Wanted(NamedTuple):
     alibi_slopes: bool = False
     sinks: bool = False
     score: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What a plan may depend on of a KV cache, whose capacity is the Problem's seqlen_kv.
+
+    page: rows of a page, 0: sequences lie in one piece. appended: rows that the call adds to each sequence. rotary:
+    columns that are turned, in pairs side by side (`interleaved`) or half of them apart. splits: parts that the keys
+    are cut into, None: the plan's choice. stored: the dtype of a quantised cache, None: the queries'.
+    """
+
+    page: int = 0
+    appended: int = 0
+    rotary: int = 0
+    interleaved: bool = True
+    splits: int | None = None
+    stored: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +109,7 @@ class Problem:
     described: bool = True
     backward: bool = False
     wanted: Wanted = field(default_factory=Wanted)
+    cached: Cached | None = None
 
     @property
     def group(self) -> int:
@@ -97,8 +135,8 @@ class Problem:
         return tuple(name for name, used in names.items() if used)
 
     def one_sequence(self, seqlen_q: int, seqlen_kv: int) -> "Problem":
-        """The dense Problem of one packed sequence."""
-        return replace(self, batch=1, varlen=False, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
+        """The dense Problem of one sequence, packed or cached."""
+        return replace(self, batch=1, varlen=False, cached=None, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv)
 
 
 @dataclass(frozen=True)
@@ -152,6 +190,30 @@ def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: W
         backward=backward,
         wanted=wanted or Wanted(),
     )
+
+
+def describe_cached(
+    inputs: Inputs, cache: CacheTensors, options: Options, interleaved: bool = True, splits: int | None = None
+) -> Problem:
+    """The Problem of a call over a KV cache. Lengths are on the device: the cache's capacity stands for them."""
+    table = cache.block_table
+    cached = Cached(
+        page=0 if table is None else inputs.k.shape[1],
+        appended=0 if cache.k is None else cache.k.shape[1],
+        rotary=0 if cache.rotary_cos is None else 2 * cache.rotary_cos.shape[1],
+        interleaved=interleaved,
+        splits=splits,
+        stored=inputs.k.dtype if inputs.k.dtype is not inputs.q.dtype else None,
+    )
+    problem = describe(inputs, options)
+    room = capacity(inputs.k, table, cache.rotary_cos)
+    return replace(problem, seqlen_kv=room, described=False, cached=cached)
+
+
+def capacity(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None = None) -> int:
+    """Rows that a sequence may have: those of the cache for which there are angles."""
+    rows = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    return rows if rotary_cos is None else min(rows, rotary_cos.shape[0])
 
 
 def described(tensor: Tensor) -> bool:

@@ -59,7 +59,7 @@ def build(
 ) -> tuple[Inputs, Options]:
     """Checks everything, then says it in the engine's words."""
     check.tensors(q, k, v)
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    q, k, v = autocast(q), autocast(k), autocast(v)
     check.qkv(q, k, v, varlen=packing is not None)
     _check(q, k, arguments, packing)
     mask = _mask(arguments)
@@ -126,7 +126,7 @@ def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) 
     check.backend(arguments.backend, backends.ORDER)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def autocast(tensor: Tensor) -> Tensor:
     """Under autocast the dot products run in its dtype, as PyTorch's own attention does; float64 stays."""
     device = tensor.device.type
     # Meta tensors have no autocast; asking torch.amp whether a device has is beyond older compilers.

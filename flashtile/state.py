@@ -64,3 +64,22 @@ def merge(states: Sequence[State | tuple[Tensor, Tensor]]) -> State:
     share = (weights / divisor).transpose(-1, -2).unsqueeze(-1)
     lse = torch.where(seen, base + torch.log(divisor), -torch.inf)
     return State((share * outs).sum(dim=0).to(states[0][0].dtype), lse)
+
+
+def combine(outputs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> State:
+    """`merge` of parts given as two lists, or as two tensors stacked along a first dimension.
+
+    A shared prefix (cascade, Ye et al. 2024, section 3.1.2) is attended to once, by the queries of all sequences that
+    share it as one batch entry; this joins the result with that of each sequence's own keys.
+
+    Args:
+        outputs: (batch, seqlen_q, heads, headdim_v) each; lses: (batch, heads, seqlen_q) each, as many.
+
+    Returns:
+        State: as `merge` does.
+
+    Raises:
+        TypeError, ValueError: as `merge` does, and where there are not as many of both.
+    """
+    check.combined(outputs, lses)
+    return merge([*zip(outputs, lses, strict=True)])

@@ -144,7 +144,7 @@ def compare(found: Tensors, call: Call, slack: float = 1.0) -> list[Ratio]:
     ratios = []
     for name, value in found.items():
         extra = LSE_SHARE * torch.finfo(call.leaves["q"].dtype).eps if name == "lse" and call.half else 0.0
-        ratios += _compare_one(name, value, truth[name], textbook[name], call.shape, extra)
+        ratios += compare_one(name, value, truth[name], textbook[name], call.shape, extra)
     worst = max(ratios, key=lambda ratio: ratio.value, default=Ratio("nothing", 0.0, 1.0))
     assert worst.value <= slack, f"{worst.name}: error {worst.error:.3e}, allowed {worst.allowed:.3e}"
     return ratios
@@ -173,9 +173,10 @@ def _error(value: Tensor, truth: Tensor) -> Tensor:
     return torch.where(truth == -torch.inf, 0.0, value.double() - truth)
 
 
-def _compare_one(
+def compare_one(
     name: str, value: Tensor, truth: Tensor, textbook: list[Tensor], shape: Shape, extra: float
 ) -> list[Ratio]:
+    """Measured and allowed errors of one tensor; `textbook`: the textbook formula's errors."""
     assert value.shape == truth.shape, f"{name}: shape {tuple(value.shape)}, need {tuple(truth.shape)}"
     assert torch.equal(value == -torch.inf, truth == -torch.inf), f"{name}: -inf in the wrong places"
     error = _error(value, truth)

@@ -15,6 +15,7 @@ from flashtile import reference
 from flashtile.bench import (
     accuracy,
     cases,
+    decode,
     machine,
     memory,
     peers,
@@ -350,6 +351,34 @@ class TestRecords:
         assert records.best_ratio(rows[:1]) is None
         assert records.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1)
         assert records.geometric_mean([]) is None
+
+
+class TestDecode:
+    def _record(self, folder: Path, **changes: Any) -> dict[str, Any]:
+        return suite.run("decode", replace(TINY, seqlens=(128,), heads=4, **changes), folder)[0]
+
+    def test_who_is_timed_and_what_is_read(self, tmp_path: Path) -> None:
+        record = self._record(tmp_path)
+        assert {row["case"]["batch"] for row in record["rows"]} == {1, 4}
+        timed = [row for row in record["rows"] if row["status"] == "ok"]
+        assert {row["peer"] for row in timed} == {"sdpa", "flashtile", "flashtile_paged", "read"}
+        for row in timed:
+            read = 2 * row["case"]["batch"] * 128 * 2 * 16 * 4
+            assert row["gb_per_s"] == pytest.approx(read / row["ms"]["median"] / 1e6)
+            assert row["gate"]["passed"]
+        text = tables.of(record)[0].markdown()
+        assert "| flashtile, pages of 64 | plain read | flashtile | best / flashtile | of the plain read |" in text
+        assert "FlashAttention-3 is not in this table: it does not run on cpu" in text
+        assert report.write(tmp_path, tmp_path / "docs") == [tmp_path / "docs" / "benchmarks.md"]
+
+    def test_a_wrong_peer_has_no_figure(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        wrong = decode.PEERS["sdpa"]._replace(prepare=lambda case, made: lambda: made.q * 2)
+        crash = decode.PEERS["flashtile_paged"]._replace(prepare=lambda case, made: lambda: made.none)
+        monkeypatch.setattr(decode, "PEERS", {"sdpa": wrong, "flashtile_paged": crash})
+        rows = self._record(tmp_path, heads_kv=4)["rows"]
+        found = {(row["peer"], row["status"]) for row in rows}
+        assert found == {("sdpa", "wrong"), ("flashtile_paged", "failed")}
+        assert not any("ms" in row for row in rows)
 
 
 class TestReport:

@@ -13,11 +13,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from flashtile import decoding
 from flashtile.autograd import wanted_of
 from flashtile.backends import hopper, portable
 from flashtile.backends.hopper import launch as hopper_launch
+from flashtile.backends.portable import cached as portable_cached
 from flashtile.backends.portable import launch as portable_launch
-from flashtile.problem import describe
+from flashtile.decoding import CacheArguments
+from flashtile.problem import describe, describe_cached
 from flashtile.request import Arguments, Packing, build
 
 LAUNCHES: dict[str, Any] = {"portable": portable_launch, "hopper": hopper_launch}
@@ -111,6 +114,30 @@ def test_one_build_serves_all_packings(backend: str) -> None:
         rows = (torch.zeros(sum(lengths), 2, 64, dtype=torch.bfloat16) for _ in range(3))
         counter.call(backend, *rows, Packing(offsets, offsets, None, None, None, None), causal=True)
     assert {len(found) for found in counter.found.values()} == {1}
+
+
+@pytest.mark.parametrize("page", [0, 32])
+def test_one_build_serves_all_caches(page: int) -> None:
+    """Of any number of sequences and any capacity; parts are as many as there are."""
+    counter = Counter()
+    for batch in (1, 2, 3, 16):
+        for capacity in (32, 96, 512, 1600):
+            columns = capacity // page if page else 1
+            table = {"block_table": torch.zeros(batch, columns, dtype=torch.int32)} if page else {}
+            q, new, store = (
+                torch.zeros(*shape, 64, dtype=torch.bfloat16)
+                for shape in ((batch, 1, 8), (batch, 1, 2), (batch * columns, page or capacity, 2))
+            )
+            for splits in (2, 3, 16):
+                given = CacheArguments(cache_seqlens=3, k=new, v=new, causal=True, num_splits=splits, **table)
+                call = decoding.build(q, store, store.clone(), given)
+                problem = describe_cached(call.inputs, call.cache, call.options, call.interleaved, call.splits)
+                config = portable.configure_decoding(problem, "hopper")
+                portable_cached.decode(
+                    call.inputs, call.cache, problem, config, portable_launch.Machine(counter.portable, True)
+                )
+    assert {name: len(found) for name, found in counter.found.items()} == dict.fromkeys(counter.found, 1)
+    assert len(counter.found) == 3
 
 
 def test_a_bias_adds_few() -> None:

@@ -42,6 +42,20 @@ def test_variants_on_the_gpu_that_is_measured(variant: str) -> None:
     assert ("hopper" in [row["backend"] for row in rows]) == (variant != "dropout")
 
 
+@pytest.mark.parametrize(
+    ("target", "variant"),
+    [*(("sm_90a", variant) for variant in matrix.CACHED), ("sm_80", "decode_many"), ("gfx942", "decode_int8")],
+)
+def test_kernels_over_a_cache(target: str, variant: str) -> None:
+    rows = [Row(**row) for row in build.rows(Entry(target, 128, "bfloat16", variant))]
+    assert [row.kernel for row in rows] == ["append_kernel", "decode_kernel", "combine_kernel"]
+    assert [str(row) for row in rows if row.broken] == []
+    # One query of four heads shares a tile of the least size; 64 of them fill those of the forward kernel.
+    assert rows[1].tiles[0] == (16 if variant != "decode_many" else portable.portable_config(
+        128, "modified", TARGETS[target].family).forward.tile_q)  # fmt: skip
+    assert rows[1].products
+
+
 @pytest.mark.parametrize("headdim", [64, 128, 256])
 @pytest.mark.parametrize("variant", ["plain", "causal", "window", "softcap"])
 def test_hopper_kernels(variant: str, headdim: int) -> None:
@@ -115,6 +129,17 @@ class TestCommand:
         assert said in capsys.readouterr().err
 
 
+def test_latent_attention() -> None:
+    """Keys in two tiles of columns, the first of which are the values; many heads to a tile."""
+    rows = [Row(**row) for row in build.rows(Entry("sm_90a", matrix.LATENT, "bfloat16", "decode_paged"))]
+    assert [str(row) for row in rows if row.broken] == []
+    assert rows[1].tiles[0] == 16
+
+
+def test_what_a_target_cannot_convert_is_not_compiled() -> None:
+    assert build.rows(Entry("sm_86", 64, "bfloat16", "decode_fp8")) == []
+
+
 def test_limits_are_checked() -> None:
     row = Row("sm_90a", "portable", "key_kernel", 64, "bfloat16", "plain", (64, 64, 4, 2), 255, 9, 4096, 2048)
     assert list(build._breaches(row)) == [
@@ -125,6 +150,9 @@ def test_limits_are_checked() -> None:
 
 
 def test_every_variant_is_a_call() -> None:
+    for variant in matrix.CACHED:
+        cached = matrix.cached_call(Entry("sm_80", 32, "float16", variant))
+        assert (cached.cache.block_table is None) == (variant == "decode")
     for variant in matrix.VARIANTS:
         inputs, options = matrix.call(Entry("sm_80", 32, "float16", variant))
         assert (inputs.cu_seqlens_q is not None) == (variant == "varlen")

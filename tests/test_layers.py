@@ -21,7 +21,7 @@ ROOMS = {
     "kernels": {"kernels"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
-    "doors": {"request", "autograd", "recall", "api"},
+    "doors": {"request", "autograd", "recall", "decoding", "api"},
     "guests": {"distributed", "integrations", "bench", "demo", "cli", "compiling", "__main__"},
 }  # fmt: skip
 # Words and mathematics know torch and the standard library; triton belongs to the machines that are written in it, and

@@ -1,9 +1,9 @@
 """The backends, fastest first, and the contract that each one fulfils.
 
-A backend is a module `flashtile.backends.<name>` with three names: `unavailable() -> str | None` (why it cannot run on
-this machine), `builds() -> int` (how many kernels it has compiled) and `KERNELS`, a tuple of `Kernel`s, fastest first.
-The planner asks each kernel in turn whether it takes a Problem; the first that gives no reason against it runs. No
-backend imports another.
+A backend is a module `flashtile.backends.<name>` with four names: `unavailable() -> str | None` (why it cannot run on
+this machine), `builds() -> int` (how many kernels it has compiled), `KERNELS`, a tuple of `Kernel`s, fastest first, and
+`DECODERS`, the same of `Decoder`s, for calls over a KV cache. The planner asks each in turn whether it takes a Problem;
+the first that gives no reason against it runs. No backend imports another.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashtile.problem import Inputs, Problem
+from flashtile.problem import CacheTensors, Inputs, Problem
 
 ORDER: tuple[str, ...] = ("hopper", "portable", "pytorch")
 """Names of the backends, fastest first."""
@@ -53,6 +53,20 @@ class Kernel:
     forward: Callable[[Inputs, Problem, Any, Memory], tuple[Tensor, Tensor]]
     backward: Callable[[Inputs, Problem, Any, Tensor, Tensor, Tensor | None, Tensor | None, Memory], Gradients]
     configs: Callable[[Problem], Sequence[Any]] = lambda problem: ()
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One way of appending to a KV cache and attending over it; `refuses` and `configure` are as a `Kernel`'s.
+
+    decode(inputs, cache, problem, config, memory) -> (out, lse), contiguous; the new rows of `cache` are written into
+    inputs.k and inputs.v, in place. Everything was checked before, but what lies in tensors on a device.
+    """
+
+    name: str
+    refuses: Callable[[Problem], str | None]
+    configure: Callable[[Problem], Any]
+    decode: Callable[[Inputs, CacheTensors, Problem, Any, Memory], tuple[Tensor, Tensor]]
 
 
 def compiled(kernels: Sequence[Any]) -> int:

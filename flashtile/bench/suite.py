@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flashtile.bench import accuracy, cases, machine, memory, records, subject, timing
+from flashtile.bench import accuracy, cases, decode, machine, memory, records, subject, timing
 from flashtile.bench.cases import Case
 from flashtile.bench.peers import FORWARD_ALONE, PEERS, Bound, Peer, Refused
 from flashtile.bench.records import Record, Row
@@ -60,7 +60,7 @@ Runner = Callable[[Settings, Note], Iterator[Row]]
 
 
 def suite(name: str, title: str, kind: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> Callable[[Runner], Runner]:
-    """Registers a suite; its rows are of the kind "time", "memory" or "error"."""
+    """Registers a suite; its rows are of the kind "time", "bandwidth", "memory" or "error"."""
 
     def register(run: Runner) -> Runner:
         SUITES[name] = Suite(name, title, kind, run, devices)
@@ -165,6 +165,13 @@ def _sparsity(settings: Settings, note: Note) -> Iterator[Row]:
         yield from _timed(case, settings, ("flashtile",), note)
 
 
+@suite("decode", "One query a sequence over a KV cache", "bandwidth", devices=("cuda",))
+def _decode(settings: Settings, note: Note) -> Iterator[Row]:
+    sizes = (settings.heads, settings.heads_kv, settings.headdim, settings.longest)
+    for case in decode.cases(settings.device, settings.dtypes[0], *sizes):
+        yield from decode.rows(case, settings.effort, settings.peers, note)
+
+
 @suite("memory", "Extra memory of a call", "memory")
 def _memory(settings: Settings, note: Note) -> Iterator[Row]:
     case = settings.case("causal", settings.longest, settings.dtypes[0])
@@ -184,7 +191,8 @@ def _error(settings: Settings, note: Note) -> Iterator[Row]:
 
 
 def _chosen(settings: Settings, names: tuple[str, ...]) -> list[Peer]:
-    return [PEERS[name] for name in settings.peers or names]
+    """Those that a user or the suite names; the suite `decode` has its own."""
+    return [PEERS[name] for name in settings.peers or names if name in PEERS]
 
 
 def _too_big(case: Case, peer: Peer) -> str | None:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from flashtile.bench import records
+from flashtile.bench import decode, records
 from flashtile.bench.accuracy import NAMES
 from flashtile.bench.cases import Case
 from flashtile.bench.memory import gib
@@ -32,13 +32,15 @@ class Table:
 
 def of(record: Record, spread: bool = True) -> list[Table]:
     """The tables of a record; `spread` False leaves out what makes them wide."""
-    return {"time": _time, "memory": _memory, "error": _error}[record["kind"]](record, spread)
+    kinds = {"time": _time, "bandwidth": _bandwidth, "memory": _memory, "error": _error}
+    return kinds[record["kind"]](record, spread)
 
 
 def title_of(peer: str) -> str:
     if peer == "formula":
         return "textbook"
-    return PEERS[peer].title if peer in PEERS else peer
+    known = PEERS.get(peer) or decode.PEERS.get(peer)
+    return known.title if known is not None else peer
 
 
 def _peers(rows: Iterable[Row]) -> list[str]:
@@ -92,6 +94,35 @@ def _time(record: Record, spread: bool) -> list[Table]:
         table.notes += _waits(rows, peers) + absent(rows)
         tables.append(table)
     return tables
+
+
+def _bandwidth(record: Record, spread: bool) -> list[Table]:
+    """Times, and the bytes of keys and values read a second; the plain read is what the others are held to."""
+    rows = record["rows"]
+    peers = _peers(rows)
+    columns = ["decode", "seqlen", *map(title_of, peers), "best / flashtile", "of the plain read"]
+    table = Table(f"{record['title']}: milliseconds, median, and GB/s", columns)
+    for cell in records.cells(rows):
+        found = {entry["peer"]: entry for entry in cell}
+        line = [label(cell[0]), str(cell[0]["case"]["seqlen"])]
+        line += [_bandwidth_cell(found[name]) if name in found else "" for name in peers]
+        rivals = [
+            entry for entry in cell if not entry["peer"].startswith(f"{SUBJECT}_") and entry["peer"] != decode.READ
+        ]
+        best = records.best_ratio(rivals)
+        line.append("" if best is None else f"{best[0]:.2f} ({title_of(best[1])})")
+        ends = [found[name] for name in (SUBJECT, decode.READ) if name in found and found[name]["status"] == "ok"]
+        line.append(f"{ends[0]['gb_per_s'] / ends[1]['gb_per_s']:.0%}" if len(ends) == 2 else "")
+        table.rows.append(line)
+    eager = sorted({title_of(e["peer"]) for e in rows if e["status"] == "ok" and not e["graph"]})
+    if records.on_gpu(rows):
+        table.notes.append("In CUDA graphs" + (f", but for {', '.join(eager)}." if eager else "."))
+    table.notes += absent(rows)
+    return [table]
+
+
+def _bandwidth_cell(entry: Row) -> str:
+    return f"{ms(entry['ms']['median'])}, {entry['gb_per_s']:.0f}" if entry["status"] == "ok" else _excuse(entry)
 
 
 def _waits(rows: list[Row], peers: list[str]) -> list[str]:

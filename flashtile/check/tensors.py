@@ -83,25 +83,29 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, varlen: bool) -> None:
         beside(name, value, q)
         if not varlen and value.shape[0] != q.shape[0]:
             raise ValueError(f"{name}: got batch {value.shape[0]}, need {q.shape[0]} as q; try {name}.expand(...)")
-    _heads_and_sizes(q, k, v)
+    heads_and_sizes(q, k, v)
 
 
-def _heads_and_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def heads_and_sizes(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+    """The sizes of queries, keys and values against each other; `names`: what the caller knows them by."""
+    q_name, k_name, v_name = names
     if v.shape[-3] != k.shape[-3]:
-        raise ValueError(f"v: got {v.shape[-3]} keys, need {k.shape[-3]} as k; each key has one value")
+        raise ValueError(f"{v_name}: got {v.shape[-3]} keys, need {k.shape[-3]} as {k_name}; each key has one value")
     if v.shape[-2] != k.shape[-2]:
-        raise ValueError(f"v: got {v.shape[-2]} heads, need {k.shape[-2]} as k; each key head has one value head")
+        raise ValueError(
+            f"{v_name}: got {v.shape[-2]} heads, need {k.shape[-2]} as {k_name}; each key head has one value head"
+        )
     heads, heads_kv = q.shape[-2], k.shape[-2]
     if heads == 0:
-        raise ValueError("q: got 0 heads, need at least 1; the layout is (..., seqlen, heads, headdim)")
+        raise ValueError(f"{q_name}: got 0 heads, need at least 1; the layout is (..., seqlen, heads, headdim)")
     if heads_kv == 0 or heads % heads_kv != 0:
         raise ValueError(
-            f"k: got {heads_kv} heads, need a divisor of q's {heads} (grouped-query attention); "
+            f"{k_name}: got {heads_kv} heads, need a divisor of q's {heads} (grouped-query attention); "
             "the layout is (..., seqlen, heads, headdim), try .transpose(-3, -2) if yours has heads first"
         )
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k: got headdim {k.shape[-1]}, need {q.shape[-1]} as q; only v's may differ")
+        raise ValueError(f"{k_name}: got headdim {k.shape[-1]}, need {q.shape[-1]} as q; only v's may differ")
     if q.shape[-1] == 0:
-        raise ValueError("q: got headdim 0, need at least 1; try one column of zeros in q and k")
+        raise ValueError(f"{q_name}: got headdim 0, need at least 1; try one column of zeros in q and k")
     if v.shape[-1] == 0:
-        raise ValueError("v: got headdim 0, need at least 1; try one column of zeros")
+        raise ValueError(f"{v_name}: got headdim 0, need at least 1; try one column of zeros")

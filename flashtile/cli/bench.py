@@ -15,7 +15,8 @@ def add_bench(commands: Any) -> None:
         "suites",
         nargs="*",
         metavar="suite",
-        help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity (default: all), or report",
+        help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity, decode (default: all), "
+        "or report",
     )
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
     command.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes; default %(default)s")
@@ -32,7 +33,7 @@ def add_bench(commands: Any) -> None:
 
 def _bench(given: argparse.Namespace) -> int:
     need_extras()
-    from flashtile.bench import peers, show
+    from flashtile.bench import decode, peers, show
     from flashtile.bench.suite import SUITES, usual
 
     if given.suites == ["report"]:
@@ -40,7 +41,8 @@ def _bench(given: argparse.Namespace) -> int:
             return show.write_report(given.results, given.docs)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    for what, names, known in (("suite", given.suites, SUITES), ("--peers", given.peers or [], peers.PEERS)):
+    everyone = {**peers.PEERS, **decode.PEERS}
+    for what, names, known in (("suite", given.suites, SUITES), ("--peers", given.peers or [], everyone)):
         unknown = [name for name in names if name not in known]
         if unknown:
             raise UsageError(f"{what}: got {unknown[0]!r}, need one of {', '.join(known)}")

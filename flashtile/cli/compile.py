@@ -27,8 +27,8 @@ def _compile(given: argparse.Namespace) -> int:
 
     names = {"sm_90": "sm_90a"}
     targets = list(TARGETS) if given.arch == ["all"] else [names.get(arch, arch) for arch in given.arch]
-    variants = given.variant or list(matrix.VARIANTS)
-    for what, chosen, known in (("--arch", targets, TARGETS), ("--variant", variants, matrix.VARIANTS)):
+    variants = given.variant or list(matrix.NAMES)
+    for what, chosen, known in (("--arch", targets, TARGETS), ("--variant", variants, matrix.NAMES)):
         unknown = [name for name in chosen if name not in known]
         if unknown:
             raise UsageError(f"{what}: got {unknown[0]!r}, need one of {', '.join(known)}")

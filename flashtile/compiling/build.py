@@ -16,12 +16,13 @@ from triton.backends.compiler import GPUTarget
 from flashtile.autograd import wanted_of
 from flashtile.backends import hopper, portable
 from flashtile.backends.hopper import launch as hopper_launch
+from flashtile.backends.portable import cached as portable_cached
 from flashtile.backends.portable import launch as portable_launch
 from flashtile.compiling import matrix
 from flashtile.compiling.matrix import Entry
 from flashtile.compiling.targets import TARGETS
 from flashtile.kernels import aot
-from flashtile.problem import describe
+from flashtile.problem import describe, describe_cached
 from flashtile.tuning import hopper as hopper_tables
 from flashtile.tuning import portable as portable_tables
 from flashtile.tuning.portable import Tiles
@@ -65,6 +66,8 @@ def rows(entry: Entry) -> list[dict[str, Any]]:
     """What a forward and a backward pass of the entry would launch, compiled, as dicts of `Row`: by the portable
     backend, and by Hopper's where it takes the call."""
     torch.set_num_threads(1)
+    if entry.variant in matrix.CACHED:
+        return [asdict(row) for row in _cached(entry)]
     found = _portable(entry)
     if entry.target == "sm_90a":
         found += _hopper(entry)
@@ -72,8 +75,33 @@ def rows(entry: Entry) -> list[dict[str, Any]]:
 
 
 def _portable(entry: Entry) -> list[Row]:
-    portable_launch.forget_fitting()
     found: list[Row] = []
+    target = TARGETS[entry.target]
+    inputs, options = matrix.call(entry)
+    machine = _portable_machine(entry, found)
+    problem = describe(inputs, options)
+    out, lse = portable_launch.forward(inputs, problem, portable.configure(problem, target.family), machine)
+    problem = describe(inputs, options, backward=True, wanted=wanted_of(inputs))
+    config = portable.configure(problem, target.family)
+    portable_launch.backward(inputs, problem, config, out, lse, out, None, machine)
+    return found
+
+
+def _cached(entry: Entry) -> list[Row]:
+    """Of a call over a KV cache."""
+    found: list[Row] = []
+    call, target = matrix.cached_call(entry), TARGETS[entry.target]
+    if call.inputs.k.dtype is torch.float8_e4m3fn and target.backend == "cuda" and int(target.arch) < 89:
+        return found  # the backend refuses it there
+    problem = describe_cached(call.inputs, call.cache, call.options, call.interleaved, call.splits)
+    config = portable.configure_decoding(problem, target.family)
+    portable_cached.decode(call.inputs, call.cache, problem, config, _portable_machine(entry, found))
+    return found
+
+
+def _portable_machine(entry: Entry, found: list[Row]) -> portable_launch.Machine:
+    """A machine that compiles what it is to launch, and adds a row."""
+    portable_launch.forget_fitting()
     target = TARGETS[entry.target]
 
     def compile_instead(kernel: Any, programs: int, tiles: Tiles, arguments: Any, options: dict[str, Any]) -> None:
@@ -88,14 +116,7 @@ def _portable(entry: Entry) -> list[Row]:
             raise triton.OutOfResources(row.shared, target.shared, "shared memory")
         found.append(row)
 
-    inputs, options = matrix.call(entry)
-    machine = portable_launch.Machine(compile_instead, target.copy_engine)
-    problem = describe(inputs, options)
-    out, lse = portable_launch.forward(inputs, problem, portable.configure(problem, target.family), machine)
-    problem = describe(inputs, options, backward=True, wanted=wanted_of(inputs))
-    config = portable.configure(problem, target.family)
-    portable_launch.backward(inputs, problem, config, out, lse, out, None, machine)
-    return found
+    return portable_launch.Machine(compile_instead, target.copy_engine)
 
 
 def _smaller_left(tiles: Tiles) -> bool:
@@ -181,7 +202,7 @@ def _breaches(row: Row) -> Iterator[str]:
         yield "no matrix instruction"
 
 
-_WITHOUT_PRODUCTS = ("delta_kernel", "before_kernel", "after_kernel", "bits_kernel")
+_WITHOUT_PRODUCTS = ("append_kernel", "combine_kernel", "delta_kernel", "before_kernel", "after_kernel", "bits_kernel")
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, bool]:

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from flashtile import decoding
+from flashtile.decoding import CacheArguments
 from flashtile.problem import Inputs, Options
 from flashtile.request import Arguments, Packing, build
 
@@ -49,6 +52,51 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "varlen": lambda: {"causal": True},
 }
 """Name -> the options of a call; `varlen` is a packed one."""
+
+
+PAGE = 64
+
+CACHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "decode": (1, {}),
+    "decode_paged": (1, {"paged": True}),
+    "decode_fp8": (1, {"paged": True, "stored": torch.float8_e4m3fn}),
+    "decode_int8": (1, {"paged": True, "stored": torch.int8}),
+    "decode_many": (64, {"paged": True, "softcap": 20.0, "window": (100, 0), "rotary": True}),
+}
+"""Name -> queries of a sequence and options of a call over a KV cache."""
+
+NAMES = (*VARIANTS, *CACHED)
+
+
+LATENT = 576
+"""The head dimension of multi-head latent attention, whose values are the first 512 columns of the one key head."""
+
+
+def cached_call(entry: Entry) -> decoding.Call:
+    """The same of an entry over a KV cache, whose keys are cut into two parts. Four query heads share a key head, with
+    headdim `LATENT` sixteen."""
+    queries, given = CACHED[entry.variant]
+    options = dict(given)
+    dtype = getattr(torch, entry.dtype)
+    heads, heads_kv = (16, 1) if entry.headdim == LATENT else (8, 2)
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(*sizes, entry.headdim, dtype=dtype)
+
+    shape = (2, SEQLEN, heads_kv)
+    if options.pop("paged", False):
+        options["block_table"] = torch.arange(2 * SEQLEN // PAGE, dtype=torch.int32).view(2, -1)
+        shape = (2 * SEQLEN // PAGE, PAGE, heads_kv)
+    stored = options.pop("stored", None)
+    k, k_cache = zeros(2, queries, heads_kv), zeros(*shape).to(stored or dtype)
+    v, v_cache = (k[..., :512], k_cache[..., :512]) if entry.headdim == LATENT else (k, torch.zeros_like(k_cache))
+    if stored is not None:
+        options["k_scale"] = options["v_scale"] = torch.ones(shape[0], heads_kv)
+    if options.pop("rotary", False):
+        options["rotary_cos"] = options["rotary_sin"] = torch.zeros(SEQLEN, entry.headdim // 2, dtype=dtype)
+    lengths = torch.full((2,), 100, dtype=torch.int32)
+    arguments = CacheArguments(cache_seqlens=lengths, k=k, v=v, num_splits=2, **options)
+    return decoding.build(zeros(2, queries, heads), k_cache, v_cache, arguments)
 
 
 def call(entry: Entry) -> tuple[Inputs, Options]:

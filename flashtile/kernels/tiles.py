@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from flashtile.kernels.places import diagonal_of, key_range, rows_of_tile, stats_pointers
+from flashtile.kernels.places import diagonal_of, key_range, number_of, rows_of_tile, stats_pointers
 from flashtile.kernels.words import Source
 
 
@@ -38,12 +38,41 @@ def open_tiles(
         tiles += begin.to(tl.int64) * rows.row
         length = tl.maximum(end - begin, 0)
         tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
-    return Source(rows, tiles, begin, end)
+    return Source(rows, tiles, begin, end, None, None)
 
 
 @triton.jit
-def load_tile(source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """Rows of tile `i_tile`, with zeros outside of [begin, end) and beyond DIM columns."""
+def columns_from(source, FIRST: tl.constexpr):
+    """The `Source` of the same rows' columns from FIRST on, without the copy engine."""
+    return Source(source.rows, source.tiles + FIRST, source.begin, source.end, source.table, source.scale)
+
+
+@triton.jit
+def pages_of_tile(source, i_tile, TILE: tl.constexpr, PAGE: tl.constexpr):
+    """The page that each row of a tile lies in; -1 for rows outside of [begin, end), which are never read."""
+    o_rows = i_tile * TILE + tl.arange(0, TILE)
+    m_rows = (o_rows >= source.begin) & (o_rows < source.end)
+    return tl.load(source.table.pointer + (source.table.first + o_rows) // PAGE, mask=m_rows, other=-1)
+
+
+@triton.jit
+def scales_of_rows(scale, b_pages):
+    """What quantised rows are multiplied by: one number, or one for each row by its page, 0 where that is -1."""
+    if scale.page is None:
+        b_scale = tl.load(scale.pointer)
+    else:
+        pointers = scale.pointer + b_pages.to(tl.int64) * number_of(scale.page)
+        b_scale = tl.load(pointers, mask=b_pages >= 0, other=0.0)
+    return b_scale
+
+
+@triton.jit
+def load_tile(
+    source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+    b_pages=None, PAGE: tl.constexpr = 0,
+):  # fmt: skip
+    """Rows of tile `i_tile`, with zeros outside of [begin, end) and beyond DIM columns. Where they lie in pages of PAGE
+    rows, `b_pages` is what `pages_of_tile` found."""
     first_row = i_tile * TILE
     if TMA:
         # The descriptor begins at `begin`: rows before it have negative coordinates and come as zeros.
@@ -52,7 +81,11 @@ def load_tile(source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.c
         o_rows = tl.arange(0, TILE)
         o_columns = tl.arange(0, BLOCK)[None, :]
         stride = source.rows.row
-        pointers = source.tiles + first_row.to(tl.int64) * stride + o_rows[:, None] * stride + o_columns
+        if PAGE:
+            o_slots = (source.table.first + first_row + o_rows) % PAGE
+            pointers = source.tiles + (b_pages.to(tl.int64) * source.rows.batch + o_slots * stride)[:, None] + o_columns
+        else:
+            pointers = source.tiles + first_row.to(tl.int64) * stride + o_rows[:, None] * stride + o_columns
         m_tile = ((first_row + o_rows >= source.begin) & (first_row + o_rows < source.end))[:, None]
         if DIM != BLOCK:
             m_tile &= o_columns < DIM

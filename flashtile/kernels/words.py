@@ -142,12 +142,60 @@ class Place(NamedTuple):
 
 class Source(NamedTuple):
     """What a sweep reads tile by tile: rows [begin, end) of one head; `tiles`: a descriptor for the copy engine, or a
-    pointer to row 0."""
+    pointer to row 0, or of rows in pages, which `table` names, to the first page; None: they lie in one piece. `scale`:
+    the `Scale` of quantised rows."""
 
     rows: Any
     tiles: Any
     begin: Any
     end: Any
+    table: Any
+    scale: Any
+
+
+class Table(NamedTuple):
+    """The pages of one sequence: a pointer to their numbers, and which of its rows the sweep calls row 0."""
+
+    pointer: Any
+    first: Any
+
+
+class Scale(NamedTuple):
+    """What quantised rows are multiplied by, head by head; page: the stride of a page's (`odd`), None: all pages
+    share them."""
+
+    pointer: Any
+    page: Any
+
+
+class Cache(NamedTuple):
+    """Where cached sequences lie: rows that each has before the call, its row of the cache or of the block table (None:
+    its own number), its left padding (None: 0); pages, None: there are none; strides and new rows are `odd`."""
+
+    seqlens: Any
+    rows: Any
+    leftpad: Any
+    table: Any
+    table_row: Any
+    appended: Any
+
+
+class Rotary(NamedTuple):
+    """Tables of rotary embedding, (position, angle), and the strides of a position."""
+
+    cos: Any
+    sin: Any
+    cos_row: Any
+    sin_row: Any
+
+
+class Parts(NamedTuple):
+    """How the keys of a sequence are cut: into `splits` parts, all of `tiles` tiles or, None, as even as can be. Part i
+    of sequence b is number i * batches + b. All `odd`."""
+
+    splits: Any
+    tiles: Any
+    batches: Any
 
 
 class Steps(NamedTuple):

@@ -143,6 +143,7 @@ TABLES: dict[str, dict[str, Rows]] = {
 SPILLS: dict[tuple[str, str, int], int] = {
     # Two instructions; the tile below is half the size.
     ("blackwell", "key_kernel", 64): 10,
+    ("blackwell", "decode_kernel", 256): 30,
     # sm_120 under Triton 3.6; the others, and Triton 3.9, need none.
     ("ampere", "forward_kernel", 64): 10,
     ("ampere", "query_kernel", 64): 10,
@@ -150,12 +151,16 @@ SPILLS: dict[tuple[str, str, int], int] = {
     ("ampere", "forward_kernel", 128): 10,
     ("ampere", "query_kernel", 128): 10,
     ("ampere", "key_kernel", 128): 10,
+    ("ampere", "decode_kernel", 576): 50,
+    ("cdna", "decode_kernel", 576): 100,
     # The smallest tiles that matrix instructions take; rows of this many columns alone fill the registers.
     ("rdna", "query_kernel", 128): 410,
     ("rdna", "key_kernel", 128): 130,
     ("rdna", "forward_kernel", 256): 150,
     ("rdna", "query_kernel", 256): 300,
     ("rdna", "bias_kernel", 256): 150,
+    ("rdna", "decode_kernel", 128): 10,
+    ("rdna", "decode_kernel", 256): 110,
     ("rdna", "key_kernel", 256): 320,
 }
 """How many spilling instructions a kernel may have, by family and head dimension, where not 0."""
@@ -164,6 +169,8 @@ HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
     ("forward_kernel", 64): {"dropout": 110, "table": 100, "mask_mod": 80},
     ("forward_kernel", 128): {"mask_mod": 90},
     ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 90},
+    ("decode_kernel", 256): {"decode_many": 10},
+    ("decode_kernel", 576): {"decode_many": 90},
     ("bias_kernel", 64): {"bias": 20},
     ("bias_kernel", 128): {"bias": 20},
     ("bias_kernel", 256): {"bias": 20},

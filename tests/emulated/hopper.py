@@ -35,7 +35,7 @@ class Emulated:
         constants = aot.source(kernel, bound).constants
         maps = iter(compiled.metadata.tensordesc_meta or ())
         values = [
-            _map(leaf, next(maps)) if isinstance(leaf, TensorDescriptor) else _plain(leaf)
+            _map(leaf, next(maps)) if isinstance(leaf, TensorDescriptor) else plain(leaf)
             for index, value in enumerate(bound.values())
             for path, leaf in aot.leaves(value, (index,))
             if path not in constants
@@ -62,12 +62,15 @@ def _map(descriptor: Any, meta: dict[str, Any]) -> TensorMap:
     return TensorMap.from_meta(_memory(descriptor.base), meta, shape=descriptor.shape, strides=descriptor.strides)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """An argument as the emulator takes it."""
     return _memory(value) if isinstance(value, Tensor) else value
 
 
 def _memory(tensor: Tensor) -> np.ndarray:
-    """All that lies behind the first element of a tensor, shared with it; bfloat16 as its bits."""
+    """All that lies behind the first element of a tensor, shared with it; bfloat16 and 8-bit floats as their bits."""
     behind = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
     flat = tensor.as_strided((behind,), (1,))
+    if flat.dtype.is_floating_point and flat.dtype.itemsize == 1:
+        return flat.view(torch.uint8).numpy()
     return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype is torch.bfloat16 else flat.numpy()

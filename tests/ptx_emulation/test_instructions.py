@@ -75,6 +75,8 @@ BY_LANE: list[tuple[str, Callable[[int, int, int, int], int]]] = [
     ("div.u32 %r10,%r2,%r3;", lambda a, b, c, d: a // b if b else FULL),
     ("mul.hi.s32 %r10,%r2,%r3;", lambda a, b, c, d: signed(a) * signed(b) >> 32),
     ("mul.hi.u32 %r10,%r2,%r3;", lambda a, b, c, d: a * b >> 32),
+    ("min.relu.s32 %r10,%r2,%r3;", lambda a, b, c, d: max(min(signed(a), signed(b)), 0)),
+    ("max.relu.s32 %r10,%r2,%r3;", lambda a, b, c, d: max(signed(a), signed(b), 0)),
     ("mad.lo.s32 %r10,%r2,%r3,%r4;", lambda a, b, c, d: a * b + c),
     ("shl.b32 %r10,%r2,%r4;", lambda a, b, c, d: a << c if c < 32 else 0),
     ("and.b32 %r4,%r4,63; shr.s32 %r10,%r2,%r4;", lambda a, b, c, d: signed(a) >> min(c & 63, 31)),

@@ -138,8 +138,9 @@ def _binary(write: Expressions, integer: str, floating: str = "") -> None:
 
 
 def _extremum(write: Expressions, integer: str, floating: str) -> None:
-    """min and max; with .NaN, NaN wins."""
-    _binary(write, f"{integer}({{a}},{{b}})", "" if "NaN" in write.parts else f"{floating}({{a}},{{b}})")
+    """min and max; with .NaN, NaN wins; with .relu, which integers have, 0 is the least."""
+    whole = f"relu({integer}({{a}},{{b}}))" if "relu" in write.parts else f"{integer}({{a}},{{b}})"
+    _binary(write, whole, "" if "NaN" in write.parts else f"{floating}({{a}},{{b}})")
 
 
 def _multiply(write: Expressions) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashtile import backends
-from flashtile.backends import Gradients, Kernel, Memory
+from flashtile.backends import Decoder, Gradients, Kernel, Memory
 from flashtile.problem import Inputs, Problem
 from flashtile.region import region
 from flashtile.tuning.hopper import (
@@ -132,3 +132,5 @@ def _kept(memory: Memory) -> Memory | None:
 
 
 KERNELS = (Kernel("warp_specialized", refuses, configure, _forward, _backward, configs),)
+
+DECODERS: tuple[Decoder, ...] = ()

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.backends import Gradients, Kernel, Memory, compiled
-from flashtile.problem import Inputs, Problem
+from flashtile.backends import Decoder, Gradients, Kernel, Memory, compiled
+from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
+from flashtile.tuning import decoding
+from flashtile.tuning.decoding import DecodeConfig, decode_splits, decode_tiles
 from flashtile.tuning.portable import PortableConfig, portable_config
 
 
@@ -31,15 +33,24 @@ def unavailable() -> str | None:
 
 def builds() -> int:
     """Interpreted kernels are not compiled."""
-    return compiled(_launch().KERNELS)
+    return compiled((*_launch().KERNELS, *_cached().KERNELS))
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST = 512
+_LARGEST_KEY = 576
+"""Over a KV cache: multi-head latent attention has 512 columns and 64 more with positions."""
 
 
 def refuses(problem: Problem) -> str | None:
     """Takes head dimensions to 512 and the functions that can be written in Triton."""
+    if max(problem.headdim, problem.headdim_v) > _LARGEST:
+        return f"headdim {problem.headdim} and headdim_v {problem.headdim_v}: it takes up to {_LARGEST}"
+    return _refuses_numbers(problem)
+
+
+def _refuses_numbers(problem: Problem) -> str | None:
+    """What stands against the dtype, the device and the functions, whatever the head dimensions are."""
     device = "cpu" if interpreted() else "cuda"
     if problem.device != device:
         return f"it runs on {device}, the tensors are on {problem.device}"
@@ -47,17 +58,53 @@ def refuses(problem: Problem) -> str | None:
         return "Triton's interpreter multiplies no bfloat16"
     if problem.dtype not in _DTYPES:
         return f"it computes in float32; the tensors are {problem.dtype}"
-    if max(problem.headdim, problem.headdim_v) > _LARGEST:
-        return f"headdim {problem.headdim} and headdim_v {problem.headdim_v}: it takes up to {_LARGEST}"
     from flashtile.kernels import support
 
     return support.functions(problem)
+
+
+def refuses_cached(problem: Problem) -> str | None:
+    """Of calls over a KV cache keys to headdim 576, and those whose numbers the device can convert."""
+    reason, cached = _refuses_numbers(problem), problem.cached
+    if problem.headdim > _LARGEST_KEY or problem.headdim_v > _LARGEST:
+        sizes = f"headdim {problem.headdim} and headdim_v {problem.headdim_v}"
+        return f"{sizes}: it takes up to {_LARGEST_KEY} and {_LARGEST} over a KV cache"
+    stored = cached.stored if cached is not None else None
+    if reason is not None or cached is None or stored is None or not stored.is_floating_point:
+        return reason
+    if interpreted():
+        return "Triton's interpreter rounds nothing to 8-bit floats" if cached.appended else None
+    if stored is torch.float8_e4m3fn and not torch.version.hip and torch.cuda.get_device_capability() < (8, 9):
+        return "the GPU converts no float8_e4m3fn; float8_e5m2 or int8 would do"
+    return None
 
 
 def configure(problem: Problem, family: str | None = None) -> PortableConfig:
     """The row of the tuning table; `family`: of another GPU than the current one."""
     family = family or _family(torch.cuda.current_device() if torch.cuda.is_available() else None)
     return portable_config(max(problem.headdim, problem.headdim_v), kind_of(problem), family)
+
+
+def configure_decoding(problem: Problem, family: str | None = None) -> DecodeConfig:
+    """Tiles from the table, and as many parts of the keys as fill the device; no length is known here."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    rows, headdim = problem.seqlen_q * problem.group, min(_LARGEST, max(problem.headdim, problem.headdim_v))
+    half = problem.dtype is not torch.float32
+    tiles = decode_tiles(headdim, rows, half, kind_of(problem), family or _family(device))
+    longest = -(-problem.seqlen_kv // tiles.tile_kv)
+    if problem.batch_invariant:
+        part = decoding.PART // tiles.tile_kv
+        return DecodeConfig(tiles, max(1, -(-longest // part)), part)
+    if problem.cached is not None and problem.cached.splits is not None:
+        return DecodeConfig(tiles, problem.cached.splits)
+    programs = problem.batch * problem.heads_kv * -(-rows // tiles.tile_q)
+    return DecodeConfig(tiles, decode_splits(programs, longest, _multiprocessors(device)))
+
+
+@cache
+def _multiprocessors(device: int | None) -> int:
+    """None: the interpreter, which runs one program after the other."""
+    return 1 if device is None else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def kind_of(problem: Problem) -> str:
@@ -88,6 +135,14 @@ def _launch() -> ModuleType:
     return launch
 
 
+@cache
+def _cached() -> ModuleType:
+    """As `_launch`, of calls over a KV cache."""
+    from flashtile.backends.portable import cached
+
+    return cached
+
+
 def _forward(inputs: Inputs, problem: Problem, config: PortableConfig, memory: Memory) -> tuple[Tensor, Tensor]:
     out_and_lse: tuple[Tensor, Tensor] = _launch().forward(inputs, problem, config, memory=_kept(memory))
     return out_and_lse
@@ -99,9 +154,18 @@ def _backward(inputs: Inputs, problem: Problem, config: PortableConfig, *rest: A
     return gradients
 
 
+def _decode(
+    inputs: Inputs, cache: CacheTensors, problem: Problem, config: DecodeConfig, memory: Memory
+) -> tuple[Tensor, Tensor]:
+    out_and_lse: tuple[Tensor, Tensor] = _cached().decode(inputs, cache, problem, config, memory=_kept(memory))
+    return out_and_lse
+
+
 def _kept(memory: Memory) -> Memory | None:
     """Interpreted launches leave nothing behind."""
     return None if interpreted() else memory
 
 
 KERNELS = (Kernel("sweep", refuses, configure, _forward, _backward),)
+
+DECODERS = (Decoder("split_keys", refuses_cached, configure_decoding, _decode),)

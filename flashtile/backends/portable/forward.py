@@ -5,7 +5,15 @@ import triton.language as tl
 
 from flashtile.kernels.places import keys_of_tile, locate, masked_in, stats_pointers, steps_of, tile_at
 from flashtile.kernels.rules import has_nan, kept, only, only_seen, ruled
-from flashtile.kernels.tiles import load_queries, load_tile, open_keys, store_rows
+from flashtile.kernels.tiles import (
+    columns_from,
+    load_queries,
+    load_tile,
+    open_keys,
+    pages_of_tile,
+    scales_of_rows,
+    store_rows,
+)
 
 
 @triton.jit
@@ -28,21 +36,42 @@ def online_softmax(b_out, b_max, b_sum, b_scores, factor, EXACT: tl.constexpr):
 def forward_sweep(
     b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
     META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    b_q_rest=None,
 ):  # fmt: skip
     """The key tiles that `steps` names. MASKED: the mask is evaluated "always", "never", or at the "edges". GUARDED:
-    values that no row sees are not multiplied; a weight of 0 does not stop NaN."""
+    values that no row sees are not multiplied; a weight of 0 does not stop NaN. `b_q_rest`: see `Meta.rest`."""
     TILE: tl.constexpr = META.tile_kv
     o_rows = o_query[:, None]
     STAGES: tl.constexpr = 1 if GUARDED else None
     LISTS: tl.constexpr = META.masked == "lists"
     i_next = tile_at(steps, steps.begin, LISTS)
+    if META.page:
+        b_next = pages_of_tile(keys, i_next, TILE, META.page)
     for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
         i_tile = i_next
         i_next = tile_at(steps, i_step + 1, LISTS)
+        b_pages = None
+        if META.page:
+            # As of tiles, the pages of the next one are asked for a step ahead.
+            b_pages = b_next
+            b_next = pages_of_tile(keys, i_next, TILE, META.page)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
-        b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
-        b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma)
+        b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma, b_pages, META.page)
+        if META.latent:
+            b_v = b_k
+        else:
+            b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma, b_pages, META.page)
+        if META.quantized:
+            b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
+        if META.rest:
+            further = columns_from(keys, META.headdim)
+            b_rest = load_tile(further, i_tile, META.rest, TILE, META.block_rest, False, b_pages, META.page)
+            b_scores = tl.dot(b_q_rest, tl.trans(b_rest.to(b_q.dtype)), b_scores, input_precision=META.precision)
+        if META.quantized:
+            b_scores *= scales_of_rows(keys.scale, b_pages)
+            if values.scale.page is not None:
+                b_v = (b_v.to(tl.float32) * scales_of_rows(values.scale, b_pages)[:, None]).to(b_q.dtype)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_scores, m_tile, _, _ = ruled(b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED)
         if GUARDED and MASKED == "always":
@@ -64,6 +93,17 @@ def before_any_key(sinks, i_head, unit, TILE: tl.constexpr):
         b_max = tl.zeros([TILE], tl.float32) + sink
         b_sum += tl.where(sink == -float("inf"), 0.0, 1.0)
     return b_max, b_sum
+
+
+@triton.jit
+def normalized(b_out, b_max, b_sum, unit):
+    """(out, lse) of rows that have seen all their keys."""
+    # The sum is 0 where a row saw no key: out 0, lse -inf. NaN is not 0 and stays.
+    m_empty = b_sum == 0.0
+    b_base = tl.where(b_max == -float("inf"), 0.0, b_max)
+    b_lse = tl.where(m_empty, -float("inf"), b_base * unit + tl.log(b_sum))
+    b_out = b_out / tl.where(m_empty, 1.0, b_sum)[:, None]
+    return b_out, b_lse
 
 
 @triton.jit
@@ -109,11 +149,7 @@ def forward_kernel(
                 b_q, o_query, keys, values, place, rules, visits, sinks, unit, META, SCORE, MASK, True
             )
 
-    # The sum is 0 where a row saw no key: out 0, lse -inf. NaN is not 0 and stays.
-    m_empty = b_sum == 0.0
-    b_base = tl.where(b_max == -float("inf"), 0.0, b_max)
-    b_lse = tl.where(m_empty, -float("inf"), b_base * unit + tl.log(b_sum))
-    b_out = b_out / tl.where(m_empty, 1.0, b_sum)[:, None]
+    b_out, b_lse = normalized(b_out, b_max, b_sum, unit)
     if rules.dropout is not None:
         b_out *= rules.dropout.factor
     store_rows(

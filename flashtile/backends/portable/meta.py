@@ -23,6 +23,10 @@ class Meta:
     repeats: a tile whose sums hold NaN is done again with care: it may come from what the mask hides.
     exact: the inputs are float32, so that what is cheap for half precision is too coarse.
     packed: sequences lie side by side, so that another one's numbers follow the end of one.
+    page: rows of a page of the cache that keys lie in, 0: they lie in one piece.
+    quantized: keys and values are of fewer bits than queries, and have scales.
+    rest: columns of queries and keys behind the first `headdim`, a tile of their own (`block_rest`); 0: none.
+    latent: values are the first `headdim` columns of the keys.
     """
 
     tile_q: int
@@ -44,20 +48,28 @@ class Meta:
     slope_gradient: bool
     gives: str
     packed: bool
+    page: int
+    quantized: bool
+    rest: int
+    block_rest: int
+    latent: bool
 
 
 @lru_cache(maxsize=4096)
-def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool, gives: str = "both") -> Meta:
+def meta_of(
+    problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool, gives: str = "both", latent: bool = False
+) -> Meta:
     """`listed`: tiles come from lists; `keys`: the kernel walks the queries of a key tile; the rest: see `Meta`."""
     place = region(problem.mask)
+    main, rest = cut(problem)
     # Sums over what functions captured leave out what the mask hides, so the mask is asked everywhere.
     always = bool(place.rest) or any(problem.wanted.score)
     return Meta(
         tile_q=tiles.tile_q,
         tile_kv=tiles.tile_kv,
-        headdim=problem.headdim,
+        headdim=main,
         headdim_v=problem.headdim_v,
-        block_d=block(problem.headdim),
+        block_d=block(main),
         block_dv=block(problem.headdim_v),
         group=problem.group,
         precision="ieee",  # for float32; AMD's compiler refuses others whatever the dtype
@@ -73,7 +85,22 @@ def meta_of(problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool,
         slope_gradient=problem.wanted.alibi_slopes,
         gives=gives,
         packed=problem.varlen,
+        page=problem.cached.page if problem.cached is not None else 0,
+        quantized=problem.cached is not None and problem.cached.stored is not None,
+        rest=rest,
+        block_rest=block(rest) if rest else 0,
+        latent=latent,
     )
+
+
+WIDEST = 512
+"""Columns of a tile at most."""
+
+
+def cut(problem: Problem) -> tuple[int, int]:
+    """(columns of the first tile of a key, of the second): over a KV cache keys may be wider than one."""
+    wide = problem.cached is not None and problem.headdim > WIDEST
+    return (WIDEST, problem.headdim - WIDEST) if wide else (problem.headdim, 0)
 
 
 def by_copy_engine(loaded: Sequence[Rows], there: bool | None) -> bool:

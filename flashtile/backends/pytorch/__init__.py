@@ -1,11 +1,11 @@
 """The PyTorch backend: attention in tiled PyTorch operations, wherever PyTorch runs; the CPU's backend.
 
 Two kernels. `aten_flash` is PyTorch's own CPU flash operator, for what it computes exactly as we do; `tiled` is the
-sweep of this package and takes everything.
+sweep of this package and takes everything. Over a KV cache `tiled` walks one sequence after the other.
 """
 
-from flashtile.backends import Kernel
-from flashtile.backends.pytorch import native, packed, sweep
+from flashtile.backends import Decoder, Kernel
+from flashtile.backends.pytorch import cached, native, packed, sweep
 
 
 def unavailable() -> str | None:
@@ -22,3 +22,5 @@ KERNELS = (
     Kernel("aten_flash", native.refuses, sweep.configure, *packed.over_sequences(native.forward, native.backward)),
     Kernel("tiled", sweep.refuses, sweep.configure, *packed.over_sequences(sweep.forward, sweep.backward)),
 )
+
+DECODERS = (Decoder("tiled", sweep.refuses, sweep.configure, cached.decode),)

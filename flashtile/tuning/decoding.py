@@ -1,0 +1,100 @@
+"""Tiles and parts of calls over a KV cache: data, which changes no result beyond rounding."""
+
+from typing import NamedTuple
+
+from flashtile.tuning.portable import Tiles, portable_config
+
+
+class DecodeConfig(NamedTuple):
+    """tiles: of queries, all heads of a key head together, and of keys. splits: parts that the keys are cut into, of
+    `part` tiles each or, None, as even as can be."""
+
+    tiles: Tiles
+    splits: int
+    part: int | None = None
+
+
+Rows = tuple[tuple[int, Tiles], ...]
+"""(head dimension, tiles): a row holds up to the head dimension named; tile_q: the most that it serves."""
+
+NARROW: dict[str, dict[str, Rows]] = {
+    "hopper": {
+        "half": ((64, Tiles(64, 128, 4, 3)), (128, Tiles(64, 64, 4, 3)), (256, Tiles(64, 32, 4, 3)),
+                 (512, Tiles(32, 32, 4, 2))),
+        "single": ((64, Tiles(32, 64, 4, 2)), (128, Tiles(32, 32, 4, 2)), (256, Tiles(16, 32, 4, 2)),
+                   (512, Tiles(16, 16, 4, 1))),
+    },
+    "ampere": {
+        "half": ((64, Tiles(64, 64, 4, 3)), (128, Tiles(64, 64, 4, 2)), (256, Tiles(32, 32, 4, 2)),
+                 (512, Tiles(16, 16, 4, 2))),
+        "single": ((64, Tiles(32, 32, 4, 2)), (128, Tiles(32, 32, 4, 2)), (256, Tiles(16, 16, 4, 2)),
+                   (512, Tiles(16, 16, 4, 1))),
+    },
+    "cdna": {
+        "half": ((64, Tiles(64, 64, 4, 2)), (128, Tiles(32, 64, 4, 1)), (256, Tiles(16, 32, 4, 1)),
+                 (512, Tiles(16, 16, 4, 1))),
+        "single": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(16, 32, 4, 1)), (256, Tiles(16, 16, 4, 1)),
+                   (512, Tiles(16, 16, 4, 1))),
+    },
+    "rdna": {
+        "half": ((64, Tiles(16, 32, 4, 1)), (128, Tiles(16, 16, 4, 1)), (256, Tiles(16, 16, 8, 1)),
+                 (512, Tiles(16, 16, 8, 1))),
+        "single": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(16, 32, 4, 1)), (256, Tiles(16, 16, 4, 1)),
+                   (512, Tiles(16, 16, 4, 1))),
+    },
+}  # fmt: skip
+"""By family, then 16-bit or float32. For few queries: key tiles that keep enough bytes in flight beside a second
+program on a multiprocessor. The largest that do not spill; timed on none."""
+NARROW["blackwell"] = NARROW["hopper"]
+
+APPEND = (1, 2, 4)
+"""New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns do
+without the last."""
+
+COMBINE = 16
+"""Parts that are joined at a time."""
+
+COLUMNS = 256
+"""Columns of a row that one warp joins."""
+
+PART = 1024
+"""Keys of a part where all are of one size (`batch_invariant`)."""
+
+PROGRAMS = 2
+"""Programs that a multiprocessor runs at a time."""
+
+LEAST = 2
+"""Tiles that a part has at least, when the cache is full."""
+
+MOST = 128
+"""Parts at most."""
+
+BUSY = 0.9
+"""The fewest parts are taken that keep this share of what the best number keeps busy."""
+
+
+def decode_tiles(headdim: int, rows: int, half: bool, kind: str, family: str) -> Tiles:
+    """For `rows` packed rows of queries: narrow tiles, or those of the forward kernel where there are many."""
+    table = NARROW[family]["half" if half else "single"]
+    tiles = next(tiles for limit, tiles in table if headdim <= limit)
+    if rows > tiles.tile_q:
+        return portable_config(headdim, kind, family).forward
+    return tiles._replace(tile_q=max(16, 1 << (rows - 1).bit_length()))
+
+
+def append_rows(rows: int, columns: int) -> int:
+    """New rows of a program, from `APPEND`."""
+    fitting = APPEND if columns <= 512 else APPEND[:-1]
+    return next((tile for tile in fitting if rows <= tile), fitting[-1])
+
+
+def decode_splits(programs: int, tiles: int, multiprocessors: int) -> int:
+    """Parts that fill the device: `programs` there are without any, `tiles` a sequence has where the cache is full."""
+    slots, most = multiprocessors * PROGRAMS, max(1, min(MOST, tiles // LEAST))
+
+    def busy(splits: int) -> float:
+        waves = programs * splits / slots
+        return waves / -(-programs * splits // slots)
+
+    shares = [busy(splits) for splits in range(1, most + 1)] if programs else [1.0]
+    return next(splits for splits, share in enumerate(shares, 1) if share >= BUSY * max(shares))

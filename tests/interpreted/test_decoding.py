@@ -1,0 +1,93 @@
+"""The portable kernels of calls over a KV cache, interpreted, with tiles so small that every sequence has many."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashtile import decoding as door
+from flashtile import plan
+from flashtile.decoding import CacheArguments
+from flashtile.tuning import decoding
+from flashtile.tuning.portable import Tiles
+from tests import caches
+from tests.caches import CASES, EVERYTHING, QUANTIZED, WIDE, CacheCase
+
+ROWS = ((10**6, Tiles(128, 16, 4, 1)),)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(decoding, "NARROW", {"hopper": {"half": ROWS, "single": ROWS}})
+    plan.choose.cache_clear()
+    yield
+    monkeypatch.undo()
+    plan.choose.cache_clear()
+
+
+def _plan(call: caches.CacheCall, **more: object) -> plan.Plan:
+    return door.build(call.q, call.k_cache, call.v_cache, CacheArguments(**call.options | more)).plan()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", [*CASES, *QUANTIZED, *WIDE], ids=str)
+def test_matches_reference(case: CacheCase, splits: int) -> None:
+    dtype = torch.float16 if splits == 3 else torch.float32
+    call = caches.make(case, dtype)
+    if case.stored is not None and case.stored.is_floating_point:
+        with pytest.raises(NotImplementedError, match="rounds nothing to 8-bit floats"):
+            call.run(backend="portable")
+        call = caches.make(replace(case, appended=None, rotary=0), dtype)
+    chosen = _plan(call, num_splits=splits)
+    assert (chosen.backend, chosen.kernel, chosen.config.splits) == ("portable", "split_keys", splits)
+    caches.check(call, num_splits=splits, backend="portable")
+
+
+@pytest.mark.parametrize("splits", [2, 7, 40])
+def test_any_number_of_parts(splits: int) -> None:
+    """More parts than tiles, and more than are joined at a time: those without keys change nothing."""
+    caches.check(caches.make(EVERYTHING, torch.float32), num_splits=splits)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_places_of_either_integer(dtype: torch.dtype) -> None:
+    call = caches.make(EVERYTHING, torch.float32)
+    for name in ("cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table"):
+        call.options[name] = call.options[name].to(dtype)
+    caches.check(call)
+
+
+def test_strided_caches_are_written_through() -> None:
+    call = caches.make(CacheCase("strided", rotary=8), torch.float32)
+    both = torch.stack((call.k_cache, call.v_cache)).transpose(2, 3).contiguous().transpose(2, 3)
+    call.k_cache, call.v_cache = both
+    caches.check(call, backend="portable")
+
+
+@pytest.mark.parametrize(("part", "page"), [(32, 0), (32, 16), (64, 0)])
+def test_batch_invariant(part: int, page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts in the batch and three alone, or one and two: a sequence gets equal bits."""
+    monkeypatch.setattr(decoding, "PART", part)
+    caches.check_invariance(torch.float32, page)
+
+
+def test_a_sequence_that_is_too_long_touches_nothing_else() -> None:
+    """On a GPU nobody looks at lengths: rows beyond the end of the cache are neither written nor read."""
+    from flashtile.backends import portable
+
+    call = caches.make(CacheCase("long", lengths=(15, 16), capacity=16, page=16), torch.float32)
+    before = call.copy()
+    call.options["cache_seqlens"] = torch.tensor([16, 500])
+    made = door.build(call.q, call.k_cache, call.v_cache, CacheArguments(**call.options))
+    chosen = made.plan()
+    portable._cached().decode(made.inputs, made.cache, chosen.problem, chosen.config)
+    torch.testing.assert_close(call.k_cache, before.k_cache, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "multiprocessors", "wanted"),
+    [(512, 128, 132, 1), (128, 128, 132, 2), (32, 1024, 132, 8), (8, 2048, 132, 30), (8, 4, 132, 2), (0, 9, 132, 1)],
+)
+def test_parts_fill_the_device(programs: int, tiles: int, multiprocessors: int, wanted: int) -> None:
+    assert decoding.decode_splits(programs, tiles, multiprocessors) == wanted
