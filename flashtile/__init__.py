@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from flashtile import masks, reference
     from flashtile.api import attention, attention_varlen, builds, explain, warmup
     from flashtile.dropout import dropout_mask
+    from flashtile.integrations.dispatcher import activate_sdpa, deactivate_sdpa
+    from flashtile.integrations.sdpa import replace_sdpa, sdpa
     from flashtile.masks import Mask
     from flashtile.state import State, merge
 
@@ -28,19 +30,27 @@ _HOMES = {
     "dropout_mask": "dropout",
     "masks": "masks",
     "reference": "reference",
+    "activate_sdpa": "integrations.dispatcher",
+    "deactivate_sdpa": "integrations.dispatcher",
+    "replace_sdpa": "integrations.sdpa",
+    "sdpa": "integrations.sdpa",
 }
 
 __all__ = [
     "Mask",
     "State",
+    "activate_sdpa",
     "attention",
     "attention_varlen",
     "builds",
+    "deactivate_sdpa",
     "dropout_mask",
     "explain",
     "masks",
     "merge",
     "reference",
+    "replace_sdpa",
+    "sdpa",
     "warmup",
 ]
 

@@ -294,6 +294,17 @@ def plans(inputs: Inputs, options: Options) -> plan.Plan:
     return replace(chosen, backward=call.plan(inputs, True)) if _requires_grad(_sources(inputs)) else chosen
 
 
+def gradients(
+    inputs: Inputs, options: Options, saved: tuple[Tensor, Tensor], grad_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from `saved`, the (out, lse) of the forward pass; nothing is recorded."""
+    dq, dk, dv, *_ = _run_backward(inputs, Call.of(inputs, options), saved, (grad_out, None))
+    assert dq is not None
+    assert dk is not None
+    assert dv is not None
+    return dq, dk, dv
+
+
 def rehearse(inputs: Inputs, options: Options) -> None:
     """Runs the call as calls of any length run, and its backward pass if anything wants a gradient; keeps no result."""
     call = Call.of(inputs, options)

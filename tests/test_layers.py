@@ -21,7 +21,7 @@ ROOMS = {
     "kernels": {"kernels"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
-    "doors": {"request", "autograd", "recall", "api"},
+    "doors": {"request", "autograd", "recall", "gradients", "api"},
     "guests": {"distributed", "integrations", "bench", "demo", "cli", "compiling", "__main__"},
 }  # fmt: skip
 # Words and mathematics know torch and the standard library; triton belongs to the machines that are written in it, and
@@ -137,7 +137,7 @@ def test_nobody_imports_a_guest() -> None:
 
 def test_distributed_and_integrations_use_public_names() -> None:
     """bench, demo and cli may look inside; what others could have written uses what others can use."""
-    public = {"", "api", "masks", "reference", "state", "dropout"}
+    public = {"", "api", "check", "gradients", "masks", "reference", "request", "state", "dropout"}
     for module, targets in INTERNAL.items():
         top = module.split(".")[0]
         if top in ("distributed", "integrations"):

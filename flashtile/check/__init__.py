@@ -4,6 +4,7 @@ Messages read "argument: got X, need Y; try Z". Nothing here reads a tensor's co
 that it runs inside the operator; all of it may be traced by torch.compile.
 """
 
+from flashtile.check.guests import has_flash_registry, sdpa_device
 from flashtile.check.options import (
     alibi_slopes,
     alignment,
@@ -53,6 +54,7 @@ __all__ = [
     "dropout",
     "dropout_mask",
     "flag",
+    "has_flash_registry",
     "mask",
     "mask_argument",
     "offsets",
@@ -64,6 +66,7 @@ __all__ = [
     "qkv",
     "scale",
     "score_mod",
+    "sdpa_device",
     "sinks",
     "softcap",
     "states",
