@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flashtile.api import attention, attention_varlen, builds, explain, warmup
     from flashtile.dropout import dropout_mask
     from flashtile.integrations.dispatcher import activate_sdpa, deactivate_sdpa
+    from flashtile.integrations.flash_attn import install_as_flash_attn
     from flashtile.integrations.sdpa import replace_sdpa, sdpa
     from flashtile.masks import Mask
     from flashtile.state import State, merge
@@ -32,6 +33,7 @@ _HOMES = {
     "reference": "reference",
     "activate_sdpa": "integrations.dispatcher",
     "deactivate_sdpa": "integrations.dispatcher",
+    "install_as_flash_attn": "integrations.flash_attn",
     "replace_sdpa": "integrations.sdpa",
     "sdpa": "integrations.sdpa",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "deactivate_sdpa",
     "dropout_mask",
     "explain",
+    "install_as_flash_attn",
     "masks",
     "merge",
     "reference",

@@ -4,7 +4,17 @@ Messages read "argument: got X, need Y; try Z". Nothing here reads a tensor's co
 that it runs inside the operator; all of it may be traced by torch.compile.
 """
 
-from flashtile.check.guests import has_flash_registry, sdpa_device
+from flashtile.check.guests import (
+    flash_attn_modules,
+    has_flash_registry,
+    needs_rng_state,
+    no_caches,
+    no_descales,
+    no_paging,
+    not_installed,
+    packed_heads,
+    sdpa_device,
+)
 from flashtile.check.options import (
     alibi_slopes,
     alignment,
@@ -54,12 +64,19 @@ __all__ = [
     "dropout",
     "dropout_mask",
     "flag",
+    "flash_attn_modules",
     "has_flash_registry",
     "mask",
     "mask_argument",
+    "needs_rng_state",
+    "no_caches",
+    "no_descales",
+    "no_paging",
+    "not_installed",
     "offsets",
     "out_dtype",
     "packed_bias",
+    "packed_heads",
     "packing",
     "packing_complete",
     "prefix_length",
