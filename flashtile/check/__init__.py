@@ -10,10 +10,13 @@ from flashtile.check.guests import (
     needs_rng_state,
     no_caches,
     no_descales,
+    no_later_key,
+    no_paged_batching,
     no_paging,
     not_installed,
     packed_heads,
     sdpa_device,
+    transformers_tested,
 )
 from flashtile.check.options import (
     alibi_slopes,
@@ -71,6 +74,8 @@ __all__ = [
     "needs_rng_state",
     "no_caches",
     "no_descales",
+    "no_later_key",
+    "no_paged_batching",
     "no_paging",
     "not_installed",
     "offsets",
@@ -88,6 +93,7 @@ __all__ = [
     "softcap",
     "states",
     "tensors",
+    "transformers_tested",
     "window",
     "window_side",
 ]

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
+
 
 def sdpa_device(value: Any, known: Sequence[str]) -> None:
     if value not in known:
@@ -74,4 +77,31 @@ def not_installed(module: str, distribution: str, version: str | None, found: bo
         raise ImportError(
             f"{module}: got the real package installed ({distribution} {version or 'of unknown version'}), need it "
             "absent; try flashtile.integrations.flash_attn by its own name, or uninstall the other"
+        )
+
+
+def no_paged_batching(options: Mapping[str, Any]) -> None:
+    """`options`: what transformers passes on beside the arguments of an attention function."""
+    for name in ("cache", "block_table", "k_cache"):
+        if options.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: got transformers' paged cache (continuous batching), need none: flashtile has no paged "
+                "attention yet; try attn_implementation='sdpa' for it"
+            )
+
+
+def no_later_key(seen: Tensor) -> None:
+    """`seen`: whether each token sees the next one. Becomes an operator of the graph that is being traced."""
+    torch._assert_async(
+        ~seen.any(),
+        "attention_mask: got packed sequences with blocks that look ahead in a compiled graph, need one of the two; "
+        "try handing over a mask of four dimensions",
+    )
+
+
+def transformers_tested(version: str, tested: Sequence[str], loader: Any) -> None:
+    if loader is None or ".".join(version.split(".")[:2]) not in tested:
+        raise NotImplementedError(
+            f"use_flash_name: got transformers {version}, need {' or '.join(tested)}: it extends what others may lack; "
+            "try attn_implementation='tile_attention', which asks for nothing private"
         )

@@ -14,11 +14,17 @@ ROUNDINGS = 8
 
 
 def assert_close(
-    found: Tensor, textbook: Tensor, truth: Tensor, name: str = "result", inputs: torch.dtype | None = None
+    found: Tensor,
+    textbook: Tensor,
+    truth: Tensor,
+    name: str = "result",
+    inputs: torch.dtype | None = None,
+    scale: float = 0.0,
 ) -> None:
     """`found` errs at most twice as much as the textbook formula in the same dtype, plus a few rounding errors.
 
     Both against `truth`, which was computed in float64. `inputs`: for log-sum-exps, the dtype that they come from.
+    scale: the size of what was added up on the way, where that is more than the result's.
     """
     assert found.shape == truth.shape, (name, found.shape, truth.shape)
     truth = truth.detach().double()
@@ -26,7 +32,7 @@ def assert_close(
         return
     finite = truth[truth.isfinite()]
     largest = finite.abs().max().item() if finite.numel() else 0.0
-    rounding = ROUNDINGS * torch.finfo(found.dtype).eps * largest
+    rounding = ROUNDINGS * torch.finfo(found.dtype).eps * max(largest, scale)
     if inputs is not None:
         rounding += LSE_SHARE * torch.finfo(inputs).eps
     for measure in (lambda error: error.abs().amax(), lambda error: error.square().mean().sqrt()):
