@@ -3,6 +3,7 @@
 Every comparison asserts that flashtile ran, once a layer; what a layer hands over is read off the Problems that ran.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+import flashtile  # noqa: E402
 from flashtile.integrations.transformers import NAME, attention_forward, attention_mask, use_flash_name  # noqa: E402
 from tests.integrations.models import MODELS, compare, run, same_tokens, tokens  # noqa: E402
 from tests.integrations.rule import ran  # noqa: E402
@@ -396,3 +398,36 @@ def test_queries_shared_by_a_batch() -> None:
         found, _ = attention_forward(torch.nn.Module(), q, k, k, None, is_causal=False)
     expected = torch.nn.functional.scaled_dot_product_attention(q.expand(4, -1, -1, -1), k, k)
     torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+class TestInstalledAsFlashAttention:
+    """With `install_as_flash_attn`, transformers' own "flash_attention_2" runs flashtile. Only a GPU is pretended."""
+
+    @pytest.fixture
+    def installed(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        found = flashtile.install_as_flash_attn()
+        utilities = transformers.utils.import_utils
+        monkeypatch.setattr(utilities, "is_torch_cuda_available", lambda: True)
+        yield found
+        monkeypatch.undo()
+        found.uninstall()
+
+    def test_it_is_found(self, installed: Any) -> None:
+        assert transformers.utils.import_utils.is_flash_attn_2_available()
+        assert transformers.utils.import_utils.is_flash_attn_3_available()
+        assert "transformers was imported before: it has been made to look again" in str(installed)
+
+    def test_it_is_forgotten(self, installed: Any) -> None:
+        installed.uninstall()
+        assert not transformers.utils.import_utils.is_flash_attn_2_available()
+
+    @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
+    def test_model(self, installed: Any, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        loader = transformers.modeling_flash_attention_utils
+        monkeypatch.setattr(loader, "_loaded_implementation", None)
+        model = MODELS["MistralForCausalLM"]
+        # The check that a model is on a GPU is the one thing that a CPU cannot pass.
+        monkeypatch.setattr(transformers.PreTrainedModel, "_flash_attn_can_dispatch", lambda *a, **k: True)
+        inputs = _padded("right")
+        passes = compare(model, implementation, inputs, valid=inputs["attention_mask"])
+        assert all(plan.problem.varlen for plan in passes)
