@@ -5,6 +5,7 @@ that it runs inside the operator; all of it may be traced by torch.compile.
 """
 
 from flashtile.check.guests import (
+    evoformer,
     flash_attn_modules,
     has_flash_registry,
     needs_rng_state,
@@ -17,6 +18,7 @@ from flashtile.check.guests import (
     packed_heads,
     sdpa_device,
     transformers_tested,
+    triangle,
 )
 from flashtile.check.options import (
     alibi_slopes,
@@ -66,6 +68,7 @@ __all__ = [
     "document_value",
     "dropout",
     "dropout_mask",
+    "evoformer",
     "flag",
     "flash_attn_modules",
     "has_flash_registry",
@@ -94,6 +97,7 @@ __all__ = [
     "states",
     "tensors",
     "transformers_tested",
+    "triangle",
     "window",
     "window_side",
 ]

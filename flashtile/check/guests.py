@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from flashtile.check.tensors import shape_of, tensor
+
 
 def sdpa_device(value: Any, known: Sequence[str]) -> None:
     if value not in known:
@@ -105,3 +107,58 @@ def transformers_tested(version: str, tested: Sequence[str], loader: Any) -> Non
             f"use_flash_name: got transformers {version}, need {' or '.join(tested)}: it extends what others may lack; "
             "try attn_implementation='tile_attention', which asks for nothing private"
         )
+
+
+def evoformer(q: Any, k: Any, v: Any, biases: Any) -> None:
+    """What `evoformer_attention` takes; `attention` checks q, k and v against each other."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        tensor(name, value)
+        if value.ndim < 4:
+            raise ValueError(
+                f"{name}: got shape {shape_of(value)}, need (..., rows, seqlen, heads, headdim); try .unsqueeze(0)"
+            )
+        if value.shape[:-3] != q.shape[:-3]:
+            raise ValueError(
+                f"{name}: got shape {shape_of(value)}, need {shape_of(q)[:-3]} before the last three sizes, as q; "
+                f"try {name}.expand(...)"
+            )
+    given = [bias for bias in biases if bias is not None]
+    if len(given) > 2:
+        raise ValueError(f"biases: got {len(given)}, need at most two; try adding those of one shape")
+    lead, rows, heads = shape_of(q)[:-4], q.shape[-4], q.shape[-2]
+    over_keys, over_pairs = (*lead, rows, 1, 1, k.shape[-3]), (*lead, 1, heads, q.shape[-3], k.shape[-3])
+    kinds = []
+    for index, bias in enumerate(given):
+        tensor(f"biases[{index}]", bias)
+        shape = shape_of(bias)
+        kinds.append((shape == over_keys, shape == over_pairs))
+        if shape not in (over_keys, over_pairs):
+            raise ValueError(
+                f"biases[{index}]: got shape {shape}, need (..., rows, 1, 1, seqlen_kv) = {over_keys} or "
+                f"(..., 1, heads, seqlen_q, seqlen_kv) = {over_pairs}; try .expand(...) or .unsqueeze(...)"
+            )
+    if len(given) == 2 and kinds[0] == kinds[1] and not all(kinds[0]):
+        raise ValueError(
+            f"biases: got two of shape {shape_of(given[0])}, need one over keys and one over pairs; try their sum"
+        )
+
+
+def triangle(q: Any, k: Any, v: Any, bias: Any, mask: Any) -> None:
+    """What `triangle_attention` takes; `attention` checks the rest."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        tensor(name, value)
+        if value.ndim != 5 or value.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"{name}: got shape {shape_of(value)}, need (batch, rows, heads, seqlen, headdim), batch and rows as "
+                "q; try .unsqueeze(0)"
+            )
+    wanted = {
+        "bias": (bias, (q.shape[0], 1, q.shape[2], q.shape[3], k.shape[3])),
+        "mask": (mask, (*shape_of(q)[:2], 1, 1, k.shape[3])),
+    }
+    for name, (value, shape) in wanted.items():
+        if value is None and name == "mask":
+            continue
+        tensor(name, value)
+        if shape_of(value) != shape:
+            raise ValueError(f"{name}: got shape {shape_of(value)}, need {shape}; try .expand(...) or .unsqueeze(...)")
