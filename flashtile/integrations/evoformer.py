@@ -146,13 +146,12 @@ class TriangleAttention(nn.Module):
 
 def _sorted(q: Tensor, k: Tensor, biases: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
     """(the bias of keys, the bias of pairs); a bias that could be either is one of pairs."""
+    pairs = (1, q.shape[-2], q.shape[-3], k.shape[-3])
     over_keys = over_pairs = None
     for bias in biases:
-        if bias is None:
-            continue
-        if bias.shape[-4] == 1 and over_pairs is None:
+        if bias is not None and over_pairs is None and bias.shape[-4:] == pairs:
             over_pairs = bias
-        else:
+        elif bias is not None:
             over_keys = bias
     return over_keys, over_pairs
 
