@@ -5,6 +5,8 @@ that it runs inside the operator; all of it may be traced by torch.compile.
 """
 
 from flashtile.check.guests import (
+    diffusers_options,
+    diffusers_tested,
     evoformer,
     flash_attn_modules,
     has_flash_registry,
@@ -65,6 +67,8 @@ __all__ = [
     "custom_value",
     "dense_value",
     "deterministic",
+    "diffusers_options",
+    "diffusers_tested",
     "document_value",
     "dropout",
     "dropout_mask",

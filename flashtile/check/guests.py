@@ -162,3 +162,24 @@ def triangle(q: Any, k: Any, v: Any, bias: Any, mask: Any) -> None:
         tensor(name, value)
         if shape_of(value) != shape:
             raise ValueError(f"{name}: got shape {shape_of(value)}, need {shape}; try .expand(...) or .unsqueeze(...)")
+
+
+def diffusers_tested(version: str, tested: Sequence[str], *needed: Any) -> None:
+    """`needed`: what must be there of diffusers' dispatcher."""
+    if None in needed or ".".join(version.split(".")[:2]) not in tested:
+        raise NotImplementedError(
+            f"diffusers: got version {version}, need {' or '.join(tested)}: its dispatcher has no official place for "
+            "backends; try flashtile.replace_sdpa(), which asks for nothing private"
+        )
+
+
+def diffusers_options(return_lse: Any, parallel_config: Any) -> None:
+    if return_lse:
+        raise NotImplementedError(
+            "return_lse: got True, need False in diffusers' backend 'flashtile'; try flashtile.attention"
+        )
+    if parallel_config is not None:
+        raise NotImplementedError(
+            "parallel_config: got diffusers' context parallelism, need None in its backend 'flashtile'; try the "
+            "backend 'native'"
+        )
