@@ -1,7 +1,7 @@
 """What the integrations refuse: the versions and arguments of other libraries' doors."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,18 +23,33 @@ def has_flash_registry(attention: Any) -> None:
         )
 
 
-def no_caches(function: str) -> NoReturn:
-    raise NotImplementedError(
-        f"{function}: got a call, need key-value caches, which flashtile does not have yet; try flash_attn_func "
-        "over the part of the cache that is filled"
-    )
+def has_caches(function: str, attention_kvcache: Any) -> None:
+    if attention_kvcache is None:
+        raise NotImplementedError(
+            f"{function}: got a call, need key-value caches, which this flashtile does not have; try flash_attn_func "
+            "over the part of the cache that is filled"
+        )
+
+
+def needs_cache_seqlens(k: Any) -> None:
+    if k is not None:
+        raise ValueError("cache_seqlens: got None beside k, need the place of the new keys; try 0 for an empty cache")
+
+
+def not_beside_caches(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name}: got {type(value).__name__}, need None in flash_attn_with_kvcache; try one call a sequence, "
+                "or flash_attn_func and flash_attn_varlen_func, which take more"
+            )
 
 
 def no_paging(value: Any, name: str) -> None:
     if value is not None:
         raise NotImplementedError(
-            f"{name}: got {type(value).__name__}, need None: flashtile has no paged or left-padded keys and values "
-            "yet; try gathering them into one tensor"
+            f"{name}: got {type(value).__name__}, need None: flashtile takes no paged or left-padded keys and "
+            "values here; try gathering them into one tensor"
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import flashtile
-from flashtile import reference
+from flashtile import api, reference
 from flashtile.integrations import flash_attn
 from flashtile.integrations.flash_attn import bert_padding, lowlevel, version3
 from tests.integrations.rule import assert_close, ran
@@ -49,6 +49,12 @@ SIGNATURES = {
         f"cu_seqlens_q=None, cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None, {DESCALES}, "
         f"softmax_scale=None, causal=False, {LOCAL}, rotary_interleaved=True, scheduler_metadata=None, num_splits=0, "
         "pack_gqa=None, sm_margin=0, return_softmax_lse=False"
+    ),
+    version3.get_scheduler_metadata: (
+        "batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, "
+        "qkv_dtype=torch.bfloat16, headdim_v=None, cu_seqlens_q=None, cu_seqlens_k_new=None, cache_leftpad=None, "
+        "page_size=None, max_seqlen_k_new=0, causal=False, window_size=(-1, -1), attention_chunk=0, "
+        "has_softcap=False, num_splits=0, pack_gqa=None, sm_margin=0"
     ),
     lowlevel._flash_attn_forward: (
         "q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, "
@@ -302,6 +308,67 @@ class TestLowLevel:
         assert sums.shape == (4, 11)
 
 
+@pytest.mark.skipif(not hasattr(flashtile, "attention_kvcache"), reason="this flashtile has no key-value caches")
+class TestCaches:
+    """The cache as flash-attn documents it: written in place, then attended over like any keys."""
+
+    @pytest.mark.parametrize("version", [flash_attn, version3])
+    @pytest.mark.parametrize("paged", [False, True])
+    def test_append_and_attend(self, version: Any, paged: bool) -> None:
+        lengths, heads = torch.tensor([3, 17], dtype=torch.int32), 2
+        q, k, v = (torch.randn(2, 4, n, 16) for n in (4, heads, heads))
+        caches = [torch.randn(2, 32, heads, 16) for _ in range(2)]
+        table = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)
+        more = {}
+        given = [cache.clone() for cache in caches]
+        if paged:
+            given = [torch.empty(4, 16, heads, 16) for _ in caches]
+            for pages, cache in zip(given, caches, strict=True):
+                pages[table.flatten().long()] = cache.reshape(4, 16, heads, 16)
+            more = {"block_table" if version is flash_attn else "page_table": table}
+        found = version.flash_attn_with_kvcache(
+            q, *given, k, v, cache_seqlens=lengths, causal=True, return_softmax_lse=True, **more
+        )
+        assert len(found) == (2 if version is flash_attn else 4)
+        for index, length in enumerate(lengths.tolist()):
+            keys, values = (
+                torch.cat((cache[index, :length], fresh[index]))[None]
+                for cache, fresh in zip(caches, (k, v), strict=True)
+            )
+            out, lse, _ = flash_attn.flash_attn_func(
+                q[index : index + 1], keys, values, causal=True, return_attn_probs=True
+            )
+            torch.testing.assert_close(found[0][index], out[0])
+            torch.testing.assert_close(found[1][index], lse[0])
+            if not paged:
+                torch.testing.assert_close(given[0][index, length : length + 4], k[index])
+
+    def test_options(self) -> None:
+        """The whole cache, by default; each option means what it means elsewhere."""
+        q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 20, 2, 16), torch.randn(2, 20, 2, 16)
+        how: dict[str, Any] = {"softmax_scale": 0.3, "window_size": (6, 0), "softcap": 2.0, "alibi_slopes": SLOPES}
+        found = flash_attn.flash_attn_with_kvcache(q, k, v, num_splits=2, **how)
+        torch.testing.assert_close(found, flash_attn.flash_attn_func(q, k, v, **how))
+        swapped = flash_attn.flash_attn_with_kvcache(q, k, v, cache_batch_idx=torch.tensor([1, 0], dtype=torch.int32))
+        torch.testing.assert_close(swapped, flash_attn.flash_attn_func(q, k.flip(0), v.flip(0)))
+
+    def test_new_keys_need_a_place(self) -> None:
+        q = torch.randn(1, 2, 2, 16)
+        with pytest.raises(ValueError, match="cache_seqlens: got None beside k, need the place of the new keys; try 0"):
+            flash_attn.flash_attn_with_kvcache(q, q, q, q, q)
+
+
+def test_caches_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(api, "attention_kvcache", raising=False)
+    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache: got a call, need key-value caches"):
+        flash_attn.flash_attn_with_kvcache(Q, Q, Q)
+
+
+def test_metadata() -> None:
+    found = version3.get_scheduler_metadata(1, 4, 4, 2, 2, 8, OFFSETS)
+    assert (found.numel(), found.dtype) == (0, torch.int32)
+
+
 class TestPadding:
     def test_there_and_back(self) -> None:
         hidden = _normal(3, 5, 2, 4, dtype=torch.float32)
@@ -343,25 +410,15 @@ Q = torch.randn(1, 4, 2, 8)
 OFFSETS = torch.tensor([0, 4], dtype=torch.int32)
 TABLE = torch.zeros(1, 1, dtype=torch.int32)
 ERRORS = {
-    "cache": (
-        lambda: flash_attn.flash_attn_with_kvcache(Q, Q, Q),
+    "packed queries": (
+        lambda: version3.flash_attn_with_kvcache(Q, Q, Q, cu_seqlens_q=OFFSETS),
         NotImplementedError,
-        "flash_attn_with_kvcache: got a call, need key-value caches",
-    ),
-    "cache of version 3": (
-        lambda: version3.flash_attn_with_kvcache(Q, Q, Q),
-        NotImplementedError,
-        "flash_attn_with_kvcache: got a call, need key-value caches",
-    ),
-    "metadata": (
-        lambda: version3.get_scheduler_metadata(1, 4, 4),
-        NotImplementedError,
-        "get_scheduler_metadata: got a call, need key-value caches",
+        "cu_seqlens_q: got Tensor, need None in flash_attn_with_kvcache; try one call a sequence",
     ),
     "paging": (
         lambda: flash_attn.flash_attn_varlen_func(Q[0], Q, Q, OFFSETS, OFFSETS, 4, 4, block_table=TABLE),
         NotImplementedError,
-        "block_table: got Tensor, need None: flashtile has no paged",
+        "block_table: got Tensor, need None: flashtile takes no paged",
     ),
     "left padding": (
         lambda: lowlevel._flash_attn_varlen_forward(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashtile import check
 from flashtile.api import attention, attention_varlen
+from flashtile.integrations.flash_attn.cached import with_kvcache
 from flashtile.integrations.flash_attn.common import Maximum, Window, draw_seed, options, weights, weights_varlen
 
 
@@ -184,5 +185,37 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Always raises NotImplementedError: flashtile has no key-value caches yet. It is there for those who import it."""
-    check.no_caches("flash_attn_with_kvcache")
+    """Writes k and v to the caches, in place, and attends over what is in them; see `flashtile.attention_kvcache`.
+
+    Args:
+        q: (batch, seqlen_q, heads, headdim).
+        k_cache, v_cache: (rows, seqlen_cache, heads_kv, headdim); pages (pages, page_size, ...) with block_table.
+        k, v: (batch, seqlen_new, heads_kv, headdim), with cache_seqlens.
+        cache_seqlens: how much of each sequence is there before the call; default: the whole cache.
+        num_splits: 0 leaves it to flashtile.
+
+    Returns:
+        out, or with return_softmax_lse (out, softmax_lse). No gradients, as in flash-attn.
+
+    Raises:
+        NotImplementedError: this flashtile has no key-value caches.
+    """
+    found = with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin},
+        cache_seqlens,
+        block_table,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        num_splits,
+        return_softmax_lse,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        rotary_interleaved=rotary_interleaved,
+    )
+    return tuple(found) if return_softmax_lse else found

@@ -3,7 +3,8 @@
 Conventions as in `version2`, but without dropout and ALiBi; `return_attn_probs` returns (out, softmax_lse). `qv`
 (..., heads, headdim_v) adds qv v^T to the scores q k^T: absorbed MLA, with (headdim + headdim_v) ** -0.5 as the default
 scale; q and k are joined with qv and v, a copy. `attention_chunk` n: a query sees keys of its own chunk of n. What only
-steers FlashAttention-3's scheduler (num_splits, pack_gqa, sm_margin) is accepted and has no effect: flashtile plans by
+steers FlashAttention-3's scheduler (num_splits, pack_gqa, sm_margin,
+scheduler_metadata) is accepted and has no effect: flashtile plans by
 itself. `q_descale`, `k_descale`, `v_descale` belong to FP8 tensors and are refused with them.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flashtile import check, masks
 from flashtile.api import attention, attention_varlen
+from flashtile.integrations.flash_attn.cached import with_kvcache
 from flashtile.integrations.flash_attn.common import Maximum, Window, options
 from flashtile.state import State, merge
 
@@ -183,13 +185,62 @@ def flash_attn_with_kvcache(
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Always raises NotImplementedError: flashtile has no key-value caches yet. It is there for those who import it."""
-    check.no_caches("flash_attn_with_kvcache")
+    """As in `version2`, with `page_table` for block_table; returns (out, lse, out_accum, lse_accum) with
+    return_softmax_lse, the last two empty.
+
+    Raises:
+        NotImplementedError: qv, packed queries or new keys, rotary_seqlens, descales or attention_chunk are given, or
+            this flashtile has no key-value caches.
+    """
+    check.no_descales({"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
+    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
+    check.not_beside_caches({"qv": qv, **packed, "attention_chunk": attention_chunk or None})
+    found = with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin},
+        cache_seqlens,
+        page_table,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        None,
+        num_splits,
+        return_softmax_lse,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        rotary_interleaved=rotary_interleaved,
+    )
+    return (*found, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else found
 
 
-def get_scheduler_metadata(*arguments: Any, **more: Any) -> Tensor:
-    """Always raises NotImplementedError: it prepares `flash_attn_with_kvcache`, which is not there yet."""
-    check.no_caches("get_scheduler_metadata")
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Tensor:
+    """An empty int32 tensor, to be handed on as `scheduler_metadata`: flashtile plans by itself and needs none."""
+    return torch.empty(0, dtype=torch.int32, device=cache_seqlens.device)
 
 
 def _absorbed(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None) -> tuple[Tensor, Tensor]:
