@@ -14,7 +14,7 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from flashtile import check
+from flashtile.check import guests as check
 from flashtile.integrations.sdpa import replace_sdpa, sdpa
 
 __all__ = ["NAME", "TileAttnProcessor"]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from flashtile import check
 from flashtile.api import attention
+from flashtile.check import guests as check
 from flashtile.gradients import gradients
 
 NAME = "flashtile"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashtile import check
 from flashtile.api import attention
+from flashtile.check import guests as check
 
 _INFINITY = 1e9
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flashtile import api, check
+from flashtile import api
+from flashtile.check import guests as check
 from flashtile.integrations.flash_attn.common import Window, options
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from flashtile import check
+from flashtile.check import guests as check
 
 logger = logging.getLogger("flashtile")
 

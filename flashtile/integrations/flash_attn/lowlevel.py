@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import check
 from flashtile.api import attention, attention_varlen
+from flashtile.check import guests as check
 from flashtile.gradients import gradients
 from flashtile.integrations.flash_attn.common import Maximum, draw_seed, options, weights, weights_varlen
 from flashtile.request import Packing

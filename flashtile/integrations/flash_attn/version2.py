@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flashtile import check
 from flashtile.api import attention, attention_varlen
+from flashtile.check import guests as check
 from flashtile.integrations.flash_attn.cached import with_kvcache
 from flashtile.integrations.flash_attn.common import Maximum, Window, draw_seed, options, weights, weights_varlen
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import check, masks
+from flashtile import masks
 from flashtile.api import attention, attention_varlen
+from flashtile.check import guests as check
 from flashtile.integrations.flash_attn.cached import with_kvcache
 from flashtile.integrations.flash_attn.common import Maximum, Window, options
 from flashtile.state import State, merge

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import check, masks
+from flashtile import masks
 from flashtile.api import attention, attention_varlen
+from flashtile.check import guests as check
 
 logger = logging.getLogger("flashtile")
 _warned: set[str] = set()

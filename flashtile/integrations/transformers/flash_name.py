@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, modeling_fl
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
-from flashtile import check
 from flashtile.api import attention, attention_varlen
+from flashtile.check import guests as check
 from flashtile.integrations.flash_attn.common import Maximum, Window, options
 
 FLASH_NAME = "flashtile"

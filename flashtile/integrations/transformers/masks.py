@@ -27,7 +27,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from flashtile import check
+from flashtile.check import guests as check
 
 
 def attention_mask(
