@@ -364,6 +364,23 @@ class TestFlashName:
     def test_generation(self) -> None:
         same_tokens(MODELS["Gemma3ForCausalLM"], use_flash_name(), _padded("left"))
 
+    def test_vision_towers_hand_over_offsets(self) -> None:
+        """Qwen 2.5 VL's packs its images only for a flash name; others get one call an image."""
+        configuration = transformers.models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig(
+            depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, window_size=16,
+            out_hidden_size=24, fullatt_block_indexes=[1],
+        )  # fmt: skip
+        tower = transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel
+        model = tower._from_config(configuration, attn_implementation="eager").eval()
+        pixels, grid = torch.randn(48, 3 * 2 * 4 * 4), torch.tensor([[1, 4, 6], [1, 6, 4]])
+        expected = model(pixels, grid_thw=grid).last_hidden_state
+        for name, calls in ((NAME, 6), (use_flash_name(), 2)):
+            model.set_attn_implementation(name)
+            with ran() as plans:
+                found = model(pixels, grid_thw=grid).last_hidden_state
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert [plan.problem.varlen for plan in plans] == [name != NAME] * calls
+
     def test_others_are_left_alone(self) -> None:
         use_flash_name()
         with pytest.raises((ImportError, ValueError)):

@@ -110,6 +110,12 @@ def peaks(pair: Pair, setting: Setting) -> tuple[int, int]:
     return memory.allocated_peak(pair.baseline, setting.device), memory.allocated_peak(pair.ours, setting.device)
 
 
+def with_peaks(found: Figures, pair: Pair, setting: Setting) -> Figures:
+    """The figures with the peak memory of both calls among their details."""
+    baseline, ours = peaks(pair, setting)
+    return found._replace(details={**found.details, "peak_bytes": {"baseline": baseline, "ours": ours}})
+
+
 def captured(call: Call, setting: Setting) -> Call:
     """The call as a CUDA graph, which is replayed; on the CPU the call itself."""
     if not setting.cuda:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, peaks, timed
+from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, timed, with_peaks
 
 CHANNELS, HEADDIM, HEADS = 256, 32, 8
 
@@ -52,9 +52,7 @@ def _row(residues: int, sequences: int, training: bool) -> Any:
             return step if training else inference
 
         pair = Pair(variant(lambda: _textbook(module, x, [mask, pairs])), variant(lambda: module(x, x, [mask, pairs])))
-        found = timed(pair, setting, note)
-        baseline, ours = peaks(pair, setting)
-        return found._replace(details={**found.details, "peak_bytes": {"baseline": baseline, "ours": ours}})
+        return with_peaks(timed(pair, setting, note), pair, setting)
 
     return measure
 

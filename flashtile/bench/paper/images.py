@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, peaks, timed
+from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, timed, with_peaks
 
 
 def _unet(setting: Setting) -> Any:
@@ -57,9 +57,7 @@ def _inference(pixels: int) -> Any:
         names = list(model.attn_processors)
         theirs, tiled = ({name: kind() for name in names} for kind in (AttnProcessor, TileAttnProcessor))
         pair = Pair(variant(theirs), variant(tiled))
-        found = timed(pair, setting, note)
-        baseline, ours = peaks(pair, setting)
-        return found._replace(details={**found.details, "peak_bytes": {"baseline": baseline, "ours": ours}})
+        return with_peaks(timed(pair, setting, note), pair, setting)
 
     return measure
 
