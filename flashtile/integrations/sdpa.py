@@ -96,6 +96,8 @@ def refusal(
         return "not all of query, key, value and attn_mask are strided tensors"
     if any(tensor.is_nested for tensor in tensors):
         return "a tensor is nested"
+    if any(hasattr(tensor, "device_mesh") for tensor in tensors):
+        return "a tensor is spread over devices"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
     if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
