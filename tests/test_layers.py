@@ -136,8 +136,8 @@ def test_nobody_imports_a_guest() -> None:
 
 
 def test_distributed_and_integrations_use_public_names() -> None:
-    """bench, demo and cli may look inside; what others could have written uses what others can use. Other libraries' own
-    autograd formulas call `gradients`, and users' errors of the integrations are in `check`."""
+    """bench, demo and cli may look inside; what others could have written uses what others can use. Formulas of other
+    libraries' own autograd call `gradients`, and users' errors of the integrations are in `check`."""
     public = {"", "api", "masks", "reference", "state", "dropout"}
     doors = {"distributed": set(), "integrations": {"check", "gradients", "request"}}
     for module, targets in INTERNAL.items():
