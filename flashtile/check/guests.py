@@ -99,11 +99,12 @@ def not_installed(module: str, distribution: str, version: str | None, found: bo
 
 def no_paged_batching(options: Mapping[str, Any]) -> None:
     """`options`: what transformers passes on beside the arguments of an attention function."""
-    for name in ("cache", "block_table", "k_cache"):
+    paged = type(options.get("cache")).__name__ == "PagedAttentionCache"
+    for name in ("cache",) if paged else ("block_table", "k_cache"):
         if options.get(name) is not None:
             raise NotImplementedError(
-                f"{name}: got transformers' paged cache (continuous batching), need none: flashtile has no paged "
-                "attention yet; try attn_implementation='sdpa' for it"
+                f"{name}: got transformers' paged cache (continuous batching), need none: flashtile serves no paged "
+                "cache there yet; try attn_implementation='sdpa' for it"
             )
 
 

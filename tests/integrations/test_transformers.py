@@ -395,8 +395,11 @@ class TestFlashName:
 class TestRefused:
     def test_paged_batching(self) -> None:
         q = torch.randn(1, 2, 4, 8)
-        with pytest.raises(NotImplementedError, match=r"cache: got transformers' paged cache .* try attn_impl"):
-            attention_forward(torch.nn.Module(), q, q, q, None, cache=object())
+        paged = type("PagedAttentionCache", (), {})()
+        for options in ({"cache": paged}, {"block_table": torch.zeros(1, 1)}):
+            with pytest.raises(NotImplementedError, match=r": got transformers' paged cache .* try attn_impl"):
+                attention_forward(torch.nn.Module(), q, q, q, None, **options)
+        attention_forward(torch.nn.Module(), q, q, q, None, cache=transformers.DynamicCache())
 
     def test_weights(self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
         from flashtile.integrations.transformers import attention
