@@ -145,7 +145,7 @@ def _mask_refused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 def _broadcast(*shapes: Sequence[int]) -> bool:
     """Whether shapes of one length broadcast to each other."""
-    return all(len({size for size in sizes if size != 1}) <= 1 for sizes in zip(*shapes, strict=True))
+    return all(all(size in (1, max(sizes)) for size in sizes) for sizes in zip(*shapes, strict=True))
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -212,6 +212,25 @@ def _layer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_for_any_length(masked: bool) -> None:
+    """One graph serves all lengths, with flashtile's operator in it."""
+    graphs: list[Any] = []
+
+    def keep(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(flashtile.sdpa, fullgraph=True, dynamic=True, backend=keep)
+    for length in (9, 13, 17):
+        q, k = torch.randn(2, 4, length, 8), torch.randn(2, 2, length + 3, 8)
+        mask = torch.rand(2, 1, length, length + 3) > 0.3 if masked else None
+        found = compiled(q, k, k, mask, enable_gqa=True)
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True))
+    assert len(graphs) == 1
+    assert "flashtile.forward" in graphs[0].code
+
+
 class TestReplace:
     @pytest.mark.parametrize("masked", [False, True])
     def test_calls_inside_are_ours(self, masked: bool) -> None:

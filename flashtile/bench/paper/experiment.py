@@ -1,5 +1,6 @@
 """A row: what was claimed, by whom over what, and how to measure it here, with a gate before any figure."""
 
+import gc
 import importlib.util
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class Wrong(Exception):
 class Row:
     """One claim. `claimed` None: it came without a ratio. `share`: what part attention plays in it, and what differs.
 
-    needs: modules that must be installed; devices: where it is measured unless asked for by name.
+    needs: modules that must be installed.
     """
 
     name: str
@@ -174,6 +175,8 @@ def run(row: Row, setting: Setting, note: Note = lambda text: None) -> dict[str,
     except Exception as error:  # one row's crash must not take the others with it
         return {**said, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
     finally:
+        # Models refer to themselves; the next row needs their memory.
+        gc.collect()
         if setting.cuda:
             torch.cuda.empty_cache()
 
