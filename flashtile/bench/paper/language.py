@@ -142,8 +142,7 @@ def _inference_row(kind: str, sizes: Sizes, batch: int, length: int) -> Any:
 def _longest(setting: Setting, note: Note) -> Figures:
     """The longest context whose training step fits in a given memory, batch 1."""
     budget = setting.pick(16 * 2**30, 3 * 2**20)
-    unit = setting.pick(1024, 32)
-    lengths = [unit * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)]
+    lengths = setting.pick([1024 * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)], [32, 256, 512])
     note("building the model")
     model = _model("gpt2", GPT2_SMALL, lengths[-1], setting)
     optimizer = _optimizer(model, setting)

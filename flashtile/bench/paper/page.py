@@ -22,7 +22,7 @@ HEADING = """# The published speed-ups, measured again
 Written by `flashtile bench paper`. Each row names a claim that users of attention libraries know, and measures it on
 the device below against the baseline named, with random weights. Both columns run in turns; a row whose two results
 differ has no figure. A claim that was not met is shown as not met. Some claims rest on more than attention; the last
-column says so. Not measured: Stable Diffusion's cost of fine-tuning, FP8.
+column says so. FP8 has tables of its own.
 """
 
 
