@@ -1,7 +1,7 @@
 """What the integrations refuse: the versions and arguments of other libraries' doors."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -76,9 +76,8 @@ def packed_heads(qkv: Any, num_heads_q: int | None) -> None:
         )
 
 
-def needs_rng_state(state: Any) -> None:
-    if state is None:
-        raise ValueError("rng_state: got None with dropout, need what the forward function returned; try passing it on")
+def no_rng_state() -> NoReturn:
+    raise ValueError("rng_state: got None with dropout, need what the forward function returned; try passing it on")
 
 
 def flash_attn_modules(modules: Any, known: Sequence[str]) -> None:

@@ -104,7 +104,8 @@ def refusal(
         return f"the dtypes are {query.dtype}, {key.dtype} and {value.dtype}"
     if any(tensor.device != query.device for tensor in tensors):
         return "the tensors are on several devices"
-    if not 0 <= dropout_p < 1 or not (scale is None or math.isfinite(scale)):
+    # A compiler may have made the scale a symbol, which math.isfinite does not take.
+    if not 0 <= dropout_p < 1 or not (scale is None or scale - scale == 0):
         return f"dropout_p is {dropout_p} and scale is {scale}"
     return _shapes_refused(query, key, value, enable_gqa) or _mask_refused(query, key, value, attn_mask, is_causal)
 

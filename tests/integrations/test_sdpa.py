@@ -148,6 +148,7 @@ LEFT = {
     "mixed": ({"key": Q.double()}, "dtypes are"),
     "devices": ({"key": Q.to("meta")}, "several devices"),
     "drop everything": ({"dropout_p": 1.0}, "dropout_p is 1.0"),
+    "infinite scale": ({"scale": float("inf")}, "scale is inf"),
     "lengths": ({"value": Q[:, :, :5]}, "shapes are"),
     "heads": ({"key": Q[:, :3], "value": Q[:, :3]}, "shapes are"),
     "batch": ({"key": torch.randn(3, 4, 9, 8)}, "shapes are"),
@@ -184,7 +185,7 @@ class TestLeftToPyTorch:
         assert plans == []
         assert "left to PyTorch" in caplog.text
         if isinstance(expected, Tensor) and not expected.is_nested:
-            assert torch.equal(found, expected)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         else:
             assert type(found) is type(expected)
             assert expected.is_nested if isinstance(expected, Tensor) else found == expected
@@ -221,12 +222,18 @@ def test_compiled_for_any_length(masked: bool) -> None:
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(flashtile.sdpa, fullgraph=True, dynamic=True, backend=keep)
+    class Layer(torch.nn.Module):
+        scale = 0.3  # which the compiler makes a symbol
+
+        def forward(self, *tensors: Any) -> Tensor:
+            return flashtile.sdpa(*tensors, enable_gqa=True, scale=self.scale)
+
+    compiled = torch.compile(Layer(), fullgraph=True, dynamic=True, backend=keep)
     for length in (9, 13, 17):
         q, k = torch.randn(2, 4, length, 8), torch.randn(2, 2, length + 3, 8)
         mask = torch.rand(2, 1, length, length + 3) > 0.3 if masked else None
-        found = compiled(q, k, k, mask, enable_gqa=True)
-        torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True))
+        expected = F.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True, scale=0.3)
+        torch.testing.assert_close(compiled(q, k, k, mask), expected)
     assert len(graphs) == 1
     assert "flashtile.forward" in graphs[0].code
 
