@@ -2,7 +2,9 @@
 
 import logging
 import math
+import sys
 from collections.abc import Sequence
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -98,6 +100,9 @@ def refusal(
         return "a tensor is nested"
     if any(hasattr(tensor, "device_mesh") for tensor in tensors):
         return "a tensor is spread over devices"
+    # The module of this class loads PyTorch's compiler, so it is known by what it does.
+    if hasattr(attn_mask, "_materialize"):
+        return "attn_mask is a CausalBias, which has an attention of its own"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"
     if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
@@ -173,12 +178,32 @@ def _folded(mask: Tensor, leading: Sequence[int]) -> Tensor:
     return mask.expand(*leading, *mask.shape[-3:]).flatten(0, len(leading) - 1)
 
 
+def _functional() -> ModuleType:
+    """torch.nn.functional with our function in PyTorch's place; a module, for the compiler looks names up in one."""
+    module = ModuleType(f"{__name__}_functional")
+    names = {name: value for name, value in vars(F).items() if name == "__builtins__" or not name.startswith("__")}
+    vars(module).update({**names, "scaled_dot_product_attention": sdpa})
+    sys.modules[module.__name__] = module
+    return module
+
+
+# Inside of this function the mode below is off, so that it would call PyTorch's attention: a copy calls ours.
+_multi_head_attention_forward = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    vars(_functional()),
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+)
+
+
 class _Replacing(TorchFunctionMode):
     """Hands calls of PyTorch's function to `sdpa`. Inside of it the mode is off, so that the fallback ends there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return sdpa(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            return _multi_head_attention_forward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -186,7 +211,8 @@ def replace_sdpa() -> TorchFunctionMode:
     """A context in which this thread's calls of `torch.nn.functional.scaled_dot_product_attention` go to `sdpa`.
 
     Unlike `activate_sdpa` it also catches calls with a mask, calls in float32 and calls on the CPU, and reaches no
-    further than the `with` block. It costs every PyTorch function called inside a little host time.
+    further than the `with` block. `torch.nn.MultiheadAttention` and PyTorch's transformer layers go there too. It costs
+    every PyTorch function called inside a little host time.
 
         with flashtile.replace_sdpa():
             model(...)

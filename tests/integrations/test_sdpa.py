@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.bias
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -251,6 +252,37 @@ class TestReplace:
         assert plans == [], "the context reaches beyond its end"
         for found, wanted in zip(check_like, expected, strict=True):
             torch.testing.assert_close(found, wanted)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_layers_of_pytorch(self, training: bool, causal: bool) -> None:
+        """What calls attention inside of a function of PyTorch's own."""
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True).train(training)
+        x, mask = torch.randn(2, 7, 16), torch.nn.Transformer.generate_square_subsequent_mask(7)
+        options = {"src_mask": mask, "is_causal": True} if causal else {}
+        padding = torch.arange(7) >= torch.tensor([[5], [7]])
+        with flashtile.replace_sdpa(), ran() as plans:
+            found = layer(x, src_key_padding_mask=None if causal else padding, **options)
+        assert len(plans) == 1
+        expected = layer(x, src_key_padding_mask=None if causal else padding, **options)
+        kept = torch.ones(2, 7, 1, dtype=torch.bool) if causal else ~padding[..., None]
+        torch.testing.assert_close(found.where(kept, 0), expected.where(kept, 0), rtol=1e-4, atol=1e-5)
+
+    def test_layers_of_pytorch_compiled(self) -> None:
+        layer = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        x = torch.randn(2, 7, 16)
+        with flashtile.replace_sdpa(), ran():
+            found, _ = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, x, x, need_weights=False)
+        torch.testing.assert_close(found, layer(x, x, x, need_weights=False)[0], rtol=1e-4, atol=1e-5)
+
+    def test_causal_bias(self) -> None:
+        """PyTorch's own lazy masks stay PyTorch's."""
+        q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+        bias = torch.nn.attention.bias.causal_lower_right(3, 5)
+        expected = F.scaled_dot_product_attention(q, k, k, bias)
+        with flashtile.replace_sdpa(), conformance.watched() as plans:
+            torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, bias), expected)
+        assert plans == []
 
     def test_what_is_left_to_pytorch_ends_there(self) -> None:
         with flashtile.replace_sdpa(), conformance.watched() as plans:
