@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from flashtile import kvcache, masks, reference
     from flashtile.api import attention, attention_kvcache, attention_varlen, builds, explain, explain_kvcache, warmup
     from flashtile.dropout import dropout_mask
+    from flashtile.integrations.dispatcher import activate_sdpa, deactivate_sdpa
+    from flashtile.integrations.flash_attn import install_as_flash_attn
+    from flashtile.integrations.sdpa import replace_sdpa, sdpa
     from flashtile.masks import Mask
     from flashtile.state import State, combine, merge
 
@@ -32,23 +35,33 @@ _HOMES = {
     "kvcache": "kvcache",
     "masks": "masks",
     "reference": "reference",
+    "activate_sdpa": "integrations.dispatcher",
+    "deactivate_sdpa": "integrations.dispatcher",
+    "install_as_flash_attn": "integrations.flash_attn",
+    "replace_sdpa": "integrations.sdpa",
+    "sdpa": "integrations.sdpa",
 }
 
 __all__ = [
     "Mask",
     "State",
+    "activate_sdpa",
     "attention",
     "attention_kvcache",
     "attention_varlen",
     "builds",
     "combine",
+    "deactivate_sdpa",
     "dropout_mask",
     "explain",
     "explain_kvcache",
+    "install_as_flash_attn",
     "kvcache",
     "masks",
     "merge",
     "reference",
+    "replace_sdpa",
+    "sdpa",
     "warmup",
 ]
 

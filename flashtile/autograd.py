@@ -105,7 +105,7 @@ def _run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         return plan.kernel(chosen).forward(inputs, chosen.problem, chosen.config, call.memories[0])
 
 
-def _run_backward(
+def run_backward(
     inputs: Inputs, call: Call, saved: tuple[Tensor, Tensor], grads: tuple[Tensor | None, Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of `_sources`, each in its tensor's dtype; None where not wanted."""
@@ -145,7 +145,7 @@ def _backward(
     grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wanted: list[bool], *arguments: Any
 ) -> list[Tensor]:
     inputs, options = _unpack(arguments)
-    found = _run_backward(inputs, Call(options, wanted), (out, lse), (grad_out, grad_lse))
+    found = run_backward(inputs, Call(options, wanted), (out, lse), (grad_out, grad_lse))
     return [gradient for gradient in found if gradient is not None]
 
 
@@ -233,7 +233,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         inputs, output = _saved(ctx)
         with torch.no_grad():
-            found = _run_backward(inputs, ctx.call, output, (grad_out, grad_lse))
+            found = run_backward(inputs, ctx.call, output, (grad_out, grad_lse))
         return (None, None, *_last(found))
 
 
@@ -304,4 +304,4 @@ def rehearse(inputs: Inputs, options: Options) -> None:
             if config != chosen.config:
                 plan.kernel(chosen).forward(inputs, chosen.problem, config, {})
         if _requires_grad(_sources(inputs)):
-            _run_backward(inputs, call, output, (torch.zeros_like(output[0]), None))
+            run_backward(inputs, call, output, (torch.zeros_like(output[0]), None))

@@ -1,6 +1,5 @@
 """The keyword arguments that `attention`, `attention_varlen` and `explain` share."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,11 +139,16 @@ def _number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, need a number or None; try float({name})")
 
 
+def _finite(value: Any) -> bool:
+    """In arithmetic that a compiler follows where the number is a symbol: neither nan nor infinity gives 0."""
+    return bool(value - value == 0)
+
+
 def softcap(value: Any) -> None:
     if value is None:
         return
     _number("softcap", value)
-    if not (math.isfinite(value) and value >= 0):
+    if not (_finite(value) and value >= 0):
         raise ValueError(f"softcap: got {value!r}, need a finite number of 0 or more; try None for no cap")
 
 
@@ -152,7 +156,7 @@ def scale(value: Any) -> None:
     if value is None:
         return
     _number("scale", value)
-    if not math.isfinite(value):
+    if not _finite(value):
         raise ValueError(f"scale: got {value!r}, need a finite number; try None for headdim ** -0.5")
 
 

@@ -15,8 +15,8 @@ def add_bench(commands: Any) -> None:
         "suites",
         nargs="*",
         metavar="suite",
-        help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity, decode (default: all), "
-        "or report",
+        help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity, decode (default: all); "
+        "report; or paper, published speed-ups measured again",
     )
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
     command.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes; default %(default)s")
@@ -28,6 +28,7 @@ def add_bench(commands: Any) -> None:
     command.add_argument("--heads-kv", type=int, metavar="N", help="default: heads")
     command.add_argument("--peers", nargs="+", metavar="peer", help="default: those that each suite names")
     command.add_argument("--seconds", type=float, default=10.0, help="time for each peer and case; default %(default)s")
+    command.add_argument("--rows", nargs="+", metavar="row", help="of paper; default: all")
     command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
 
 
@@ -41,6 +42,8 @@ def _bench(given: argparse.Namespace) -> int:
             return show.write_report(given.results, given.docs)
         except ValueError as error:
             raise UsageError(str(error)) from error
+    if given.suites == ["paper"]:
+        return _paper(given)
     everyone = {**peers.PEERS, **decode.PEERS}
     for what, names, known in (("suite", given.suites, SUITES), ("--peers", given.peers or [], everyone)):
         unknown = [name for name in names if name not in known]
@@ -51,6 +54,23 @@ def _bench(given: argparse.Namespace) -> int:
     need_device(given.device)
     settings = _bench_settings(given)
     return show.run(given.suites or usual(settings.device), settings, given.results)
+
+
+def _paper(given: argparse.Namespace) -> int:
+    import torch
+
+    from flashtile.bench.paper import page
+    from flashtile.bench.paper.experiment import Setting
+
+    names = given.rows or list(page.ROWS)
+    unknown = [name for name in names if name not in page.ROWS]
+    if unknown:
+        raise UsageError(f"--rows: got {unknown[0]!r}, need some of {', '.join(page.ROWS)}")
+    if given.device == "cpu" and not given.quick:
+        raise UsageError("paper: got the CPU, need a GPU for models of these sizes; try --device cuda, or --quick")
+    need_device(given.device)
+    setting = Setting(given.device, getattr(torch, given.dtype[0]), given.quick, given.seconds)
+    return page.run(names, setting, given.results, given.docs)
 
 
 def _bench_settings(given: argparse.Namespace) -> Any:

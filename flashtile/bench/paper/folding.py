@@ -1,0 +1,72 @@
+"""Rows of protein folding: the Evoformer's gated row attention, with the biases of its mask and of pairs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, timed, with_peaks
+
+CHANNELS, HEADDIM, HEADS = 256, 32, 8
+
+
+def _textbook(module: Any, x: Tensor, biases: list[Tensor]) -> Tensor:
+    """What OpenFold computes without a fused operator, on the same parameters."""
+    q, k, v = (
+        linear(x).unflatten(-1, (HEADS, -1)).transpose(-2, -3)
+        for linear in (module.linear_q, module.linear_k, module.linear_v)
+    )
+    scores = (q * HEADDIM**-0.5) @ k.transpose(-1, -2)
+    for bias in biases:
+        scores = scores + bias
+    out = (torch.softmax(scores, dim=-1) @ v).transpose(-2, -3).flatten(-2)
+    found: Tensor = module.linear_o(out * torch.sigmoid(module.linear_g(x)))
+    return found
+
+
+def _row(residues: int, sequences: int, training: bool) -> Any:
+    def measure(setting: Setting, note: Note) -> Figures:
+        from flashtile.integrations.evoformer import GatedAttention
+
+        note("building the block")
+        length, rows = setting.pick((residues, sequences), (24, 4))
+        with torch.device(setting.device):
+            module = GatedAttention(CHANNELS, CHANNELS, CHANNELS, HEADDIM, HEADS).to(setting.dtype)
+            x = torch.randn(1, rows, length, CHANNELS, dtype=setting.dtype, requires_grad=True)
+            mask = torch.zeros(1, rows, 1, 1, length, dtype=setting.dtype)
+            mask[..., -length // 8 :] = -1e4
+            pairs = torch.randn(1, 1, HEADS, length, length, dtype=setting.dtype, requires_grad=True)
+            seed = torch.randn(1, rows, length, CHANNELS, dtype=setting.dtype)
+
+        def variant(forward: Any) -> Call:
+            def inference() -> Tensor:
+                with torch.no_grad():
+                    out: Tensor = forward()
+                return out
+
+            def step() -> Tensor:
+                leaves = [x, pairs, *module.parameters()]
+                grads = torch.autograd.grad(forward(), leaves, seed)
+                return torch.cat([grads[0].flatten(), grads[1].flatten()])
+
+            return step if training else inference
+
+        pair = Pair(variant(lambda: _textbook(module, x, [mask, pairs])), variant(lambda: module(x, x, [mask, pairs])))
+        return with_peaks(timed(pair, setting, note), pair, setting)
+
+    return measure
+
+
+ROWS = tuple(
+    Row(
+        f"evoformer-{'training' if training else 'forward'}-{residues}",
+        f"Evoformer's row attention, {residues} x {sequences} residues, {'training' if training else 'forward'}",
+        "3x (OpenFold), 2.6x (Uni-Fold)",
+        2.6,
+        "the formula in PyTorch, as OpenFold has it",
+        "the claims are of whole models; this is one block of them, projections and gate included",
+        _row(residues, sequences, training),
+    )
+    for residues, sequences in ((256, 128), (384, 512))
+    for training in (False, True)
+)

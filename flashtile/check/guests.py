@@ -1,0 +1,200 @@
+"""What the integrations refuse: the versions and arguments of other libraries' doors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from flashtile.check.tensors import shape_of, tensor
+
+
+def sdpa_device(value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"device: got {value!r}, need one of {', '.join(map(repr, known))}; try 'cuda'")
+
+
+def has_flash_registry(attention: Any) -> None:
+    """`attention`: the module torch.nn.attention."""
+    if not hasattr(attention, "register_flash_attention_impl"):
+        raise NotImplementedError(
+            "activate_sdpa: got a PyTorch without torch.nn.attention.register_flash_attention_impl, need one that has "
+            "it; try flashtile.replace_sdpa(), which needs nothing of the kind"
+        )
+
+
+def has_caches(function: str, attention_kvcache: Any) -> None:
+    if attention_kvcache is None:
+        raise NotImplementedError(
+            f"{function}: got a call, need key-value caches, which this flashtile does not have; try flash_attn_func "
+            "over the part of the cache that is filled"
+        )
+
+
+def needs_cache_seqlens(k: Any) -> None:
+    if k is not None:
+        raise ValueError("cache_seqlens: got None beside k, need the place of the new keys; try 0 for an empty cache")
+
+
+def not_beside_caches(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name}: got {type(value).__name__}, need None in flash_attn_with_kvcache; try one call a sequence, "
+                "or flash_attn_func and flash_attn_varlen_func, which take more"
+            )
+
+
+def no_paging(value: Any, name: str) -> None:
+    if value is not None:
+        raise NotImplementedError(
+            f"{name}: got {type(value).__name__}, need None: flashtile takes no paged or left-padded keys and "
+            "values here; try gathering them into one tensor"
+        )
+
+
+def no_descales(descales: Mapping[str, Any]) -> None:
+    for name, value in descales.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name}: got {type(value).__name__}, need None: flashtile takes no FP8 tensors yet; try bfloat16 ones"
+            )
+
+
+def packed_heads(qkv: Any, num_heads_q: int | None) -> None:
+    """FlashAttention-3's qkv, of three or of joined heads."""
+    if num_heads_q is None:
+        if qkv.ndim < 3 or qkv.shape[-3] != 3:
+            raise ValueError(
+                f"qkv: got shape {tuple(qkv.shape)}, need (batch, seqlen, 3, heads, headdim); try num_heads_q=... for "
+                "heads that are joined"
+            )
+    elif not (0 < num_heads_q < qkv.shape[-2] and (qkv.shape[-2] - num_heads_q) % 2 == 0):
+        raise ValueError(
+            f"num_heads_q: got {num_heads_q} of {qkv.shape[-2]} heads, need it to leave an even number of key and "
+            "value heads; qkv is (batch, seqlen, heads + 2 * heads_kv, headdim)"
+        )
+
+
+def no_rng_state() -> NoReturn:
+    raise ValueError("rng_state: got None with dropout, need what the forward function returned; try passing it on")
+
+
+def flash_attn_modules(modules: Any, known: Sequence[str]) -> None:
+    if isinstance(modules, str) or not set(modules) <= set(known) or not modules:
+        raise ValueError(f"modules: got {modules!r}, need some of {tuple(known)!r}; try {tuple(known[:1])!r}")
+
+
+def not_installed(module: str, distribution: str, version: str | None, found: bool) -> None:
+    """`found`: the module can be imported; `version`: that of its distribution."""
+    if version is not None and "+flashtile" in version:
+        raise ImportError(f"{module}: got flashtile in its place already, need it once; try .uninstall() first")
+    if version is not None or found:
+        raise ImportError(
+            f"{module}: got the real package installed ({distribution} {version or 'of unknown version'}), need it "
+            "absent; try flashtile.integrations.flash_attn by its own name, or uninstall the other"
+        )
+
+
+def no_paged_batching(options: Mapping[str, Any]) -> None:
+    """`options`: what transformers passes on beside the arguments of an attention function."""
+    paged = type(options.get("cache")).__name__ == "PagedAttentionCache"
+    for name in ("cache",) if paged else ("block_table", "k_cache"):
+        if options.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: got transformers' paged cache (continuous batching), need none: flashtile serves no paged "
+                "cache there yet; try attn_implementation='sdpa' for it"
+            )
+
+
+def no_later_key(seen: Tensor) -> None:
+    """`seen`: whether each token sees the next one. Becomes an operator of the graph that is being traced."""
+    torch._assert_async(
+        ~seen.any(),
+        "attention_mask: got packed sequences with blocks that look ahead in a compiled graph, need one of the two; "
+        "try handing over a mask of four dimensions",
+    )
+
+
+def transformers_tested(version: str, tested: Sequence[str], loader: Any) -> None:
+    if loader is None or ".".join(version.split(".")[:2]) not in tested:
+        raise NotImplementedError(
+            f"use_flash_name: got transformers {version}, need {' or '.join(tested)}: it extends what others may lack; "
+            "try attn_implementation='tile_attention', which asks for nothing private"
+        )
+
+
+def evoformer(q: Any, k: Any, v: Any, biases: Any) -> None:
+    """What `evoformer_attention` takes; `attention` checks q, k and v against each other."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        tensor(name, value)
+        if value.ndim < 4:
+            raise ValueError(
+                f"{name}: got shape {shape_of(value)}, need (..., rows, seqlen, heads, headdim); try .unsqueeze(0)"
+            )
+        if value.shape[:-3] != q.shape[:-3]:
+            raise ValueError(
+                f"{name}: got shape {shape_of(value)}, need {shape_of(q)[:-3]} before the last three sizes, as q; "
+                f"try {name}.expand(...)"
+            )
+    given = [bias for bias in biases if bias is not None]
+    if len(given) > 2:
+        raise ValueError(f"biases: got {len(given)}, need at most two; try adding those of one shape")
+    lead, rows, heads = shape_of(q)[:-4], q.shape[-4], q.shape[-2]
+    over_keys, over_pairs = (*lead, rows, 1, 1, k.shape[-3]), (*lead, 1, heads, q.shape[-3], k.shape[-3])
+    kinds = []
+    for index, bias in enumerate(given):
+        tensor(f"biases[{index}]", bias)
+        shape = shape_of(bias)
+        kinds.append((shape == over_keys, shape == over_pairs))
+        if shape not in (over_keys, over_pairs):
+            raise ValueError(
+                f"biases[{index}]: got shape {shape}, need (..., rows, 1, 1, seqlen_kv) = {over_keys} or "
+                f"(..., 1, heads, seqlen_q, seqlen_kv) = {over_pairs}; try .expand(...) or .unsqueeze(...)"
+            )
+    if len(given) == 2 and kinds[0] == kinds[1] and not all(kinds[0]):
+        raise ValueError(
+            f"biases: got two of shape {shape_of(given[0])}, need one over keys and one over pairs; try their sum"
+        )
+
+
+def triangle(q: Any, k: Any, v: Any, bias: Any, mask: Any) -> None:
+    """What `triangle_attention` takes; `attention` checks the rest."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        tensor(name, value)
+        if value.ndim != 5 or value.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"{name}: got shape {shape_of(value)}, need (batch, rows, heads, seqlen, headdim), batch and rows as "
+                "q; try .unsqueeze(0)"
+            )
+    wanted = {
+        "bias": (bias, (q.shape[0], 1, q.shape[2], q.shape[3], k.shape[3])),
+        "mask": (mask, (*shape_of(q)[:2], 1, 1, k.shape[3])),
+    }
+    for name, (value, shape) in wanted.items():
+        if value is None and name == "mask":
+            continue
+        tensor(name, value)
+        if shape_of(value) != shape:
+            raise ValueError(f"{name}: got shape {shape_of(value)}, need {shape}; try .expand(...) or .unsqueeze(...)")
+
+
+def diffusers_tested(version: str, tested: Sequence[str], *needed: Any) -> None:
+    """`needed`: what must be there of diffusers' dispatcher."""
+    if None in needed or ".".join(version.split(".")[:2]) not in tested:
+        raise NotImplementedError(
+            f"diffusers: got version {version}, need {' or '.join(tested)}: its dispatcher has no official place for "
+            "backends; try flashtile.replace_sdpa(), which asks for nothing private"
+        )
+
+
+def diffusers_options(return_lse: Any, parallel_config: Any) -> None:
+    if return_lse:
+        raise NotImplementedError(
+            "return_lse: got True, need False in diffusers' backend 'flashtile'; try flashtile.attention"
+        )
+    if parallel_config is not None:
+        raise NotImplementedError(
+            "parallel_config: got diffusers' context parallelism, need None in its backend 'flashtile'; try the "
+            "backend 'native'"
+        )

@@ -1,0 +1,255 @@
+"""FlashAttention-3's interface (`flash_attn_interface`), on every GPU that flashtile runs on and on the CPU.
+
+Conventions as in `version2`, but without dropout and ALiBi; `return_attn_probs` returns (out, softmax_lse). `qv`
+(..., heads, headdim_v) adds qv v^T to the scores q k^T: absorbed MLA, with (headdim + headdim_v) ** -0.5 as the default
+scale; q and k are joined with qv and v, a copy. `attention_chunk` n: a query sees keys of its own chunk of n. What only
+steers FlashAttention-3's scheduler (num_splits, pack_gqa, sm_margin,
+scheduler_metadata) is accepted and has no effect: flashtile plans by
+itself. `q_descale`, `k_descale`, `v_descale` belong to FP8 tensors and are refused with them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile import masks
+from flashtile.api import attention, attention_varlen
+from flashtile.check import guests as check
+from flashtile.integrations.flash_attn.cached import with_kvcache
+from flashtile.integrations.flash_attn.common import Maximum, Window, options
+from flashtile.state import State, merge
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """q (batch, seqlen_q, heads, headdim); k (batch, seqlen_kv, heads_kv, headdim); v with its own head dimension."""
+    check.no_descales({"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
+    q, k = _absorbed(q, k, v, qv)
+    chosen = options(softmax_scale, causal, window_size, softcap, deterministic)
+    found = attention(q, k, v, mask=_chunk(attention_chunk), return_lse=return_attn_probs, **chosen)
+    return tuple(found) if return_attn_probs else found
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: Maximum,
+    max_seqlen_k: Maximum,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Packed q (total_q, heads, headdim), k (total_k, heads_kv, headdim), v; seqused_* (sequences,): rows in use."""
+    check.no_descales({"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
+    q, k = _absorbed(q, k, v, qv)
+    found = attention_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        mask=_chunk(attention_chunk),
+        return_lse=return_attn_probs,
+        **options(softmax_scale, causal, window_size, softcap, deterministic),
+    )
+    return tuple(found) if return_attn_probs else found
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_heads_q: int | None = None,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """qkv (batch, seqlen, 3, heads, headdim), or (batch, seqlen, heads + 2 heads_kv, headdim) with num_heads_q."""
+    check.packed_heads(qkv, num_heads_q)
+    if num_heads_q is None:
+        q, k, v = qkv.unbind(dim=-3)
+    else:
+        heads_kv = (qkv.shape[-2] - num_heads_q) // 2
+        q, k, v = qkv.split((num_heads_q, heads_kv, heads_kv), dim=-2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+    )
+
+
+def flash_attn_combine(
+    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over all keys from attention over parts of them (see `flashtile.merge`).
+
+    Args:
+        out_partial: (parts, batch, seqlen, heads, headdim); lse_partial: (parts, batch, seqlen, heads), natural log.
+        out: written to and returned, if given.
+        out_dtype: dtype of the result, if out is not given; default out_partial's.
+
+    Returns:
+        out (batch, seqlen, heads, headdim) and lse (batch, seqlen, heads).
+    """
+    lses = lse_partial.transpose(-1, -2).unbind(0)
+    merged = merge([State(*pair) for pair in zip(out_partial.unbind(0), lses, strict=True)])
+    if out is None:
+        out = merged.out.to(out_dtype or out_partial.dtype)
+    else:
+        out.copy_(merged.out)
+    return out, merged.lse.transpose(-1, -2)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """As in `version2`, with `page_table` for block_table; returns (out, lse, out_accum, lse_accum) with
+    return_softmax_lse, the last two empty.
+
+    Raises:
+        NotImplementedError: qv, packed queries or new keys, rotary_seqlens, descales or attention_chunk are given, or
+            this flashtile has no key-value caches.
+    """
+    check.no_descales({"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
+    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
+    check.not_beside_caches({"qv": qv, **packed, "attention_chunk": attention_chunk or None})
+    found = with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin},
+        cache_seqlens,
+        page_table,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        None,
+        num_splits,
+        return_softmax_lse,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        rotary_interleaved=rotary_interleaved,
+    )
+    return (*found, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else found
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Tensor:
+    """An empty int32 tensor, to be handed on as `scheduler_metadata`: flashtile plans by itself and needs none."""
+    return torch.empty(0, dtype=torch.int32, device=cache_seqlens.device)
+
+
+def _absorbed(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q k^T + qv v^T is one product of longer heads, and the default scale is that of their length."""
+    if qv is None:
+        return q, k
+    return torch.cat((q, qv), dim=-1), torch.cat((k, v), dim=-1)
+
+
+def _chunk(size: int) -> masks.Mask | None:
+    return masks.chunk(size) if size else None

@@ -1,0 +1,459 @@
+"""flash-attn's functions: their signatures, and their results against the reference in float64."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashtile
+from flashtile import api, reference
+from flashtile.integrations import flash_attn
+from flashtile.integrations.flash_attn import bert_padding, lowlevel, version3
+from tests.integrations.rule import assert_close, ran
+
+FA2 = (
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
+    "deterministic=False, return_attn_probs=False"
+)
+PACKED = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+DESCALES = "q_descale=None, k_descale=None, v_descale=None"
+LOCAL = "window_size=(-1, -1), attention_chunk=0, softcap=0.0"
+FA3_TAIL = (
+    f"softmax_scale=None, causal=False, qv=None, {DESCALES}, {LOCAL}, num_splits=1, pack_gqa=None, "
+    "deterministic=False, sm_margin=0, return_attn_probs=False"
+)
+CACHE = "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None"
+SIGNATURES = {
+    flash_attn.flash_attn_func: f"q, k, v, {FA2}",
+    flash_attn.flash_attn_kvpacked_func: f"q, kv, {FA2}",
+    flash_attn.flash_attn_qkvpacked_func: f"qkv, {FA2}",
+    flash_attn.flash_attn_varlen_func: f"q, k, v, {PACKED}, {FA2}, block_table=None",
+    flash_attn.flash_attn_varlen_kvpacked_func: f"q, kv, {PACKED}, {FA2}",
+    flash_attn.flash_attn_varlen_qkvpacked_func: f"qkv, cu_seqlens, max_seqlen, {FA2}",
+    flash_attn.flash_attn_with_kvcache: (
+        f"q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, {CACHE}, block_table=None, "
+        "softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, "
+        "alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+    ),
+    version3.flash_attn_func: f"q, k, v, {FA3_TAIL}",
+    version3.flash_attn_varlen_func: f"q, k, v, {PACKED}, seqused_q=None, seqused_k=None, {FA3_TAIL}",
+    version3.flash_attn_qkvpacked_func: (
+        f"qkv, softmax_scale=None, causal=False, {DESCALES}, {LOCAL}, deterministic=False, num_heads_q=None, "
+        "sm_margin=0, return_attn_probs=False"
+    ),
+    version3.flash_attn_combine: "out_partial, lse_partial, out=None, out_dtype=None",
+    version3.flash_attn_with_kvcache: (
+        f"q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, {CACHE}, page_table=None, "
+        f"cu_seqlens_q=None, cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None, {DESCALES}, "
+        f"softmax_scale=None, causal=False, {LOCAL}, rotary_interleaved=True, scheduler_metadata=None, num_splits=0, "
+        "pack_gqa=None, sm_margin=0, return_softmax_lse=False"
+    ),
+    version3.get_scheduler_metadata: (
+        "batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, "
+        "qkv_dtype=torch.bfloat16, headdim_v=None, cu_seqlens_q=None, cu_seqlens_k_new=None, cache_leftpad=None, "
+        "page_size=None, max_seqlen_k_new=0, causal=False, window_size=(-1, -1), attention_chunk=0, "
+        "has_softcap=False, num_splits=0, pack_gqa=None, sm_margin=0"
+    ),
+    lowlevel._flash_attn_forward: (
+        "q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, "
+        "return_softmax"
+    ),
+    lowlevel._flash_attn_backward: (
+        "dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, "
+        "window_size_right, softcap, alibi_slopes, deterministic, rng_state=None"
+    ),
+    lowlevel._flash_attn_varlen_forward: (
+        f"q, k, v, {PACKED}, dropout_p, softmax_scale, causal, window_size_left=-1, window_size_right=-1, softcap=0.0, "
+        "alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, "
+        "zero_tensors=False, num_splits=0"
+    ),
+    lowlevel._flash_attn_varlen_backward: (
+        f"dout, q, k, v, out, softmax_lse, dq, dk, dv, {PACKED}, dropout_p, softmax_scale, causal, window_size_left, "
+        "window_size_right, softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False"
+    ),
+    bert_padding.unpad_input: "hidden_states, attention_mask, unused_mask=None",
+    bert_padding.unpad_input_for_concatenated_sequences: "hidden_states, attention_mask_in_length",
+    bert_padding.pad_input: "hidden_states, indices, batch, seqlen",
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: f"{function.__module__}.{function.__name__}")
+def test_signatures(function: Any) -> None:
+    found = inspect.signature(function)
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found.parameters.values()]
+    assert str(inspect.Signature(plain)) == f"({SIGNATURES[function]})"
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_()
+
+
+def _specified(leaves: list[Tensor], dtype: torch.dtype | None, **options: Any) -> list[Tensor]:
+    """out, lse and gradients of the specification."""
+    used = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
+    out, lse = reference.attention(*used, dtype=dtype, **options)
+    return [out, lse, *torch.autograd.grad(_sum(out), used)]
+
+
+def _sum(out: Tensor) -> Tensor:
+    return (out * torch.linspace(-1, 1, out.numel()).sin().reshape(out.shape)).sum()
+
+
+def _compare(found: list[Tensor], leaves: list[Tensor], **options: Any) -> None:
+    """out, lse, dq, dk, dv."""
+    truth, textbook = _specified(leaves, torch.float64, **options), _specified(leaves, None, **options)
+    textbook[1] = _specified(leaves, torch.float32, **options)[1]
+    for name, *three in zip(("out", "lse", "dq", "dk", "dv"), found, textbook, truth, strict=True):
+        assert_close(*three, name, leaves[0].dtype if name == "lse" else None)
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.02])
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "causal": ({"causal": True}, {"causal": True}),
+    "window": ({"window_size": (5, 2), "softmax_scale": 0.3}, {"window": (5, 2), "scale": 0.3}),
+    "left window": ({"window_size": (4, -1), "causal": True}, {"window": (4, None), "causal": True}),
+    "right window": ({"window_size": (-1, 3)}, {"window": (None, 3)}),
+    "softcap": ({"softcap": 2.0, "deterministic": True}, {"softcap": 2.0}),
+    "alibi": ({"alibi_slopes": SLOPES, "causal": True}, {"alibi_slopes": SLOPES, "causal": True}),
+}
+
+
+class TestVersion2:
+    @pytest.mark.parametrize("case", OPTIONS)
+    def test_dense(self, case: str) -> None:
+        theirs, ours = OPTIONS[case]
+        leaves = [_normal(2, 13, 4, 16), _normal(2, 21, 2, 16), _normal(2, 21, 2, 16)]
+        with ran():
+            out, lse, weights = flash_attn.flash_attn_func(*leaves, **theirs, return_attn_probs=True)
+        assert weights.shape == (0,)
+        assert lse.dtype is torch.float32
+        _compare([out, lse, *torch.autograd.grad(_sum(out), leaves)], leaves, **ours)
+        assert torch.equal(out, flash_attn.flash_attn_func(*leaves, **theirs))
+
+    def test_kvpacked(self) -> None:
+        q, kv = _normal(2, 13, 4, 16), _normal(2, 13, 2, 2, 16)
+        with ran():
+            out, lse, _ = flash_attn.flash_attn_kvpacked_func(q, kv, causal=True, return_attn_probs=True)
+        dq, dkv = torch.autograd.grad(_sum(out), (q, kv))
+        _compare([out, lse, dq, *dkv.unbind(2)], [q, *kv.unbind(2)], causal=True)
+
+    def test_qkvpacked(self) -> None:
+        qkv = _normal(2, 13, 3, 4, 16)
+        with ran():
+            out, lse, _ = flash_attn.flash_attn_qkvpacked_func(qkv, 0.0, 0.4, True, return_attn_probs=True)
+        (gradient,) = torch.autograd.grad(_sum(out), qkv)
+        _compare([out, lse, *gradient.unbind(2)], list(qkv.unbind(2)), causal=True, scale=0.4)
+
+    @pytest.mark.parametrize("packing", ["three", "kv", "qkv"])
+    def test_varlen(self, packing: str) -> None:
+        """Each sequence alone gives the same."""
+        offsets = torch.tensor([0, 9, 9, 22], dtype=torch.int32)
+        qkv = _normal(22, 3, 4, 16)
+        q, k, v = qkv.unbind(1)
+        options: dict[str, Any] = {"causal": True, "softcap": 3.0, "return_attn_probs": True}
+        with ran():
+            if packing == "three":
+                out, lse, _ = flash_attn.flash_attn_varlen_func(q, k, v, offsets, offsets, 13, 13, **options)
+            elif packing == "kv":
+                out, lse, _ = flash_attn.flash_attn_varlen_kvpacked_func(
+                    q, qkv[:, 1:], offsets, offsets, torch.tensor(13), 13, **options
+                )
+            else:
+                out, lse, _ = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, offsets, 13, **options)
+        weight = torch.linspace(-1, 1, 22)[:, None, None]
+        (gradient,) = torch.autograd.grad((out * weight).sum(), qkv)
+        for begin, end in ((0, 9), (9, 22)):
+            alone = qkv[None, begin:end].detach().requires_grad_()
+            expected = flash_attn.flash_attn_qkvpacked_func(alone, causal=True, softcap=3.0, return_attn_probs=True)
+            torch.testing.assert_close(out[begin:end], expected[0][0])
+            torch.testing.assert_close(lse[:, begin:end], expected[1][0])
+            (wanted,) = torch.autograd.grad((expected[0][0] * weight[begin:end]).sum(), alone)
+            torch.testing.assert_close(gradient[begin:end], wanted[0], rtol=2**-6, atol=2**-6)
+
+    @pytest.mark.parametrize("varlen", [False, True])
+    def test_weights_with_dropout(self, varlen: bool) -> None:
+        """The weights that are not negative, rescaled, times the values are the output."""
+        q, k, v = (_normal(2, 9, 4, 16, dtype=torch.float32) for _ in range(3))
+        if varlen:
+            offsets = torch.tensor([0, 9, 18], dtype=torch.int32)
+            packed = [tensor.flatten(0, 1) for tensor in (q, k, v)]
+            results = flash_attn.flash_attn_varlen_func(
+                *packed, offsets, offsets, 9, 9, 0.3, causal=True, return_attn_probs=True
+            )
+            out, weights = results[0].unflatten(0, (2, 9)), results[2]
+        else:
+            out, _, weights = flash_attn.flash_attn_func(q, k, v, 0.3, causal=True, return_attn_probs=True)
+        assert weights.shape == (2, 4, 9, 9)
+        torch.testing.assert_close(weights.abs().sum(-1), torch.ones(2, 4, 9))
+        assert 0.1 < (weights < 0).sum() / (weights != 0).sum() < 0.5
+        torch.testing.assert_close(out, (weights.relu() / 0.7 @ v.transpose(1, 2)).transpose(1, 2))
+
+    def test_gradients_of_dropout(self) -> None:
+        q, k, v = (_normal(2, 9, 4, 16, dtype=torch.float32) for _ in range(3))
+        torch.manual_seed(5)
+        out, _, weights = flash_attn.flash_attn_func(q, k, v, 0.3, return_attn_probs=True)
+        (found,) = torch.autograd.grad(_sum(out), v)
+        (wanted,) = torch.autograd.grad(_sum((weights.relu() / 0.7 @ v.transpose(1, 2)).transpose(1, 2)), v)
+        torch.testing.assert_close(found, wanted)
+
+    def test_compiled(self) -> None:
+        q = _normal(1, 9, 2, 16)
+        compiled = torch.compile(flash_attn.flash_attn_func, fullgraph=True, backend="aot_eager")
+        with ran():
+            found = compiled(q, q, q, causal=True)
+        torch.testing.assert_close(found, flash_attn.flash_attn_func(q, q, q, causal=True))
+
+
+class TestVersion3:
+    def test_chunks(self) -> None:
+        leaves = [_normal(2, 13, 4, 16), _normal(2, 21, 2, 16), _normal(2, 21, 2, 8)]
+        with ran():
+            out, lse = version3.flash_attn_func(*leaves, None, True, attention_chunk=6, return_attn_probs=True)
+        found = [out, lse, *torch.autograd.grad(_sum(out), leaves)]
+        rule = lambda b, h, q_idx, kv_idx: (q_idx + 8) // 6 == kv_idx // 6  # noqa: E731
+        _compare(found, leaves, causal=True, mask=rule)
+
+    def test_absorbed_queries(self) -> None:
+        q, k = _normal(1, 5, 4, 8, dtype=torch.float32), _normal(1, 9, 1, 8, dtype=torch.float32)
+        v, qv = _normal(1, 9, 1, 24, dtype=torch.float32), _normal(1, 5, 4, 24, dtype=torch.float32)
+        with ran():
+            out = version3.flash_attn_func(q, k, v, qv=qv)
+        scores = torch.einsum("bqhd,bkd->bhqk", q, k[:, :, 0]) + torch.einsum("bqhd,bkd->bhqk", qv, v[:, :, 0])
+        expected = torch.einsum("bhqk,bkd->bqhd", torch.softmax(scores * 32**-0.5, -1), v[:, :, 0])
+        torch.testing.assert_close(out, expected)
+
+    def test_varlen_with_rows_in_use(self) -> None:
+        offsets, used = torch.tensor([0, 10, 20], dtype=torch.int32), torch.tensor([7, 10], dtype=torch.int32)
+        q = _normal(20, 2, 16)
+        with ran():
+            out, lse = version3.flash_attn_varlen_func(
+                q, q, q, offsets, offsets, 10, 10, used, used, causal=True, return_attn_probs=True
+            )
+        first, second = (
+            version3.flash_attn_func(q[None, rows], q[None, rows], q[None, rows], causal=True, num_splits=3)
+            for rows in (slice(0, 7), slice(10, 20))
+        )
+        torch.testing.assert_close(out, torch.cat((first[0], torch.zeros(3, 2, 16), second[0])).to(out.dtype))
+        assert lse.shape == (2, 20)
+
+    @pytest.mark.parametrize("heads", [None, 4])
+    def test_qkvpacked(self, heads: int | None) -> None:
+        qkv = _normal(1, 9, 3, 4, 16) if heads is None else _normal(1, 9, 8, 16)
+        split = qkv.unbind(2) if heads is None else qkv.split((4, 2, 2), dim=2)
+        with ran():
+            found = version3.flash_attn_qkvpacked_func(qkv, causal=True, num_heads_q=heads, window_size=(3, -1))
+        assert torch.equal(found, flash_attn.flash_attn_func(*split, causal=True, window_size=(3, -1)))
+
+    @pytest.mark.parametrize("given", [False, True])
+    def test_combine(self, given: bool) -> None:
+        q, k, v = (_normal(2, 10, 2, 16, dtype=torch.float32) for _ in range(3))
+        parts = [flashtile.attention(q, k[:, s], v[:, s], return_lse=True) for s in (slice(0, 4), slice(4, 10))]
+        outs, lses = (
+            torch.stack([part.out for part in parts]),
+            torch.stack([part.lse.transpose(1, 2) for part in parts]),
+        )
+        target = torch.empty(2, 10, 2, 16, dtype=torch.bfloat16) if given else None
+        with torch.no_grad():
+            out, lse = version3.flash_attn_combine(outs, lses, target, None if given else torch.bfloat16)
+        expected = flashtile.attention(q, k, v, return_lse=True)
+        assert (out is target) == given
+        torch.testing.assert_close(out, expected.out.bfloat16())
+        torch.testing.assert_close(lse, expected.lse.transpose(1, 2))
+
+
+class TestLowLevel:
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+    def test_dense(self, dropout_p: float) -> None:
+        q, k, v = (_normal(2, 9, 4, 16, dtype=torch.float32) for _ in range(3))
+        torch.manual_seed(3)
+        expected = flash_attn.flash_attn_func(q, k, v, dropout_p, None, True, (4, -1))
+        torch.manual_seed(3)
+        how = (dropout_p, None, True, 4, -1, 0.0, None)
+        with ran() as plans:
+            out, lse, weights, state = lowlevel._wrapped_flash_attn_forward(q, k, v, *how, True)
+            assert not out.requires_grad
+            grads = [torch.full_like(q, torch.nan) for _ in range(3)]
+            dout = torch.linspace(-1, 1, out.numel()).sin().reshape(out.shape)
+            sums = lowlevel._wrapped_flash_attn_backward(dout, q, k, v, out, lse, *grads, *how, False, state)
+        assert [plan.problem.backward for plan in plans][-1]
+        assert torch.equal(out, expected)
+        for found, wanted in zip(grads, torch.autograd.grad(_sum(expected), (q, k, v)), strict=True):
+            torch.testing.assert_close(found, wanted)
+        assert weights.shape == ((2, 4, 9, 9) if dropout_p else (0,))
+        torch.testing.assert_close(sums, (dout * out).sum(-1).transpose(1, 2))
+
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+    def test_varlen(self, dropout_p: float) -> None:
+        offsets = torch.tensor([0, 4, 11], dtype=torch.int32)
+        q, k, v = (_normal(11, 4, 16, dtype=torch.float32) for _ in range(3))
+        where = (offsets, offsets, 7, 7)
+        torch.manual_seed(3)
+        expected = flash_attn.flash_attn_varlen_func(q, k, v, *where, dropout_p, causal=True)
+        torch.manual_seed(3)
+        with ran():
+            out, lse, weights, state = lowlevel._flash_attn_varlen_forward(
+                q, k, v, *where, dropout_p, None, True, return_softmax=True
+            )
+            grads = [torch.full_like(q, torch.nan) for _ in range(3)]
+            dout = torch.linspace(-1, 1, out.numel()).sin().reshape(out.shape)
+            how = (dropout_p, None, True, -1, -1, 0.0, None, False)
+            sums = lowlevel._flash_attn_varlen_backward(dout, q, k, v, out, lse, *grads, *where, *how, state)
+        assert torch.equal(out, expected)
+        for found, wanted in zip(grads, torch.autograd.grad(_sum(expected), (q, k, v)), strict=True):
+            torch.testing.assert_close(found, wanted)
+        assert weights.shape == ((2, 4, 7, 7) if dropout_p else (0,))
+        assert sums.shape == (4, 11)
+
+
+@pytest.mark.skipif(not hasattr(flashtile, "attention_kvcache"), reason="this flashtile has no key-value caches")
+class TestCaches:
+    """The cache as flash-attn documents it: written in place, then attended over like any keys."""
+
+    @pytest.mark.parametrize("version", [flash_attn, version3])
+    @pytest.mark.parametrize("paged", [False, True])
+    def test_append_and_attend(self, version: Any, paged: bool) -> None:
+        lengths, heads = torch.tensor([3, 17], dtype=torch.int32), 2
+        q, k, v = (torch.randn(2, 4, n, 16) for n in (4, heads, heads))
+        caches = [torch.randn(2, 32, heads, 16) for _ in range(2)]
+        table = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)
+        more = {}
+        given = [cache.clone() for cache in caches]
+        if paged:
+            given = [torch.empty(4, 16, heads, 16) for _ in caches]
+            for pages, cache in zip(given, caches, strict=True):
+                pages[table.flatten().long()] = cache.reshape(4, 16, heads, 16)
+            more = {"block_table" if version is flash_attn else "page_table": table}
+        found = version.flash_attn_with_kvcache(
+            q, *given, k, v, cache_seqlens=lengths, causal=True, return_softmax_lse=True, **more
+        )
+        assert len(found) == (2 if version is flash_attn else 4)
+        for index, length in enumerate(lengths.tolist()):
+            keys, values = (
+                torch.cat((cache[index, :length], fresh[index]))[None]
+                for cache, fresh in zip(caches, (k, v), strict=True)
+            )
+            out, lse, _ = flash_attn.flash_attn_func(
+                q[index : index + 1], keys, values, causal=True, return_attn_probs=True
+            )
+            torch.testing.assert_close(found[0][index], out[0])
+            torch.testing.assert_close(found[1][index], lse[0])
+            if not paged:
+                torch.testing.assert_close(given[0][index, length : length + 4], k[index])
+
+    def test_options(self) -> None:
+        """The whole cache, by default; each option means what it means elsewhere."""
+        q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 20, 2, 16), torch.randn(2, 20, 2, 16)
+        how: dict[str, Any] = {"softmax_scale": 0.3, "window_size": (6, 0), "softcap": 2.0, "alibi_slopes": SLOPES}
+        found = flash_attn.flash_attn_with_kvcache(q, k, v, num_splits=2, **how)
+        torch.testing.assert_close(found, flash_attn.flash_attn_func(q, k, v, **how))
+        swapped = flash_attn.flash_attn_with_kvcache(q, k, v, cache_batch_idx=torch.tensor([1, 0], dtype=torch.int32))
+        torch.testing.assert_close(swapped, flash_attn.flash_attn_func(q, k.flip(0), v.flip(0)))
+
+    def test_new_keys_need_a_place(self) -> None:
+        q = torch.randn(1, 2, 2, 16)
+        with pytest.raises(ValueError, match="cache_seqlens: got None beside k, need the place of the new keys; try 0"):
+            flash_attn.flash_attn_with_kvcache(q, q, q, q, q)
+
+
+def test_caches_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(api, "attention_kvcache", raising=False)
+    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache: got a call, need key-value caches"):
+        flash_attn.flash_attn_with_kvcache(Q, Q, Q)
+
+
+def test_metadata() -> None:
+    found = version3.get_scheduler_metadata(1, 4, 4, 2, 2, 8, OFFSETS)
+    assert (found.numel(), found.dtype) == (0, torch.int32)
+
+
+class TestPadding:
+    def test_there_and_back(self) -> None:
+        hidden = _normal(3, 5, 2, 4, dtype=torch.float32)
+        mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+        packed, indices, offsets, longest, used = bert_padding.unpad_input(hidden, mask)
+        assert (offsets.tolist(), longest, used.tolist()) == ([0, 2, 6, 6], 4, [2, 4, 0])
+        assert indices.tolist() == [0, 1, 6, 7, 8, 9]
+        assert offsets.dtype is used.dtype is torch.int32
+        assert torch.equal(packed, hidden[mask.bool()])
+        padded = bert_padding.pad_input(packed, indices, 3, 5)
+        assert torch.equal(padded, hidden * mask[..., None, None])
+        (gradient,) = torch.autograd.grad(padded.sum(), hidden)
+        assert torch.equal(gradient, mask[..., None, None].expand_as(hidden).float())
+
+    def test_unused_places(self) -> None:
+        mask, unused = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[0, 0, 1, 0]])
+        packed, indices, offsets, longest, used = bert_padding.unpad_input(torch.arange(4.0)[None], mask, unused)
+        assert (packed.tolist(), indices.tolist(), offsets.tolist()) == ([0, 1, 2], [0, 1, 2], [0, 3])
+        assert (longest, used.tolist()) == (3, [2])
+
+    def test_concatenated_sequences(self) -> None:
+        lengths = torch.tensor([[2, 3, 0, 0, 0, 0], [3, 2, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0]])
+        hidden = torch.arange(18).reshape(3, 6)
+        packed, indices, offsets, longest = bert_padding.unpad_input_for_concatenated_sequences(hidden, lengths)
+        assert offsets.tolist() == [0, 2, 5, 8, 10, 16]
+        assert packed.tolist() == indices.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17]
+        assert longest == 6
+
+    def test_names_of_autograd_functions(self) -> None:
+        values, indices = torch.arange(6.0).reshape(3, 2), torch.tensor([2, 0])
+        assert bert_padding.IndexFirstAxis.apply(values, indices).tolist() == [[4, 5], [0, 1]]
+        assert bert_padding.IndexPutFirstAxis.apply(values[:2], indices, 3).tolist() == [[2, 3], [0, 0], [0, 1]]
+        gathered, residual = bert_padding.IndexFirstAxisResidual.apply(values.requires_grad_(), indices)
+        assert gathered.requires_grad
+        assert not residual.requires_grad
+
+
+Q = torch.randn(1, 4, 2, 8)
+OFFSETS = torch.tensor([0, 4], dtype=torch.int32)
+TABLE = torch.zeros(1, 1, dtype=torch.int32)
+ERRORS = {
+    "packed queries": (
+        lambda: version3.flash_attn_with_kvcache(Q, Q, Q, cu_seqlens_q=OFFSETS),
+        NotImplementedError,
+        "cu_seqlens_q: got Tensor, need None in flash_attn_with_kvcache; try one call a sequence",
+    ),
+    "paging": (
+        lambda: flash_attn.flash_attn_varlen_func(Q[0], Q, Q, OFFSETS, OFFSETS, 4, 4, block_table=TABLE),
+        NotImplementedError,
+        "block_table: got Tensor, need None: flashtile takes no paged",
+    ),
+    "left padding": (
+        lambda: lowlevel._flash_attn_varlen_forward(
+            Q[0], Q[0], Q[0], OFFSETS, OFFSETS, 4, 4, 0.0, None, False, leftpad_k=OFFSETS
+        ),
+        NotImplementedError,
+        "leftpad_k: got Tensor, need None",
+    ),
+    "scales": (
+        lambda: version3.flash_attn_func(Q, Q, Q, v_descale=torch.ones(1, 2)),
+        NotImplementedError,
+        "v_descale: got Tensor, need None: flashtile takes no FP8",
+    ),
+    "packed": (
+        lambda: version3.flash_attn_qkvpacked_func(Q),
+        ValueError,
+        r"qkv: got shape \(1, 4, 2, 8\), need \(batch, seqlen, 3, heads, headdim\); try num_heads_q",
+    ),
+    "joined heads": (
+        lambda: version3.flash_attn_qkvpacked_func(Q, num_heads_q=1),
+        ValueError,
+        "num_heads_q: got 1 of 2 heads, need it to leave an even number",
+    ),
+    "state": (
+        lambda: lowlevel._flash_attn_backward(
+            Q, Q, Q, Q, Q, Q[..., 0].mT, Q, Q, Q, 0.1, None, False, -1, -1, 0.0, None, False
+        ),
+        ValueError,
+        "rng_state: got None with dropout, need what the forward function returned",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case: str) -> None:
+    call, kind, message = ERRORS[case]
+    with pytest.raises(kind, match=message):
+        call()

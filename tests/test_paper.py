@@ -1,0 +1,128 @@
+"""`flashtile bench paper`: every row runs in toy sizes, wrong results get no figure, the page says what was not met."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashtile import cli
+from flashtile.bench.paper import experiment, page
+from flashtile.bench.paper.experiment import Figures, Pair, Row, Setting
+from tests import conformance
+
+QUICK = Setting("cpu", torch.float32, quick=True, seconds=0.0)
+
+
+def _row(**changes: Any) -> Row:
+    def measure(setting: Setting, note: Any) -> Figures:
+        return experiment.timed(Pair(lambda: torch.ones(3), lambda: torch.ones(3)), setting, note)
+
+    fields = {"name": "one", "title": "One", "claim": "2x", "claimed": 2.0, "baseline": "b", "share": "s"}
+    return Row(**{**fields, "measure": measure, **changes})
+
+
+@pytest.mark.parametrize("name", page.ROWS)
+def test_rows_run(name: str) -> None:
+    """Each with flashtile in one of its columns, compared with the other where both mean the same."""
+    for module in page.ROWS[name].needs:
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    with conformance.watched() as plans:
+        entry = experiment.run(page.ROWS[name], QUICK)
+    assert entry["status"] == "ok", entry["reason"]
+    assert plans
+    figures = entry["figures"]
+    assert figures["ratio"] > 0
+    if name.startswith(("documents", "memory", "gpt2-4k", "gpt2-longest", "unet-training")):
+        assert figures["difference"] is None
+    else:
+        assert figures["difference"] < 1e-3
+    json.dumps(entry)
+
+
+class TestExperiment:
+    def test_ratio_counts_work(self) -> None:
+        pair = Pair(lambda: torch.ones(1), lambda: torch.ones(1), work=(1.0, 3.0))
+        found = experiment.timed(pair, QUICK, lambda text: None)
+        assert found.ratio == pytest.approx(3 * found.baseline / found.ours)
+
+    def test_wrong_results_get_no_figure(self) -> None:
+        def measure(setting: Setting, note: Any) -> Figures:
+            return experiment.timed(Pair(lambda: torch.ones(3), lambda: torch.full((3,), 1.1)), setting, note)
+
+        entry = experiment.run(_row(measure=measure), QUICK)
+        assert (entry["status"], "figures" in entry) == ("wrong", False)
+        assert "results differ by 0.1 in norm, allowed are 0.001" in entry["reason"]
+
+    def test_nan_is_wrong(self) -> None:
+        def measure(setting: Setting, note: Any) -> Figures:
+            return experiment.timed(Pair(lambda: torch.ones(1), lambda: torch.full((1,), torch.nan)), setting, note)
+
+        assert experiment.run(_row(measure=measure), QUICK)["status"] == "wrong"
+
+    def test_a_crash_is_kept(self) -> None:
+        def measure(setting: Setting, note: Any) -> Figures:
+            raise RuntimeError("no")
+
+        entry = experiment.run(_row(measure=measure), QUICK)
+        assert (entry["status"], entry["reason"]) == ("failed", "RuntimeError: no")
+
+    def test_what_is_not_installed(self) -> None:
+        entry = experiment.run(_row(needs=("no_such_module",)), QUICK)
+        assert (entry["status"], entry["reason"]) == ("absent", "no_such_module not installed")
+
+
+class TestPage:
+    @pytest.fixture
+    def rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows = {
+            name: _row(name=name, title=name.title(), claimed=claimed)
+            for name, claimed in (("slow", 1e9), ("any", None))
+        }
+        monkeypatch.setattr(page, "ROWS", rows)
+
+    @pytest.mark.usefixtures("rows")
+    def test_written_in_parts(self, tmp_path: Path) -> None:
+        setting = Setting("cpu", torch.float32, quick=False, seconds=0.0)
+        results, docs = tmp_path / "results", tmp_path / "docs"
+        assert page.run(["slow"], setting, results, docs) == 0
+        assert page.run(["any"], setting, results, docs) == 0
+        text = (docs / "paper.md").read_text()
+        assert text.index("| Slow |") < text.index("| Any |")
+        assert text.count("not met |") == 1
+        assert "| 2x (–) |" in text
+        (plot,) = (docs / "benchmarks").glob("*-paper.png")
+        assert f"(benchmarks/{plot.name})" in text
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.usefixtures("rows")
+    def test_quick_runs_make_no_page(self, tmp_path: Path) -> None:
+        assert page.run(["any"], QUICK, tmp_path / "results", tmp_path / "docs") == 0
+        assert not (tmp_path / "docs").exists()
+
+    def test_failures_are_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def measure(setting: Setting, note: Any) -> Figures:
+            raise RuntimeError("no")
+
+        monkeypatch.setattr(page, "ROWS", {"one": _row(measure=measure)})
+        setting = Setting("cpu", torch.float32, seconds=0.0)
+        assert page.run(["one"], setting, tmp_path / "results", tmp_path / "docs") == 1
+        assert "| failed: RuntimeError: no | – | – |" in (tmp_path / "docs" / "paper.md").read_text()
+
+
+class TestCommand:
+    def test_unknown_rows(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["bench", "paper", "--rows", "nothing", "--quick"]) == 2
+        assert "--rows: got 'nothing', need some of bert-training" in capsys.readouterr().err
+
+    def test_the_cpu(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["bench", "paper"]) == 2
+        assert "paper: got the CPU, need a GPU for models of these sizes; try --device cuda" in capsys.readouterr().err
+
+    def test_quick(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folders = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
+        assert cli.main(["bench", "paper", "--quick", "--seconds", "0", "--rows", "fa2-forward", *folders]) == 0
+        assert "fa2-forward" in capsys.readouterr().out
+        (record,) = (tmp_path / "results").glob("*/paper/rows.json")
+        assert json.loads(record.read_text())["settings"]["quick"] is True
