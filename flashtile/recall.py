@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile import autograd, trace
+from flashtile import autograd, sharding, trace
 from flashtile.masks import Mask
 from flashtile.problem import Inputs
 from flashtile.request import Arguments, Packing, build, mask_value
@@ -28,6 +28,7 @@ _values = attrgetter(
     "deterministic",
     "batch_invariant",
     "backend",
+    "sharding",
 )
 _NO_MASK = Mask("")
 _NO_SCORE = trace.Lifted("", ())
@@ -43,6 +44,8 @@ class _Found(NamedTuple):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
     """(out, lse) of the call."""
+    if sharding.current is not None and not arguments.sharding:
+        return sharding.current(q, k, v, arguments, packing)
     found = _find(q, k, v, arguments, packing)
     if found is not None and (call := _known.get(found.key)) is not None:
         return autograd.eager(found.inputs, call)
@@ -76,7 +79,7 @@ def _find(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packin
     mask = _NO_MASK if arguments.mask is None else mask_value(arguments.mask)
     score = _NO_SCORE if arguments.score_mod is None else trace.lift(arguments.score_mod, "score")
     beside = (arguments.bias, arguments.alibi_slopes, arguments.sinks)
-    layouts = _layouts((q, k, v, *offsets, *beside, *mask.tensors, *score.tensors))
+    layouts = layouts_of((q, k, v, *offsets, *beside, *mask.tensors, *score.tensors))
     if layouts is None:
         return None
     switches = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), packing is None)
@@ -92,7 +95,7 @@ def _worth_it(q: Tensor) -> bool:
     return q.is_cuda
 
 
-def _layouts(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
+def layouts_of(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
     """What tensors are, of their addresses the alignment alone; None: one is more than a tensor."""
     layouts: list[Any] = []
     for tensor in tensors:

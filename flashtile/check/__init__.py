@@ -22,6 +22,7 @@ from flashtile.check.options import (
     window,
 )
 from flashtile.check.sequences import offsets, packed_bias, packing, packing_complete
+from flashtile.check.sharding import known_sharding
 from flashtile.check.tensors import qkv, tensors
 from flashtile.check.values import (
     block_mask_value,
@@ -53,6 +54,7 @@ __all__ = [
     "dropout",
     "dropout_mask",
     "flag",
+    "known_sharding",
     "mask",
     "mask_argument",
     "offsets",
