@@ -119,6 +119,9 @@ def _cut(expression: Expression, tensors: Sequence[Tensor], part: Part, device: 
         )
     if kind == "dense":
         return Mask('["dense"]', (sliced(tensors[0], part),))
+    if kind == "block" and part.all_tokens:
+        inner = _cut(rest[2], tensors[1:], part, device) or Mask(ALL)
+        return Mask(f'["block",{rest[0]},{rest[1]},{inner.token}]', (sliced(tensors[0], part), *inner.tensors))
     return _composed_mask(expression, tensors, part, device)
 
 
@@ -199,14 +202,14 @@ def table_slices(table: Tensor, part: Part) -> tuple[slice, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _numbers(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+def numbers(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """Kept, so that lists of tiles that were made of them are found again."""
     return torch.tensor(values, dtype=torch.int64, device=device).unbind()
 
 
 def _origin(part: Part, device: torch.device) -> tuple[Tensor, ...]:
     """(first head, first query, first key, keys minus queries of the whole)."""
-    return _numbers((part.head, part.query, part.key, part.seqlen_kv - part.seqlen_q), device)
+    return numbers((part.head, part.query, part.key, part.seqlen_kv - part.seqlen_q), device)
 
 
 def _predicate(expression: Expression, tensors: Sequence[Tensor], b: Any, h: Any, q: Any, k: Any, shift: Any) -> Any:
@@ -340,3 +343,11 @@ def _apply(key: str, score: Any, b: Any, h: Any, q: Any, k: Any, tensors: Sequen
     if traced.double is not None and score.dtype is torch.float64:
         traced = traced.double
     return traced.forward.forward(score, b, h, q, k, *tensors)
+
+
+def windows_only(token: str) -> bool:
+    """Whether a mask is a conjunction of windows, or everything."""
+    kind, *rest = json.loads(token)
+    if kind == "and":
+        return all(windows_only(_token(part)) for part in rest)
+    return kind in ("full", "causal", "window")

@@ -14,9 +14,11 @@ from flashtile.problem import Inputs, Options, Wanted
 
 
 class Sharding(Protocol):
-    """A scheme over certain processes. `ranks`: how many share a sequence, in equal parts."""
+    """A scheme over certain processes. ranks: how many share a sequence, in equal parts; head_ranks: how many have
+    shared out the heads, likewise."""
 
     ranks: int
+    head_ranks: int
 
     def forward(self, inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         """(out, lse) of this process's queries; all tensors but q, k and v describe the whole."""
@@ -63,13 +65,13 @@ def of(name: str) -> Sharding:
 def standing_for_all(tensor: Tensor, name: str) -> Tensor:
     """A view of one number with the shape that all shares of q, k or v have together."""
     *batch, rows, heads, headdim = tensor.shape
-    return tensor.new_empty(()).expand(*batch, rows * ranks_of(name), heads, headdim)
+    ranks, head_ranks = _ranks_of(name)
+    return tensor.new_empty(()).expand(*batch, rows * ranks, heads * head_ranks, headdim)
 
 
-def ranks_of(name: str) -> int:
-    """How many processes share a sequence."""
-    return of(name).ranks
+def _ranks_of(name: str) -> tuple[int, int]:
+    return of(name).ranks, of(name).head_ranks
 
 
-# The compiler takes the number as a constant (see `trace._constant_route`).
-ranks_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# The compiler takes the numbers as constants (see `trace._constant_route`).
+_ranks_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
