@@ -149,7 +149,8 @@ def mask_of(whole: Whole, part: Part) -> Mask | None:
             made = cut.mask(given, part, device)
         else:
             made = cut.packed_mask(given, whole.tables, part, device)
-        found = [weakref.ref(tensor, lambda _: _masks.pop(key, None)) for tensor in tensors], made
+        # At the end of the process modules are emptied before tensors go: the memory is the callback's own.
+        found = [weakref.ref(tensor, lambda _, kept=_masks: kept.pop(key, None)) for tensor in tensors], made
         _keep(_masks, key, found)
     return found[1]
 
