@@ -149,10 +149,19 @@ def mask_of(whole: Whole, part: Part) -> Mask | None:
             made = cut.mask(given, part, device)
         else:
             made = cut.packed_mask(given, whole.tables, part, device)
-        # At the end of the process modules are emptied before tensors go: the memory is the callback's own.
-        found = [weakref.ref(tensor, lambda _, kept=_masks: kept.pop(key, None)) for tensor in tensors], made
+        found = [weakref.ref(tensor, _Forget(key)) for tensor in tensors], made
         _keep(_masks, key, found)
     return found[1]
+
+
+class _Forget:
+    """Drops what was made of a tensor once that is gone. Holds the memory: the module may be gone too, at the end."""
+
+    def __init__(self, key: Any) -> None:
+        self.memory, self.key = _masks, key
+
+    def __call__(self, _: Any) -> None:
+        self.memory.pop(self.key, None)
 
 
 def _keep(memory: dict[Any, Any], key: Any, value: Any) -> None:

@@ -347,6 +347,7 @@ FEATURES: dict[str, Feature] = {
     "prefix_lm": _masked(
         lambda t, s: masks.causal("top_left") | masks.prefix(20), lambda b, h, q, kv: (kv <= q) | (kv < 20)
     ),
+    "band": _masked(lambda t, s: masks.Mask('["band",-40,-5]'), lambda b, h, q, kv: (kv - q >= -40) & (kv - q <= -5)),
     "far_apart": _masked(
         lambda t, s: masks.window(4, 4, "top_left") | masks.prefix(5),
         lambda b, h, q, kv: ((q - kv).abs() <= 4) | (kv < 5),
