@@ -195,25 +195,26 @@ def wanted_of(inputs: Inputs) -> Wanted:
     return _wanted(_asked(inputs))
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor], options: Options) -> None:
     ctx.set_materialize_grads(False)
     ctx.counts = (len(inputs.mask), len(inputs.score))
-    ctx.save_for_backward(*output, *inputs[:_FIRST_LIST], *inputs.mask, *inputs.score)
+    # One tensor more in sharded calls: checkpoints compare what is saved, so that none is computed again unsharded.
+    mark = [output[1].new_empty(0)] if options.sharding else []
+    ctx.save_for_backward(*output, *inputs[:_FIRST_LIST], *inputs.mask, *inputs.score, *mark)
 
 
 def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor, Tensor]]:
     """What `_save` kept: (inputs, (out, lse))."""
     masks, scores = ctx.counts
     out, lse, *tensors = ctx.saved_tensors
-    first = len(tensors) - masks - scores
-    mask, score = tensors[first : first + masks], tensors[first + masks :]
-    return Inputs(*[*tensors[:first], tuple(mask), tuple(score)]), (out, lse)
+    mask, score = tensors[_FIRST_LIST : _FIRST_LIST + masks], tensors[_FIRST_LIST + masks :][:scores]
+    return Inputs(*[*tensors[:_FIRST_LIST], tuple(mask), tuple(score)]), (out, lse)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call, options = _unpack(inputs)
     ctx.wanted, ctx.options = _asked(call), options
-    _save(ctx, call, output)
+    _save(ctx, call, output, options)
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -235,7 +236,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, inputs: Inputs, call: Call, *sources: Tensor | None) -> tuple[Tensor, Tensor]:
         output = run_forward(inputs, call)
         ctx.call = call
-        _save(ctx, inputs, output)
+        _save(ctx, inputs, output, call.options)
         return output
 
     @staticmethod

@@ -45,7 +45,9 @@ class _Found(NamedTuple):
 def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
     """(out, lse) of the call."""
     if sharding.current is not None and not arguments.sharding:
-        return sharding.current(q, k, v, arguments, packing)
+        found_elsewhere = sharding.current(q, k, v, arguments, packing)
+        if found_elsewhere is not None:
+            return found_elsewhere
     found = _find(q, k, v, arguments, packing)
     if found is not None and (call := _known.get(found.key)) is not None:
         return autograd.eager(found.inputs, call)

@@ -43,8 +43,8 @@ class Sharding(Protocol):
 _known: dict[str, Sharding] = {}
 
 current: Callable[..., Any] | None = None
-"""What `attention` and `attention_varlen` call in place of this process's own attention; None: nothing. One for the
-process, for the backward pass runs in threads of its own."""
+"""What `attention` and `attention_varlen` ask first; None: nobody. It returns (out, lse), or None for a call that is
+this process's own. One for the process, for the backward pass runs in threads of its own."""
 
 
 def register(name: str, sharding: Sharding) -> None:

@@ -29,11 +29,12 @@ def context_parallel(
 
     After `torch.distributed.tensor.experimental.context_parallel`: the tensors in `buffers` are replaced in place by
     this process's share of them, and restored at the end. A model between needs no change, but must take positions as
-    an input, sharded like its tokens. Run the backward pass inside too where activations are checkpointed.
+    an input, sharded like its tokens. Run the backward pass inside too where activations are checkpointed: computed
+    again outside, a call would not be sharded, which `torch.utils.checkpoint` (use_reentrant=False) then refuses.
 
     Args:
-        model: None: all calls in the context are sharded. A module: only those made while it, or a module inside of it,
-            runs forward (its recomputation under checkpointing included).
+        model: None: all calls in the context are sharded. A module: only those made while it or a module inside of it
+            runs forward, and those of backward passes, where checkpoints are computed again.
         mesh, scheme, layout: as in `flashtile.distributed.attention`.
         buffers: tensors of whole sequences that all processes hold: token ids, positions, labels.
         buffer_seq_dims: the dimension of the sequence of each.
@@ -47,13 +48,14 @@ def context_parallel(
     check.buffers(buffers, buffer_seq_dims)
     names = names_of(mesh, scheme, layout)
 
+    running = [0 if model is not None else 1]
+
     def attend(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
-        return run(q, k, v, arguments, packing, names)
+        return run(q, k, v, arguments, packing, names) if running[0] or _in_backward() else None
 
     kept = _shard_in_place(buffers, buffer_seq_dims, mesh, layout, no_restore_buffers or set())
-    hooks = _switched(model, attend) if model is not None else []
-    if model is None:
-        sharding.current = attend
+    hooks = _counted(model, running) if model is not None else []
+    sharding.current = attend
     try:
         yield
     finally:
@@ -64,18 +66,18 @@ def context_parallel(
             _become(buffer, whole)
 
 
-def _switched(model: nn.Module, attend: Any) -> list[Any]:
-    """Hooks that switch the sharded calls on while a module of the model runs."""
-    depth = [0]
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _counted(model: nn.Module, running: list[int]) -> list[Any]:
+    """Hooks that count how many modules of the model are running, one inside of the other."""
 
     def enter(*_: Any) -> None:
-        depth[0] += 1
-        sharding.current = attend
+        running[0] += 1
 
     def leave(*_: Any) -> None:
-        depth[0] -= 1
-        if depth[0] == 0:
-            sharding.current = None
+        running[0] -= 1
 
     hooks: list[Any] = []
     for module in model.modules():
