@@ -214,10 +214,12 @@ def _between(first: Any, last: Any) -> float:
 
 
 def _link(settings: Settings) -> dict[str, float]:
-    """What a rank sends to the next while it receives as much: bytes a second, and seconds of a tiny message."""
+    """What a rank sends to the next while it receives as much: bytes a second, and seconds of a tiny message; memory:
+    bytes a second that float32 sums read and write."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
+    memory = _memory(settings)
     if ranks == 1:
-        return {"bandwidth": 0.0, "latency": 0.0}
+        return {"bandwidth": 0.0, "latency": 0.0, "memory": memory}
     onward, back = (rank + 1) % ranks, (rank - 1) % ranks
 
     def seconds(size: int, repeats: int) -> float:
@@ -240,7 +242,23 @@ def _link(settings: Settings) -> dict[str, float]:
 
     size = 2**28 if settings.device == "cuda" else 2**22
     latency = seconds(8, 10)
-    return {"bandwidth": size / max(1e-9, seconds(size, 4) - latency), "latency": latency}
+    return {"bandwidth": size / max(1e-9, seconds(size, 4) - latency), "latency": latency, "memory": memory}
+
+
+def _memory(settings: Settings) -> float:
+    gpu = settings.device == "cuda"
+    total = torch.zeros(2**28 if gpu else 2**23, device=settings.device)
+    part = torch.ones_like(total)
+    best = float("inf")
+    for _ in range(5):
+        dist.barrier()
+        start = _mark(total)
+        total.add_(part)
+        end = _mark(total)
+        if gpu:
+            torch.cuda.synchronize()
+        best = min(best, _between(start, end) / 1e3)
+    return 3 * total.numel() * total.element_size() / _slowest(best)
 
 
 def table(record: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from flashtile.cli import scaling
 from flashtile.cli.common import DTYPES, UsageError, add_command, need_device, need_extras
 
 
@@ -15,7 +16,8 @@ def add_bench(commands: Any) -> None:
         "suites",
         nargs="*",
         metavar="suite",
-        help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity (default: all), or report",
+        help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity (default: all); or report; or "
+        "scaling, a cost model of context parallelism",
     )
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
     command.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes; default %(default)s")
@@ -28,6 +30,7 @@ def add_bench(commands: Any) -> None:
     command.add_argument("--peers", nargs="+", metavar="peer", help="default: those that each suite names")
     command.add_argument("--seconds", type=float, default=10.0, help="time for each peer and case; default %(default)s")
     command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
+    scaling.add_scaling(command)
 
 
 def _bench(given: argparse.Namespace) -> int:
@@ -40,6 +43,8 @@ def _bench(given: argparse.Namespace) -> int:
             return show.write_report(given.results, given.docs)
         except ValueError as error:
             raise UsageError(str(error)) from error
+    if given.suites == ["scaling"]:
+        return scaling.scaling(given)
     for what, names, known in (("suite", given.suites, SUITES), ("--peers", given.peers or [], peers.PEERS)):
         unknown = [name for name in names if name not in known]
         if unknown:
