@@ -37,7 +37,8 @@ def _new(title: str, *columns: str) -> Table:
 
 
 def _predictions(work: Work, ranks: Sequence[int], machine: Machine) -> Table:
-    title = f"{work.seqlen:,} tokens, {work.heads}/{work.heads_kv} heads of {work.headdim}: ms of both passes, share of all devices' speed"
+    heads = f"{work.heads}/{work.heads_kv} heads of {work.headdim}"
+    title = f"{work.seqlen:,} tokens, {heads}: ms of both passes, share of all devices' speed"
     table = _new(title, "ranks", *SCHEMES, "best")
     for count in ranks:
         cells = []
