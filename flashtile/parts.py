@@ -5,9 +5,11 @@ With the whole's log-sum-exp a part's weights exp(score - lse) are the whole's, 
 themselves and only need to be added up. `flashtile.distributed` runs on this; it is written for nobody's kernels.
 """
 
+import importlib.util
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ class Whole:
     """A call as all processes make it together: every tensor describes the whole but q, k and v, this process's own.
 
     Packed sequences that are cut into parts are a batch of one, with `tables` (None: as documents, or not packed).
-    head: the first of this process's query heads among `heads_of_all`.
+    head: the first of this process's query heads among `heads_of_all`. memory: what was found out about the call.
     """
 
     inputs: Inputs
@@ -60,6 +62,7 @@ class Whole:
     tables: Tables | None = None
     head: int = 0
     heads_of_all: int = 0
+    memory: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def placeless(self) -> bool:
@@ -289,6 +292,25 @@ def sinks_backward(
     totals.sinks[heads] -= scores.sink_gradient(sinks[heads], lse, delta)
 
 
+def merge(held: Tensor, held_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merges the State (out, lse) into (held, held_lse), in place, summed in float32: `state.merge` without copies."""
+    if held.is_cuda and held.ndim == 4 and held.dtype is not torch.float64 and _has_triton():
+        from flashtile.kernels import merging
+
+        merging.merge(held, held_lse, out, lse)
+        return
+    merged = torch.logaddexp(held_lse, lse)
+    base = torch.where(merged == -torch.inf, 0.0, merged)
+    left, right = (torch.exp(each - base).transpose(-1, -2).unsqueeze(-1) for each in (held_lse, lse))
+    held.copy_(held.to(merged.dtype) * left + out.to(merged.dtype) * right)
+    held_lse.copy_(merged)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 class Sums:
     """The gradient of a (..., tokens, heads, headdim) tensor from those of its parts, added up in float32."""
 
@@ -296,10 +318,13 @@ class Sums:
         self.like = like
         self.total: Tensor | None = None
 
-    def add(self, rows: slice, gradient: Tensor) -> None:
-        """Some tokens' share."""
+    def add(self, rows: slice, gradient: Tensor, last: bool = False) -> None:
+        """Some tokens' share; `last`: none follows, so that a sum of two is rounded once, in the tensor's own type."""
         if self.total is None and (rows.start, rows.stop) == (0, self.like.shape[-3]):
             self.total = gradient
+            return
+        if last and self.total is not None:
+            self.total[..., rows, :, :] += gradient
             return
         wide = torch.float64 if self.like.dtype is torch.float64 else torch.float32
         if self.total is None:

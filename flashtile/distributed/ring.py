@@ -73,11 +73,15 @@ class Ring(Scheme):
 
     def _forward(self, whole: Whole) -> tuple[Tensor, Tensor]:
         running = Running(whole)
-        for arrival in self._arrivals(whole):
+        for step, arrival in enumerate(self._arrivals(whole)):
             for found in arrival.found:
                 part = call(whole, found, arrival.k, arrival.v, arrival.first)
-                running.add(found.rows, *parts.forward(part))
+                running.add(found.rows, *parts.forward(part), last=self._last(step, arrival, found))
         return running.result()
+
+    def _last(self, step: int, arrival: "Arrival", found: Rectangle) -> bool:
+        """Whether no other rectangle of this rank's queries follows."""
+        return step == self.ranks - 1 and found is arrival.found[-1]
 
     def _arrivals(self, whole: Whole) -> Iterator[Arrival]:
         """What each step meets; while the caller works on one, the next is under way."""
@@ -123,7 +127,7 @@ class Ring(Scheme):
                 part = call(whole, found, arrival.k, arrival.v, arrival.first)
                 dq, dk, dv = parts.backward(part, *saved_of(found, saved, grads), totals)
                 keys = slice(found.keys.start - arrival.first, found.keys.stop - arrival.first)
-                sums[0].add(found.rows, dq)
+                sums[0].add(found.rows, dq, last=self._last(step, arrival, found))
                 here[0].add(keys, dk)
                 here[1].add(keys, dv)
             if step == 0:
@@ -152,5 +156,6 @@ class Ring(Scheme):
             return
         given = hull(self.between(whole, (self.rank + step) % self.ranks, self.rank))
         if given is not None:
-            sums[1].add(given, arrived[0])
-            sums[2].add(given, arrived[1])
+            last = step == self.ranks - 1
+            sums[1].add(given, arrived[0], last)
+            sums[2].add(given, arrived[1], last)

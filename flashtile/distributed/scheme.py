@@ -100,18 +100,14 @@ class Running:
         self.out: Tensor | None = None
         self.lse: Tensor | None = None
 
-    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """One more State, of some of the queries."""
+    def add(self, rows: slice, out: Tensor, lse: Tensor, last: bool = False) -> None:
+        """One more State, of some of the queries; `last`: none follows, so that out is rounded once where it lies."""
         tokens = self.whole.inputs.q.shape[-3]
         if self.out is None and (rows.start, rows.stop) == (0, tokens):
             self.out, self.lse = out, lse
             return
-        held, held_lse = self._wide()
-        before, after = rows_of(held, rows), held_lse[..., rows]
-        merged = torch.logaddexp(after, lse)
-        base = torch.where(merged == -torch.inf, 0.0, merged)
-        before.mul_(_by_row(torch.exp(after - base))).addcmul_(out.to(held.dtype), _by_row(torch.exp(lse - base)))
-        after.copy_(merged)
+        held, held_lse = self._wide() if not last or self.out is None or self.lse is None else (self.out, self.lse)
+        parts.merge(rows_of(held, rows), held_lse[..., rows], out, lse)
 
     def _wide(self) -> tuple[Tensor, Tensor]:
         """(out, lse) to be written to, out in the accumulator's type."""
@@ -215,7 +211,11 @@ class Scheme:
 
     def between(self, whole: Whole, rank_q: int, rank_kv: int) -> list[Rectangle]:
         """The rectangles of one rank's queries and another's keys."""
-        return rectangles(whole, self.pieces(rank_q, whole.seqlen_q), self.pieces(rank_kv, whole.seqlen_kv))
+        found: list[Rectangle] | None = whole.memory.get((rank_q, rank_kv))
+        if found is None:
+            sides = self.pieces(rank_q, whole.seqlen_q), self.pieces(rank_kv, whole.seqlen_kv)
+            found = whole.memory[rank_q, rank_kv] = rectangles(whole, *sides)
+        return found
 
     def _agree(self, inputs: Inputs, options: Options) -> None:
         shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs[:-2])

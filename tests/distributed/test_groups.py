@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from flashtile import distributed, masks
+from flashtile import distributed, masks, sharding
+from flashtile.check import sharding as check
 from flashtile.distributed import calls, groups
 from tests.distributed import processes
 
@@ -66,8 +67,9 @@ def after_errors(rank: int, ranks: int) -> int:
     asked = []
     original = groups.Agreement._compare
     groups.Agreement._compare = lambda *given: (asked.append(1), original(*given))[1]  # type: ignore[method-assign]
-    for _ in range(3):
-        _attend(causal=True)
+    for scheme in ("ring", "ulysses"):
+        for _ in range(3):
+            _attend(scheme, heads=6, causal=True)
     groups.Agreement._compare = original  # type: ignore[method-assign]
     return len(asked)
 
@@ -111,7 +113,8 @@ def test_ranks_that_disagree_all_raise(tmp_path: Path) -> None:
     for job, values in zip(SAID, found, strict=True):
         for wanted, line in zip(SAID[job], processes.raised(values), strict=True):
             assert re.search(wanted, line), f"{job.__name__}: {line}"
-    assert processes.succeeded(asked) == [1, 1, 1]
+    # Once by the ring, by Ulysses once for what is dealt out and once for the call.
+    assert processes.succeeded(asked) == [3, 3, 3]
     for sums in processes.succeeded(kept):
         torch.testing.assert_close(sums[0], sums[1])
 
@@ -165,6 +168,16 @@ def test_without_a_group() -> None:
 def test_arguments_are_checked_before_groups(options: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         _attend(**options)
+
+
+def test_names_of_schemes_must_be_known() -> None:
+    with pytest.raises(ValueError, match="sharding: got 'Ring/zigzag/7/-', need one that this process has made"):
+        sharding.of("Ring/zigzag/7/-")
+
+
+def test_other_peoples_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="group: got one that this process is not part of"):
+        check.member(-1)
 
 
 @pytest.fixture
