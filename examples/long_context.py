@@ -73,7 +73,7 @@ def pieces(text: Tensor, tokens: int, step: int) -> list[Tensor]:
     start = step * tokens // 2
     rows = (torch.arange(start, start + tokens + 1)) % len(text)
     piece = text[rows.to(text.device)].long()
-    return [piece[None, :-1].clone(), torch.arange(tokens, device=text.device)[None].clone(), piece[None, 1:].clone()]
+    return [piece[None, :-1], torch.arange(tokens, device=text.device)[None], piece[None, 1:]]
 
 
 def train(given: argparse.Namespace, device: torch.device) -> list[float]:

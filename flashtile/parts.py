@@ -7,10 +7,10 @@ themselves and only need to be added up. `flashtile.distributed` runs on this; i
 
 import importlib.util
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from flashtile.scores import Grads
 
 _KEPT = 1024
 _calls: dict[Any, autograd.Call] = {}
-_masks: dict[Any, tuple[list[weakref.ref[Tensor]], Mask | None]] = {}
+_made: dict[Any, tuple[list[weakref.ref[Tensor]], Any]] = {}
+_T = TypeVar("_T")
 
 __all__ = [
     "Arguments",
@@ -86,11 +87,10 @@ def whole_of(inputs: Inputs, options: Options, ranks: int, head: int = 0, heads_
     heads_of_all = heads_of_all or inputs.q.shape[-2]
     options = replace(options, sharding="")
     lengths = (inputs.q.shape[-3] * ranks, inputs.k.shape[-3] * ranks)
-    if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None or ranks == 1:
+    if inputs.cu_seqlens_q is None or ranks == 1:
         return Whole(inputs, options, *lengths, None, head, heads_of_all)
     check_sharding.no_packed_dropout(options.dropout_p)
-    offsets = (inputs.cu_seqlens_q, inputs.cu_seqlens_k)
-    where = cut.tables(*offsets, (inputs.seqused_q, inputs.seqused_k), lengths)
+    where = _tables(inputs, lengths)
     dense = Inputs(inputs.q[None], inputs.k[None], inputs.v[None], None, None, None, None, *inputs[7:])
     options = replace(options, max_seqlen_q=None, max_seqlen_k=None)
     whole = Whole(dense, options, *lengths, None, head, heads_of_all)
@@ -101,6 +101,16 @@ def whole_of(inputs: Inputs, options: Options, ranks: int, head: int = 0, heads_
             whole, inputs=dense._replace(mask=documents.tensors), options=replace(options, mask=documents.token)
         )
     return replace(whole, tables=where)
+
+
+def _tables(inputs: Inputs, lengths: tuple[int, int]) -> Tables:
+    queries, keys = inputs.cu_seqlens_q, inputs.cu_seqlens_k
+    assert queries is not None
+    assert keys is not None
+    used = (inputs.seqused_q, inputs.seqused_k)
+    tensors = [tensor for tensor in (queries, keys, *used) if tensor is not None]
+    what = ("tables", lengths, tuple(tensor is None for tensor in used))
+    return _remembered(what, tensors, lambda: cut.tables(queries, keys, used, lengths))
 
 
 def _same_sequences(inputs: Inputs) -> bool:
@@ -141,27 +151,31 @@ class Local:
 def mask_of(whole: Whole, part: Part) -> Mask | None:
     """The mask of a part, None: nothing of it is visible; one object as long as the whole mask's tensors are the same,
     so that what kernels derive from it is kept too."""
-    given = Mask(whole.options.mask, whole.inputs.mask)
-    tables = () if whole.tables is None else tuple(vars(whole.tables).values())
-    tensors = (*given.tensors, *tables)
-    key = (given.token, tuple((id(tensor), tensor._version) for tensor in tensors), part, whole.inputs.q.device)
-    found = _masks.get(key)
+    given, device, tables = Mask(whole.options.mask, whole.inputs.mask), whole.inputs.q.device, whole.tables
+    if tables is None:
+        return _remembered(("mask", given.token, part, device), given.tensors, lambda: cut.mask(given, part, device))
+    tensors = (*given.tensors, *vars(tables).values())
+    return _remembered(
+        ("packed", given.token, part, device), tensors, lambda: cut.packed_mask(given, tables, part, device)
+    )
+
+
+def _remembered(what: Any, tensors: Sequence[Tensor], make: Callable[[], _T]) -> _T:
+    """`make()`, or what it made before of the same tensors, unchanged since."""
+    key = (what, tuple((id(tensor), tensor._version) for tensor in tensors))
+    found = _made.get(key)
     if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], tensors, strict=True)):
-        device = whole.inputs.q.device
-        if whole.tables is None:
-            made = cut.mask(given, part, device)
-        else:
-            made = cut.packed_mask(given, whole.tables, part, device)
-        found = [weakref.ref(tensor, _Forget(key)) for tensor in tensors], made
-        _keep(_masks, key, found)
-    return found[1]
+        found = [weakref.ref(tensor, _Forget(key)) for tensor in tensors], make()
+        _keep(_made, key, found)
+    made: _T = found[1]
+    return made
 
 
 class _Forget:
     """Drops what was made of a tensor once that is gone. Holds the memory: the module may be gone too, at the end."""
 
     def __init__(self, key: Any) -> None:
-        self.memory, self.key = _masks, key
+        self.memory, self.key = _made, key
 
     def __call__(self, _: Any) -> None:
         self.memory.pop(self.key, None)

@@ -63,7 +63,7 @@ def build(
         return _build(q, k, v, arguments, packing)
     try:
         return _build(q, k, v, arguments, packing)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         # The other processes wait for this one: they are told.
         sharding.of(arguments.sharding).failed(error)
         raise

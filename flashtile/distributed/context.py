@@ -94,12 +94,13 @@ def _shard_in_place(
     kept = []
     for buffer, share in zip(buffers, shares, strict=True):
         if all(buffer is not each for each in gone):
-            kept.append((buffer, buffer.detach().clone()))
+            kept.append((buffer, buffer.detach()))
         _become(buffer, share)
     return kept
 
 
 @torch.no_grad()
 def _become(buffer: Tensor, value: Tensor) -> None:
-    buffer.resize_(value.shape)
-    buffer.copy_(value)
+    """In place, but into other memory: buffers may be views of one text, shifted by a token."""
+    target: Any = buffer
+    target.set_(value)

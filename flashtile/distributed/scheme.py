@@ -159,7 +159,7 @@ class Scheme:
         self.agreement.failed(error)
 
     def forward(self, inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-        inputs = self._local_heads(inputs)
+        inputs = self._with_one_seed(inputs)
         self._agree(inputs, options)
         whole = self._whole(inputs, options)
         out, lse = self._forward(whole)
@@ -173,7 +173,7 @@ class Scheme:
         saved: tuple[Tensor, Tensor],
         grads: tuple[Tensor | None, Tensor | None],
     ) -> Gradients:
-        inputs = self._local_heads(inputs)
+        inputs = self._with_one_seed(inputs)
         whole = self._whole(inputs, options)
         totals = whole.totals(wanted)
         if whole.inputs.q.ndim > inputs.q.ndim:
@@ -198,7 +198,7 @@ class Scheme:
         totals: Grads,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def _local_heads(self, inputs: Inputs) -> Inputs:
+    def _with_one_seed(self, inputs: Inputs) -> Inputs:
         return inputs._replace(seed=shared_seed(inputs.seed, self.groups))
 
     def _whole(self, inputs: Inputs, options: Options) -> Whole:

@@ -10,21 +10,10 @@ import torch
 from tests import oracle
 from tests.distributed import processes
 from tests.distributed.jobs import Sharded
-from tests.problems import FEATURES, Call, Shape, dense, make, packed
+from tests.problems import FEATURES, KITCHEN_SINK, Call, Shape, dense, make, packed
 
 WORLDS = (1, 2, 3, 4, 8)
-KITCHEN_SINK = (
-    "causal",
-    "window",
-    "document",
-    "bias_heads",
-    "alibi",
-    "softcap",
-    "sinks",
-    "score_mod",
-    "dropout",
-    "gqa",
-)
+SINK = (*KITCHEN_SINK, "gqa")
 
 
 def _shape(ranks: int, square: bool = False) -> Shape:
@@ -51,7 +40,7 @@ def _cases(ranks: int) -> list[Sharded]:
             Sharded("square", square, ("causal",), scheme),
             Sharded("square_gqa", square, ("causal", "mqa"), scheme, layout="contiguous"),
             Sharded("square_window", square, ("window_left", "headdim_v"), scheme, lse_grad=False),
-            Sharded("all_in_one", square, KITCHEN_SINK, scheme),
+            Sharded("all_in_one", square, SINK, scheme),
             Sharded("bfloat16", square, ("causal", "gqa"), scheme, dtype=torch.bfloat16),
             Sharded("float64", shape, ("window", "alibi", "score_mod"), scheme, dtype=torch.float64),
             Sharded("packed_causal", _packed(ranks, True), ("causal",), scheme),
@@ -61,7 +50,7 @@ def _cases(ranks: int) -> list[Sharded]:
     if ranks == 3:
         found.append(Sharded("uneven_heads", replace(square, heads=6, heads_kv=2), ("causal",), "ulysses"))
     for mesh in {4: [(2, 2)], 8: [(2, 4), (4, 2)]}.get(ranks, []):
-        mixed = ("all_in_one", KITCHEN_SINK), ("block", ("block", "bias")), ("mask_mod", ("mask_mod", "alibi"))
+        mixed = ("all_in_one", SINK), ("block", ("block", "bias")), ("mask_mod", ("mask_mod", "alibi"))
         found += [Sharded(name, square, features, "mixed", mesh=mesh) for name, features in mixed]
         found.append(Sharded("packed_mixed", _packed(ranks, True), ("causal", "alibi"), "mixed", mesh=mesh))
     if ranks > 1:

@@ -60,7 +60,7 @@ def _model(checkpointed: bool = False) -> Model:
 def _text() -> tuple[Tensor, Tensor, Tensor]:
     """(words, places, the words that follow)."""
     text = torch.randint(WORDS, (2, TOKENS + 1), generator=torch.Generator().manual_seed(7))
-    return text[:, :-1].clone(), torch.arange(TOKENS).expand(2, -1).clone(), text[:, 1:].clone()
+    return text[:, :-1], torch.arange(TOKENS).expand(2, -1), text[:, 1:]
 
 
 def _loss(model: Callable[..., Tensor], words: Tensor, places: Tensor, following: Tensor) -> Tensor:

@@ -18,21 +18,10 @@ from flashtile import distributed
 from tests import oracle
 from tests.conformance import watched
 from tests.distributed.jobs import mesh_of, results
-from tests.problems import Call, dense, make, packed
+from tests.problems import KITCHEN_SINK, Call, dense, make, packed
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-KITCHEN_SINK = (
-    "causal",
-    "window",
-    "document",
-    "bias_heads",
-    "alibi",
-    "softcap",
-    "sinks",
-    "score_mod",
-    "dropout",
-    "gqa",
-)
+SINK = (*KITCHEN_SINK, "gqa")
 
 
 def _cases(length: int, headdim: int, every: bool) -> list[tuple[str, Any, tuple[str, ...], torch.dtype, str]]:
@@ -56,7 +45,7 @@ def _cases(length: int, headdim: int, every: bool) -> list[tuple[str, Any, tuple
         ("mask_mod", oblong, ("mask_mod",), BF16, "ring"),
         ("dropout", oblong, ("dropout",), BF16, "ring"),
         ("score_mod ulysses", oblong, ("score_mod",), BF16, "ulysses"),
-        ("all in one", square, KITCHEN_SINK, F32, "ring"),
+        ("all in one", square, SINK, F32, "ring"),
         ("packed causal", packing, ("causal",), BF16, "ring"),
         ("packed causal ulysses", packing, ("causal",), BF16, "ulysses"),
     ]
