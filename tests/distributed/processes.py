@@ -27,7 +27,9 @@ class Failure(str):
 def run(jobs: Sequence[Job], ranks: int, folder: Path, seconds: float = SECONDS) -> list[list[Any]]:
     """The values of every job, by rank."""
     context: BaseContext = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "tests.distributed.jobs"])  # type: ignore[attr-defined]
+    # What takes seconds to import, the compiler above all, which traces functions.
+    imported = ["torch", "torch.distributed.tensor", "torch._inductor", "tests.distributed.jobs"]
+    context.set_forkserver_preload(imported)  # type: ignore[attr-defined]
     arguments = (jobs, ranks, str(folder), seconds)
     mp.start_processes(_work, arguments, nprocs=ranks, start_method="forkserver")
     by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
