@@ -94,7 +94,7 @@ class Call:
         return chosen
 
 
-def _own_dtypes(device: str) -> AbstractContextManager[Any]:
+def own_dtypes(device: str) -> AbstractContextManager[Any]:
     """Autocast has had its say on q, k and v; it must not reach the sums of the kernels."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -106,7 +106,7 @@ def run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     if call.options.sharding:
         return sharding.of(call.options.sharding).forward(inputs, call.options)
     chosen = call.plan(inputs, False)
-    with _own_dtypes(chosen.problem.device):
+    with own_dtypes(chosen.problem.device):
         return plan.kernel(chosen).forward(inputs, chosen.problem, chosen.config, call.memories[0])
 
 
@@ -119,7 +119,7 @@ def run_backward(
         gradients = whole.backward(inputs, call.options, _wanted(call.wanted), saved, grads)
     else:
         chosen = call.plan(inputs, True)
-        with _own_dtypes(chosen.problem.device):
+        with own_dtypes(chosen.problem.device):
             run = plan.kernel(chosen)
             gradients = run.backward(inputs, chosen.problem, chosen.config, *saved, *grads, call.memories[1])
     return [

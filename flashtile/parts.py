@@ -26,7 +26,6 @@ from flashtile.recall import attention
 from flashtile.request import Arguments, Packing
 from flashtile.scores import Grads
 
-_KEPT = 1024
 _calls: dict[Any, autograd.Call] = {}
 _made: dict[Any, tuple[list[weakref.ref[Tensor]], Any]] = {}
 _T = TypeVar("_T")
@@ -91,7 +90,15 @@ def whole_of(inputs: Inputs, options: Options, ranks: int, head: int = 0, heads_
         return Whole(inputs, options, *lengths, None, head, heads_of_all)
     check_sharding.no_packed_dropout(options.dropout_p)
     where = _tables(inputs, lengths)
-    dense = Inputs(inputs.q[None], inputs.k[None], inputs.v[None], None, None, None, None, *inputs[7:])
+    dense = inputs._replace(
+        q=inputs.q[None],
+        k=inputs.k[None],
+        v=inputs.v[None],
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        seqused_q=None,
+        seqused_k=None,
+    )
     options = replace(options, max_seqlen_q=None, max_seqlen_k=None)
     whole = Whole(dense, options, *lengths, None, head, heads_of_all)
     if whole.placeless and _same_sequences(inputs) and cut.windows_only(options.mask):
@@ -166,7 +173,7 @@ def _remembered(what: Any, tensors: Sequence[Tensor], make: Callable[[], _T]) ->
     found = _made.get(key)
     if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], tensors, strict=True)):
         found = [weakref.ref(tensor, _Forget(key)) for tensor in tensors], make()
-        _keep(_made, key, found)
+        recall.keep(_made, key, found)
     made: _T = found[1]
     return made
 
@@ -179,12 +186,6 @@ class _Forget:
 
     def __call__(self, _: Any) -> None:
         self.memory.pop(self.key, None)
-
-
-def _keep(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    while len(memory) >= _KEPT:
-        memory.pop(next(iter(memory)), None)
-    memory[key] = value
 
 
 def local(whole: Whole, part: Part, mask: Mask, qkv: Sequence[Tensor]) -> Local:
@@ -281,13 +282,13 @@ def _total(totals: Grads, source: tuple[str, int]) -> Tensor | None:
 def _call(part: Local, wanted: tuple[bool, ...]) -> autograd.Call:
     """What is known of calls that differ from this one in addresses alone."""
     inputs = part.inputs
-    layouts = recall.layouts_of((*inputs[:-2], *inputs.mask, *inputs.score))
+    layouts = recall.layouts((*inputs[:-2], *inputs.mask, *inputs.score))
     key = None if layouts is None else (part.options, wanted, len(inputs.mask), layouts)
     call = _calls.get(key)
     if call is None:
         call = autograd.Call(part.options, wanted)
         if key is not None:
-            _keep(_calls, key, call)
+            recall.keep(_calls, key, call)
     return call
 
 

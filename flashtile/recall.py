@@ -16,7 +16,7 @@ from flashtile.problem import Inputs
 from flashtile.request import Arguments, Packing, build, mask_value
 
 _KEPT = 4096
-_SIMPLE = frozenset((type(None), bool, int, float, str, tuple, torch.dtype))
+SIMPLE = frozenset((type(None), bool, int, float, str, tuple, torch.dtype))
 _values = attrgetter(
     "causal",
     "window",
@@ -45,9 +45,9 @@ class _Found(NamedTuple):
 def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
     """(out, lse) of the call."""
     if sharding.current is not None and not arguments.sharding:
-        found_elsewhere = sharding.current(q, k, v, arguments, packing)
-        if found_elsewhere is not None:
-            return found_elsewhere
+        sharded = sharding.current(q, k, v, arguments, packing)
+        if sharded is not None:
+            return sharded
     found = _find(q, k, v, arguments, packing)
     if found is not None and (call := _known.get(found.key)) is not None:
         return autograd.eager(found.inputs, call)
@@ -56,15 +56,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Pa
         return autograd.attention(inputs, options)
     call = autograd.Call.of(inputs, options)
     if found is not None:
-        while len(_known) >= _KEPT:
-            _known.pop(next(iter(_known)), None)
-        _known[found.key] = call
+        keep(_known, found.key, call)
     return autograd.eager(inputs, call)
 
 
 def _find(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None) -> _Found | None:
     """All that decides what the call comes to, beside its tensors; None: that cannot be said of it."""
-    if autograd.watched() or type(q) not in autograd.PLAIN or not _worth_it(q):
+    if autograd.watched() or type(q) not in autograd.PLAIN or not worth_it(q):
         return None
     if torch.is_autocast_enabled(q.device.type) or arguments.dropout_p:
         return None
@@ -76,36 +74,43 @@ def _find(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packin
         offsets = packing[:4]
         values += packing[4:]
     kinds = tuple(map(type, values))
-    if not _SIMPLE.issuperset(kinds) or not _SIMPLE.issuperset(map(type, arguments.window or ())):
+    if not SIMPLE.issuperset(kinds) or not SIMPLE.issuperset(map(type, arguments.window or ())):
         return None
     mask = _NO_MASK if arguments.mask is None else mask_value(arguments.mask)
     score = _NO_SCORE if arguments.score_mod is None else trace.lift(arguments.score_mod, "score")
     beside = (arguments.bias, arguments.alibi_slopes, arguments.sinks)
-    layouts = layouts_of((q, k, v, *offsets, *beside, *mask.tensors, *score.tensors))
-    if layouts is None:
+    tensors = layouts((q, k, v, *offsets, *beside, *mask.tensors, *score.tensors))
+    if tensors is None:
         return None
     switches = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), packing is None)
-    key = (layouts, values, kinds, mask.token, score.key, switches)
+    key = (tensors, values, kinds, mask.token, score.key, switches)
     bias, slopes, sinks = beside
     cu_q, cu_k, used_q, used_k = offsets
     inputs = Inputs(q, k, v, cu_q, cu_k, used_q, used_k, bias, slopes, sinks, None, mask.tensors, score.tensors)
     return _Found(key, inputs)
 
 
-def _worth_it(q: Tensor) -> bool:
+def keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Puts it in; the oldest make room."""
+    while len(known) >= _KEPT:
+        known.pop(next(iter(known)), None)
+    known[key] = value
+
+
+def worth_it(q: Tensor) -> bool:
     """Beside a GPU's work the host's time counts; on the CPU it is little of a call, and lengths can be checked."""
     return q.is_cuda
 
 
-def layouts_of(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
+def layouts(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
     """What tensors are, of their addresses the alignment alone; None: one is more than a tensor."""
-    layouts: list[Any] = []
+    found: list[Any] = []
     for tensor in tensors:
         if tensor is None:
-            layouts.append(None)
+            found.append(None)
         elif type(tensor) in autograd.PLAIN:
             kind = (tensor.dtype, tensor.device, tensor.requires_grad, tensor.data_ptr() & 15)
-            layouts.append((tensor.shape, tensor.stride(), *kind))
+            found.append((tensor.shape, tensor.stride(), *kind))
         else:
             return None
-    return tuple(layouts)
+    return tuple(found)

@@ -73,7 +73,7 @@ def _build(
     q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
 ) -> tuple[Inputs, Options]:
     check.tensors(q, k, v)
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    q, k, v = autocast(q), autocast(k), autocast(v)
     check.qkv(q, k, v, varlen=packing is not None)
     _check(_whole(q, arguments), _whole(k, arguments), arguments, packing)
     mask = _mask(arguments)
@@ -146,7 +146,7 @@ def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) 
     check.backend(arguments.backend, backends.ORDER)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def autocast(tensor: Tensor) -> Tensor:
     """Under autocast the dot products run in its dtype, as PyTorch's own attention does; float64 stays."""
     device = tensor.device.type
     # Meta tensors have no autocast; asking torch.amp whether a device has is beyond older compilers.
