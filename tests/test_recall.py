@@ -13,7 +13,7 @@ from flashtile import masks, recall
 @pytest.fixture(autouse=True)
 def remembering(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's calls are kept as a GPU's are."""
-    monkeypatch.setattr(recall, "_worth_it", lambda q: True)
+    monkeypatch.setattr(recall, "worth_it", lambda q: True)
     monkeypatch.setattr(recall, "_known", {})
 
 
