@@ -25,6 +25,8 @@ from flashtile.spans import FULL, PARTIAL
 
 Expression = list[Any]
 ALL = '["full"]'
+_FARTHEST = 2**28
+"""Beyond all offsets of parts that fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,17 @@ def _origin(part: Part, device: torch.device) -> tuple[Tensor, ...]:
     return numbers((part.head, part.query, part.key, part.seqlen_kv - part.seqlen_q), device)
 
 
+def _bounded(origin: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers, of which kernels then know that 32 bits hold them: indices stay as narrow as they are."""
+    head, query, key, shift = origin
+    return [
+        head.clamp(0, _FARTHEST),
+        query.clamp(0, _FARTHEST),
+        key.clamp(0, _FARTHEST),
+        shift.clamp(-_FARTHEST, _FARTHEST),
+    ]
+
+
 def _predicate(expression: Expression, tensors: Sequence[Tensor], b: Any, h: Any, q: Any, k: Any, shift: Any) -> Any:
     """What a mask says of one (query, key), in steps that can be traced."""
     kind, *rest = expression
@@ -252,7 +265,7 @@ def _composed_mask(expression: Expression, tensors: Sequence[Tensor], part: Part
     origin = _origin(part, device)
 
     def allowed(given: Sequence[Tensor], b: Any, h: Any, q: Any, k: Any) -> Any:
-        head, query, key, shift = given[:4]
+        head, query, key, shift = _bounded(given[:4])
         return _predicate(expression, given[4:], b, h + head, q + query, k + key, shift)
 
     lifted = trace.compose(f"part {_token(expression)}", "mask", allowed, (*origin, *tensors))
@@ -265,7 +278,8 @@ def packed_mask(mask: Mask, where: Tables, part: Part, device: torch.device) -> 
     listed = (where.sequence_q, where.place_q, where.sequence_k, where.place_k, where.shift)
 
     def allowed(given: Sequence[Tensor], b: Any, h: Any, q: Any, k: Any) -> Any:
-        head, query, key, _, sequence_q, place_q, sequence_k, place_k, shift, *rest = given
+        sequence_q, place_q, sequence_k, place_k, shift, *rest = given[4:]
+        head, query, key, _ = _bounded(given[:4])
         q, k = q + query, k + key
         sequence = sequence_q[q]
         inside = sequence == sequence_k[k]
@@ -288,7 +302,7 @@ def score(
     top_left = alignment == "top_left"
 
     def changed(given: Sequence[Tensor], score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
-        head, query, key_, shift, *rest = given
+        (head, query, key_, shift), rest = _bounded(given[:4]), list(given[4:])
         h, q, k = h + head, q + query, k + key_
         if slopes is not None:
             diagonal = q if top_left else q + shift
@@ -316,7 +330,8 @@ def packed_score(
     listed = (where.sequence_q, where.place_q, where.place_k, where.shift)
 
     def changed(given: Sequence[Tensor], score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
-        head, query, key_, _, sequence_q, place_q, place_k, shift, *rest = given
+        sequence_q, place_q, place_k, shift, *rest = given[4:]
+        head, query, key_, _ = _bounded(given[:4])
         h, at = h + head, sequence_q[q + query].clamp(min=0)
         q, k = place_q[q + query], place_k[k + key_]
         if bias is not None:
