@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import backends, check, plan
+from flashtile import backends, check, plan, sharding
 from flashtile.problem import Inputs, Options, Wanted, describe
 
 # The same tail in both operators: where sequences lie, the modifiers' tensors, the options.
@@ -23,10 +23,11 @@ _TAIL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? bias, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor[] mask_tensors, Tensor[] score_tensors, str mask, "
     "str score_mod, float scale, float softcap, float dropout_p, str alignment, ScalarType out_dtype, "
-    "bool deterministic, bool batch_invariant, str? backend, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
+    "bool deterministic, bool batch_invariant, str? backend, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "str sharding"
 )
 _SAVED = "Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[] wanted"
-_OPTION_COUNT = 12  # the arguments of _TAIL from `mask` on
+_OPTION_COUNT = 13  # the arguments of _TAIL from `mask` on
 _FIRST_LIST = 11  # the fields of Inputs before `mask`, each a tensor or None
 
 
@@ -65,6 +66,7 @@ def _pack(inputs: Inputs, options: Options) -> tuple[Any, ...]:
         options.backend,
         options.max_seqlen_q,
         options.max_seqlen_k,
+        options.sharding,
     )
 
 
@@ -99,7 +101,10 @@ def own_dtypes(device: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+def run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse), not differentiable."""
+    if call.options.sharding:
+        return sharding.of(call.options.sharding).forward(inputs, call.options)
     chosen = call.plan(inputs, False)
     with own_dtypes(chosen.problem.device):
         return plan.kernel(chosen).forward(inputs, chosen.problem, chosen.config, call.memories[0])
@@ -109,10 +114,14 @@ def run_backward(
     inputs: Inputs, call: Call, saved: tuple[Tensor, Tensor], grads: tuple[Tensor | None, Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of `_sources`, each in its tensor's dtype; None where not wanted."""
-    chosen = call.plan(inputs, True)
-    with own_dtypes(chosen.problem.device):
-        run = plan.kernel(chosen)
-        gradients = run.backward(inputs, chosen.problem, chosen.config, *saved, *grads, call.memories[1])
+    if call.options.sharding:
+        whole = sharding.of(call.options.sharding)
+        gradients = whole.backward(inputs, call.options, _wanted(call.wanted), saved, grads)
+    else:
+        chosen = call.plan(inputs, True)
+        with own_dtypes(chosen.problem.device):
+            run = plan.kernel(chosen)
+            gradients = run.backward(inputs, chosen.problem, chosen.config, *saved, *grads, call.memories[1])
     return [
         gradient if gradient is None or tensor is None or gradient.dtype is tensor.dtype else gradient.to(tensor.dtype)
         for gradient, tensor in zip(_flat(gradients), _sources(inputs), strict=True)
@@ -124,7 +133,7 @@ def run_backward(
 )
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, options = _unpack(arguments)
-    return _run_forward(inputs, Call.of(inputs, options))
+    return run_forward(inputs, Call.of(inputs, options))
 
 
 @_forward.register_fake
@@ -186,25 +195,26 @@ def wanted_of(inputs: Inputs) -> Wanted:
     return _wanted(_asked(inputs))
 
 
-def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor], options: Options) -> None:
     ctx.set_materialize_grads(False)
     ctx.counts = (len(inputs.mask), len(inputs.score))
-    ctx.save_for_backward(*output, *inputs[:_FIRST_LIST], *inputs.mask, *inputs.score)
+    # One tensor more in sharded calls: checkpoints compare what is saved, so that none is computed again unsharded.
+    mark = [output[1].new_empty(0)] if options.sharding else []
+    ctx.save_for_backward(*output, *inputs[:_FIRST_LIST], *inputs.mask, *inputs.score, *mark)
 
 
 def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor, Tensor]]:
     """What `_save` kept: (inputs, (out, lse))."""
     masks, scores = ctx.counts
     out, lse, *tensors = ctx.saved_tensors
-    first = len(tensors) - masks - scores
-    mask, score = tensors[first : first + masks], tensors[first + masks :]
-    return Inputs(*[*tensors[:first], tuple(mask), tuple(score)]), (out, lse)
+    mask, score = tensors[_FIRST_LIST : _FIRST_LIST + masks], tensors[_FIRST_LIST + masks :][:scores]
+    return Inputs(*[*tensors[:_FIRST_LIST], tuple(mask), tuple(score)]), (out, lse)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call, options = _unpack(inputs)
     ctx.wanted, ctx.options = _asked(call), options
-    _save(ctx, call, output)
+    _save(ctx, call, output, options)
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -224,9 +234,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Inputs, call: Call, *sources: Tensor | None) -> tuple[Tensor, Tensor]:
-        output = _run_forward(inputs, call)
+        output = run_forward(inputs, call)
         ctx.call = call
-        _save(ctx, inputs, output)
+        _save(ctx, inputs, output, call.options)
         return output
 
     @staticmethod
@@ -275,12 +285,12 @@ def eager(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """The same for a call that is `plainly_eager`."""
     sources = _sources(inputs)
     if torch.is_grad_enabled() and _requires_grad(sources):
-        if call.options.backend is not None:
+        if call.options.backend is not None and not call.options.sharding:
             # One that takes no backward pass says so now.
             call.plan(inputs, False)
             call.plan(inputs, True)
         return _Eager.apply(inputs, call, *sources)
-    return _run_forward(inputs, call)
+    return run_forward(inputs, call)
 
 
 def _requires_grad(sources: Sequence[Tensor | None]) -> bool:
@@ -298,7 +308,7 @@ def rehearse(inputs: Inputs, options: Options) -> None:
     """Runs the call as calls of any length run, and its backward pass if anything wants a gradient; keeps no result."""
     call = Call.of(inputs, options)
     with torch.no_grad():
-        output = _run_forward(inputs, call)
+        output = run_forward(inputs, call)
         chosen = call.plan(inputs, False)
         for config in plan.kernel(chosen).configs(chosen.problem):
             if config != chosen.config:

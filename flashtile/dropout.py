@@ -42,8 +42,13 @@ def keep(seed: Tensor, dropout_p: float, batch: Tensor, head: Tensor, query: Ten
     """True where an entry survives: bool (batch, heads, queries, keys).
 
     `batch`, `head`, `query` are int64 index tensors of shapes (B, 1, 1, 1), (1, H, 1, 1), (1, 1, Q, 1); `keys` is a
-    contiguous range.
+    contiguous range. `seed`: a number, or of a part of a larger problem (number, first head, first query, first key):
+    where in the whole the part's indices 0 lie, so that a part drops what the whole would.
     """
+    if seed.ndim:
+        seed, first_head, first_query, first_key = seed.unbind()
+        head, query = head + first_head, query + first_query
+        keys = range(keys.start + int(first_key), keys.stop + int(first_key))
     first = keys.start // 4
     groups = torch.arange(first, -(-keys.stop // 4), device=seed.device)
     lanes = torch.stack(philox((groups, query, head, batch), seed), dim=-1).flatten(-2)

@@ -84,6 +84,32 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Key minus query lies in [low, high], None: no limit. A window of a part of a larger problem (see `cut`), whose
+    diagonal may lie anywhere."""
+
+    low: int | None
+    high: int | None
+    arity: ClassVar[int] = 0
+
+    def allows(self, at: At, tensors: Sequence[Tensor]) -> Tensor:
+        distance = at.key - at.query
+        allowed = torch.ones_like(distance, dtype=torch.bool) if self.low is None else distance >= self.low
+        return allowed if self.high is None else allowed & (distance <= self.high)
+
+    def lower(self, tiling: Tiling, tensors: Sequence[Tensor]) -> Spans:
+        first, last = tiling.query_rows().unbind(-1)
+        low, high = torch.zeros_like(first), torch.full_like(first, tiling.seqlen_kv)
+        return spans.spans(
+            tiling,
+            begin=low if self.low is None else first + self.low,
+            full_begin=low if self.low is None else last + self.low,
+            full_end=high if self.high is None else first + self.high + 1,
+            end=high if self.high is None else last + self.high + 1,
+        )
+
+
+@dataclass(frozen=True)
 class Chunk:
     size: int
     alignment: str
@@ -289,6 +315,7 @@ _KINDS: dict[str, Callable[..., Any]] = {
     "full": Full,
     "causal": lambda alignment: Window(-1, 0, alignment),
     "window": Window,
+    "band": Band,
     "chunk": Chunk,
     "prefix": Prefix,
     "document": Document,

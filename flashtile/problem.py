@@ -141,7 +141,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Options:
-    """The static options of a call, as they travel through the operator. `max_seqlen_*`: promises of packed calls."""
+    """The static options of a call, as they travel through the operator. `max_seqlen_*`: promises of packed calls.
+
+    sharding: "" or a name that `flashtile.sharding` knows: q, k and v are this process's share of longer sequences.
+    """
 
     mask: str = '["full"]'
     score_mod: str = ""
@@ -155,6 +158,7 @@ class Options:
     backend: str | None = None
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    sharding: str = ""
 
 
 def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: Wanted | None = None) -> Problem:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile import autograd, trace
+from flashtile import autograd, sharding, trace
 from flashtile.masks import Mask
 from flashtile.problem import Inputs
 from flashtile.request import Arguments, Packing, build, mask_value
@@ -28,6 +28,7 @@ _values = attrgetter(
     "deterministic",
     "batch_invariant",
     "backend",
+    "sharding",
 )
 _NO_MASK = Mask("")
 _NO_SCORE = trace.Lifted("", ())
@@ -43,6 +44,10 @@ class _Found(NamedTuple):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
     """(out, lse) of the call."""
+    if sharding.current is not None and not arguments.sharding:
+        sharded = sharding.current(q, k, v, arguments, packing)
+        if sharded is not None:
+            return sharded
     found = _find(q, k, v, arguments, packing)
     if found is not None and (call := _known.get(found.key)) is not None:
         return autograd.eager(found.inputs, call)

@@ -98,13 +98,21 @@ def _as_index(part: Tensor | int, table: Tensor) -> Tensor:
 
 
 def run(
-    function: Callable[..., Any], kind: Kind, device: torch.device, dtype: torch.dtype
+    function: Callable[..., Any],
+    kind: Kind,
+    device: torch.device,
+    dtype: torch.dtype,
+    captured: Sequence[Tensor] = (),
 ) -> tuple[fx.GraphModule, list[Tensor], Watch]:
-    """(every step that the function takes, example inputs, what was seen on the way), for scores of that dtype."""
+    """(every step that the function takes, example inputs, what was seen on the way), for scores of that dtype.
+
+    captured: tensors that count as captured however the function reads them; graphs read them unseen.
+    """
     watches: list[Watch] = []
 
     def call(*arguments: Tensor) -> Tensor:
         watches.append(Watch(function, arguments))
+        watches[-1].note(tuple(captured))
         with watches[-1]:
             result = function(*arguments)
         watches[-1].note(result)

@@ -41,8 +41,11 @@ def _conjunction(expression: list[Any]) -> list[list[Any]]:
 
 
 def _limits(expression: list[Any]) -> tuple[int | None, int | None, str] | None:
-    """(left, right, alignment) of a mask that is a window."""
+    """(left, right, alignment) of a mask that is a window; that of a band may have negative limits."""
     kind, *rest = expression
+    if kind == "band":
+        low, high = rest
+        return (None if low is None else -low), high, "top_left"
     if kind == "causal":
         return None, 0, rest[0]
     if kind == "window":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile import backends, check, masks, trace
+from flashtile import backends, check, masks, sharding, trace
 from flashtile.masks import Mask
 from flashtile.problem import Inputs, Options
 
@@ -35,6 +35,7 @@ class Arguments(NamedTuple):
     deterministic: bool | None = None
     batch_invariant: bool = False
     backend: str | None = None
+    sharding: str = ""
 
 
 class Packing(NamedTuple):
@@ -58,10 +59,23 @@ def build(
     q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
 ) -> tuple[Inputs, Options]:
     """Checks everything, then says it in the engine's words."""
+    if not arguments.sharding or torch.compiler.is_compiling():
+        return _build(q, k, v, arguments, packing)
+    try:
+        return _build(q, k, v, arguments, packing)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        # The other processes wait for this one: they are told.
+        sharding.of(arguments.sharding).failed(error)
+        raise
+
+
+def _build(
+    q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
+) -> tuple[Inputs, Options]:
     check.tensors(q, k, v)
     q, k, v = autocast(q), autocast(k), autocast(v)
     check.qkv(q, k, v, varlen=packing is not None)
-    _check(q, k, arguments, packing)
+    _check(_whole(q, arguments), _whole(k, arguments), arguments, packing)
     mask = _mask(arguments)
     score = None if arguments.score_mod is None else trace.lift(arguments.score_mod, "score")
     inputs = Inputs(
@@ -92,8 +106,14 @@ def build(
         backend=arguments.backend,
         max_seqlen_q=packing.max_seqlen_q if packing and not isinstance(packing.max_seqlen_q, Tensor) else None,
         max_seqlen_k=packing.max_seqlen_k if packing and not isinstance(packing.max_seqlen_k, Tensor) else None,
+        sharding=arguments.sharding,
     )
     return inputs, options
+
+
+def _whole(tensor: Tensor, arguments: Arguments) -> Tensor:
+    """Where q or k is a share of a longer sequence: what stands for all of it in checks, which read no number."""
+    return sharding.standing_for_all(tensor, arguments.sharding) if arguments.sharding else tensor
 
 
 def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) -> None:

@@ -46,6 +46,7 @@ _graphs: dict[str, Traced] = {}
 _routes: dict[Any, _Route] = {}
 # torch.fx patches the whole process while it traces: one thread at a time.
 _tracing = RLock()
+_composed: dict[Any, tuple[str, tuple[int | Tensor, ...]]] = {}
 _calling: set[types.CodeType] = set()  # code of functions that call modules
 
 
@@ -139,6 +140,26 @@ def _remember(content: Any, route: _Route) -> None:
     _routes[content] = route
 
 
+def compose(name: str, kind: Kind, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Lifted:
+    """Traces a function of the package's own, made of graphs and tables: `function(tensors, *indices)`.
+
+    `name` says all that the function does; calls with equal names and tensors alike share one graph.
+    """
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    alike = tuple((tensor.dtype, tuple(tensor.shape), tensor.device, places[id(tensor)]) for tensor in tensors)
+    known = (name, kind, alike)
+    if known not in _composed:
+        leaves = [captures.Leaf((), tensor) for tensor in tensors]
+        with _tracing:
+            traced, found, _ = _trace(functools.partial(function, tensors), kind, leaves, tensors)
+        _graphs.setdefault(traced.key, traced)
+        while len(_composed) >= _ROUTES_KEPT:
+            del _composed[next(iter(_composed))]
+        _composed[known] = traced.key, tuple(places.get(id(tensor), tensor) for tensor in found)
+    key, order = _composed[known]
+    return Lifted(key, tuple(tensors[place] if isinstance(place, int) else place for place in order))
+
+
 def graph(key: str) -> Traced:
     """The graph of that key.
 
@@ -156,19 +177,19 @@ def _trace_apart(*arguments: Any) -> tuple[Traced, tuple[Tensor, ...], recording
 
 
 def _trace(
-    function: Callable[..., Any], kind: Kind, leaves: Sequence[captures.Leaf]
+    function: Callable[..., Any], kind: Kind, leaves: Sequence[captures.Leaf], captured: Sequence[Tensor] = ()
 ) -> tuple[Traced, tuple[Tensor, ...], recording.Watch]:
-    """(the graph, its captured tensors, what was seen on the way)."""
+    """(the graph, its captured tensors, what was seen on the way); `captured`: see `recording.run`."""
     check.signature(function, kind)
     device = next((leaf.value.device for leaf in leaves if isinstance(leaf.value, Tensor)), torch.device("cpu"))
-    module, examples, watch = recording.run(function, kind, device, torch.float32)
+    module, examples, watch = recording.run(function, kind, device, torch.float32, captured)
     tensors, text = recording.finish(module, function, kind, watch)
     metadata = [(str(tensor.dtype), tuple(tensor.shape)) for tensor in tensors]
     key = hashlib.sha256(f"{kind}{module.code}{metadata}{text}".encode()).hexdigest()[:16]
     traced = Traced(key, kind, module, examples, tensors)
     if kind == "score" and ("float32" in module.code + text or any(tensor.is_floating_point() for tensor in tensors)):
         # `.to(score.dtype)` and constants in the score's type would round what a float64 call computes.
-        module, examples, watch = recording.run(function, kind, device, torch.float64)
+        module, examples, watch = recording.run(function, kind, device, torch.float64, captured)
         same, _ = recording.finish(module, function, kind, watch)
         if [id(tensor) for tensor in same] == [id(tensor) for tensor in tensors]:
             traced.double = Traced(key, kind, module, examples, tensors)

@@ -347,6 +347,7 @@ FEATURES: dict[str, Feature] = {
     "prefix_lm": _masked(
         lambda t, s: masks.causal("top_left") | masks.prefix(20), lambda b, h, q, kv: (kv <= q) | (kv < 20)
     ),
+    "band": _masked(lambda t, s: masks.Mask('["band",-40,-5]'), lambda b, h, q, kv: (kv - q >= -40) & (kv - q <= -5)),
     "far_apart": _masked(
         lambda t, s: masks.window(4, 4, "top_left") | masks.prefix(5),
         lambda b, h, q, kv: ((q - kv).abs() <= 4) | (kv < 5),
@@ -379,7 +380,7 @@ _SMALL = dense(2, 70, 90, 4, 4, 32)
 _SQUARE = dense(2, 96, 96, 4, 4, 32)
 _PACKED = packed((40, 1, 0, 70), (40, 65, 9, 0))
 _UNEVEN = packed((24, 50), (60, 30), used_q=(20, 50), used_kv=(47, 11))
-_KITCHEN_SINK = ("causal", "window", "document", "bias_heads", "alibi", "softcap", "sinks", "score_mod", "dropout")
+KITCHEN_SINK = ("causal", "window", "document", "bias_heads", "alibi", "softcap", "sinks", "score_mod", "dropout")
 
 
 def _one_feature_each() -> list[Case]:
@@ -437,6 +438,6 @@ CASES: tuple[Case, ...] = (
     Case("varlen_used_plain", _UNEVEN, (), kernels=_ATEN),
     Case("varlen_no_sequences", packed((), ()), ("causal",), kernels=_ATEN),
     Case("varlen_fewer_tokens_than_sequences", packed((0, 1, 0, 0), (0, 0, 3, 0)), ("causal", "sinks")),
-    Case("all_in_one", _SQUARE, (*_KITCHEN_SINK, "mask_mod", "gqa", "headdim_v", "out_float32")),
-    Case("all_in_one_varlen", _SMALL, (*_KITCHEN_SINK, "gqa", "headdim_v", "out_float32", "varlen")),
+    Case("all_in_one", _SQUARE, (*KITCHEN_SINK, "mask_mod", "gqa", "headdim_v", "out_float32")),
+    Case("all_in_one_varlen", _SMALL, (*KITCHEN_SINK, "gqa", "headdim_v", "out_float32", "varlen")),
 )

@@ -4,12 +4,16 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from triton.backends.compiler import GPUTarget
 
 from flashtile import cli
 from flashtile.compiling import build, matrix
 from flashtile.compiling.build import Row
 from flashtile.compiling.matrix import Entry
 from flashtile.compiling.targets import TARGETS
+from flashtile.kernels import aot, merging
+from flashtile.kernels.words import odd
 from flashtile.tuning import portable
 
 FIELDS = {
@@ -157,3 +161,18 @@ def test_every_variant_is_a_call() -> None:
         inputs, options = matrix.call(Entry("sm_80", 32, "float16", variant))
         assert (inputs.cu_seqlens_q is not None) == (variant == "varlen")
         assert options.scale == 32**-0.5
+
+
+@pytest.mark.parametrize(
+    "target", [GPUTarget("cuda", 90, 32), GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)]
+)
+def test_two_states_merge_in_long_loads(target: GPUTarget) -> None:
+    out, lse = torch.empty(1, 64, 4, 128, dtype=torch.bfloat16), torch.empty(1, 4, 64)
+    strides, rows = out.stride()[:-1], tuple(map(odd, lse.stride()[:-1]))
+    given = {"held": out, "held_lse": lse, "out": out, "lse": lse, "sizes": tuple(map(odd, (4, 64, 4, 128)))}
+    given |= {"held_strides": strides, "held_lse_strides": rows, "out_strides": strides, "lse_strides": rows}
+    compiled = aot.build(merging.merge_kernel, {**given, "TILE": 16, "WIDTH": 128, "WHOLE": True}, target, num_warps=4)
+    assert compiled.metadata.shared == 0
+    if target.backend == "cuda":
+        assert compiled.asm["ptx"].count("ld.global.v4.b32") == 4
+        assert compiled.asm["ptx"].count("st.global.v4.b32") == 2

@@ -15,13 +15,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in the order of the imports: each may import its own room and those before it (README, "how it is laid out").
 ROOMS = {
     "words": {"problem", "check", "masks", "mask_nodes", "spans", "scores", "captures", "recording", "scalar_graph",
-              "trace", "interval_rules", "intervals", "dropout", "region"},
+              "trace", "interval_rules", "intervals", "dropout", "region", "cut"},
     "mathematics": {"state", "reference", "fp8", "kvcache"},
     "triton": {"lower"},
     "kernels": {"kernels"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
-    "doors": {"request", "autograd", "recall", "decoding", "gradients", "api"},
+    "doors": {"sharding", "request", "autograd", "recall", "decoding", "gradients", "parts", "api"},
     "guests": {"distributed", "integrations", "bench", "demo", "cli", "compiling", "__main__"},
 }  # fmt: skip
 # Words and mathematics know torch and the standard library; triton belongs to the machines that are written in it, and
@@ -136,14 +136,16 @@ def test_nobody_imports_a_guest() -> None:
 
 
 def test_distributed_and_integrations_use_public_names() -> None:
-    """bench, demo and cli may look inside; what others could have written uses what others can use. Formulas of other
-    libraries' own autograd call `gradients`, and users' errors of the integrations are in `check`."""
+    """bench, demo and cli may look inside; what others could have written uses what others can use. Calls over several
+    processes have a door of their own, `parts`, formulas of other libraries' own autograd call `gradients`, and the
+    errors of both kinds of users are in `check`."""
     public = {"", "api", "masks", "reference", "state", "dropout"}
-    doors = {"distributed": set(), "integrations": {"check", "gradients", "request"}}
+    doors = {"distributed": {"parts", "sharding", "check"}, "integrations": {"check", "gradients", "request"}}
     for module, targets in INTERNAL.items():
         top = module.split(".")[0]
         if top in doors:
-            inside = {target for target in targets if target.split(".")[0] not in public | doors[top] | {top}}
+            allowed = public | doors[top] | {top}
+            inside = {target for target in targets if target.split(".")[0] not in allowed}
             assert inside == set(), f"{module} imports {inside}"
 
 

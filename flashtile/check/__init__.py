@@ -42,6 +42,7 @@ from flashtile.check.options import (
     window,
 )
 from flashtile.check.sequences import offsets, packed_bias, packing, packing_complete
+from flashtile.check.sharding import known_sharding
 from flashtile.check.tensors import qkv, tensors
 from flashtile.check.values import (
     block_mask_value,
@@ -81,6 +82,7 @@ __all__ = [
     "flag",
     "inference",
     "known_sequence",
+    "known_sharding",
     "mask",
     "mask_argument",
     "new_rows",

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from flashtile.cli import scaling
 from flashtile.cli.common import DTYPES, UsageError, add_command, need_device, need_extras
 
 
@@ -16,7 +17,7 @@ def add_bench(commands: Any) -> None:
         nargs="*",
         metavar="suite",
         help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity, decode (default: all); "
-        "report; or paper, published speed-ups measured again",
+        "report; paper, published speed-ups measured again; or scaling, a cost model of context parallelism",
     )
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
     command.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes; default %(default)s")
@@ -30,6 +31,7 @@ def add_bench(commands: Any) -> None:
     command.add_argument("--seconds", type=float, default=10.0, help="time for each peer and case; default %(default)s")
     command.add_argument("--rows", nargs="+", metavar="row", help="of paper; default: all")
     command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
+    scaling.add_scaling(command)
 
 
 def _bench(given: argparse.Namespace) -> int:
@@ -44,6 +46,8 @@ def _bench(given: argparse.Namespace) -> int:
             raise UsageError(str(error)) from error
     if given.suites == ["paper"]:
         return _paper(given)
+    if given.suites == ["scaling"]:
+        return scaling.scaling(given)
     everyone = {**peers.PEERS, **decode.PEERS}
     for what, names, known in (("suite", given.suites, SUITES), ("--peers", given.peers or [], everyone)):
         unknown = [name for name in names if name not in known]

@@ -110,7 +110,8 @@ def _modifiers(inputs: Inputs, problem: Problem, *functions: Any) -> Modifiers:
 def _dropout(inputs: Inputs, problem: Problem) -> Dropout | None:
     if inputs.seed is None or not problem.dropout_p:
         return None
-    return Dropout(inputs.seed, round(problem.dropout_p * 2**32), 1 / (1 - problem.dropout_p))
+    origin = inputs.seed[1:] if inputs.seed.ndim else None
+    return Dropout(inputs.seed, round(problem.dropout_p * 2**32), 1 / (1 - problem.dropout_p), origin)
 
 
 def modified(problem: Problem) -> bool:

@@ -110,11 +110,15 @@ class Modifiers(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Entries whose 32-bit number is under `threshold` are dropped, the others scaled by `factor`."""
+    """Entries whose 32-bit number is under `threshold` are dropped, the others scaled by `factor`.
+
+    origin: (first head, first query, first key) of a part of a larger problem; None: the problem is whole.
+    """
 
     seed: Any
     threshold: Any
     factor: Any
+    origin: Any
 
 
 class Rules(NamedTuple):
@@ -210,5 +214,5 @@ class Steps(NamedTuple):
 
 
 def odd(number: int) -> int:
-    """An integer that Triton tells apart from no other (see above); at least 0. `number_of` undoes it in a kernel."""
+    """An integer that Triton tells apart from no other but -1 (see above). `number_of` undoes it in a kernel."""
     return 2 * number + 3

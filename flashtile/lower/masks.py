@@ -49,6 +49,11 @@ class MaskWriter:
         limits += [f"(k >= {diagonal} - {left})"] if left >= 0 else []
         return f"({' & '.join(limits) or '(k == k)'})"
 
+    def _band(self, low: int | None, high: int | None) -> str:
+        limits = [] if low is None else [f"(k - q >= {low})"]
+        limits += [] if high is None else [f"(k - q <= {high})"]
+        return f"({' & '.join(limits) or '(k == k)'})"
+
     def _chunk(self, size: int, alignment: str) -> str:
         return f"(floor_divide({_diagonal(alignment)}, {size}) == k // {size})"
 

@@ -1,0 +1,207 @@
+"""Processes that disagree or die: one clear error on every one of them, within the engine's timeout."""
+
+import os
+import re
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from flashtile import distributed, masks, sharding
+from flashtile.check import sharding as check
+from flashtile.distributed import calls, groups
+from tests.distributed import processes
+
+
+def _attend(scheme: str = "ring", **changes: Any) -> None:
+    """q, k and v of 8 tokens, or as `changes` say."""
+    tokens, heads, dtype = changes.pop("tokens", 8), changes.pop("heads", 4), changes.pop("dtype", torch.float32)
+    q, k, v = (torch.randn(1, tokens, heads, 8, dtype=dtype) for _ in range(3))
+    distributed.attention(q, k, v, scheme=scheme, **changes)
+
+
+def lengths(rank: int, ranks: int) -> None:
+    _attend(tokens=8 + 4 * (rank == 1))
+
+
+def types(rank: int, ranks: int) -> None:
+    _attend("gather", dtype=torch.bfloat16 if rank else torch.float32)
+
+
+def mask_kinds(rank: int, ranks: int) -> None:
+    _attend(causal=rank == 0, mask=masks.prefix(3) if rank else None)
+
+
+def options(rank: int, ranks: int) -> None:
+    _attend("ulysses", heads=3, softcap=3.0 if rank == 2 else None)
+
+
+def heads_dealt(rank: int, ranks: int) -> None:
+    _attend("ulysses", heads=12 if rank == 1 else 9)
+
+
+def table_of_one(rank: int, ranks: int) -> None:
+    """Rank 1 refuses its call by itself."""
+    _attend(bias=torch.zeros(8 * ranks, 8 * ranks - rank % 2))
+
+
+def mask_of_one(rank: int, ranks: int) -> None:
+    _attend("gather", mask=torch.ones(8 * ranks - (rank == 2), 8 * ranks, dtype=torch.bool))
+
+
+def uneven(rank: int, ranks: int) -> None:
+    _attend(tokens=7)
+
+
+def uneven_heads(rank: int, ranks: int) -> None:
+    _attend("ulysses", heads=4)
+
+
+def after_errors(rank: int, ranks: int) -> int:
+    """The group still works, and what was agreed on is not asked again."""
+    asked = []
+    original = groups.Agreement._compare
+    groups.Agreement._compare = lambda *given: (asked.append(1), original(*given))[1]  # type: ignore[method-assign]
+    for scheme in ("ring", "ulysses"):
+        for _ in range(3):
+            _attend(scheme, heads=6, causal=True)
+    groups.Agreement._compare = original  # type: ignore[method-assign]
+    return len(asked)
+
+
+def seeds(rank: int, ranks: int) -> torch.Tensor:
+    """Ranks that draw their own seeds use the first one's, backwards too."""
+    torch.manual_seed(rank)
+    v = torch.ones(1, 8, 1, 4, requires_grad=True)
+    q = torch.zeros(1, 8, 1, 4)
+    out = distributed.ring_attention(q, q, v, dropout_p=0.5)
+    (grad,) = torch.autograd.grad(out.sum(), v)
+    # With equal weights the sum of out is that of the gradients of v.
+    found = torch.stack((out.sum(), grad.sum()))
+    dist.all_reduce(found)
+    return found
+
+
+SAID = {
+    lengths: [r"q: got \(1, 8, 4, 8\) float32 on rank 0, \(1, 12, 4, 8\) float32 on rank 1"] * 3,
+    types: [r"q: got \(1, 8, 4, 8\) float32 on rank 0, \(1, 8, 4, 8\) bfloat16 on rank 1"] * 3,
+    mask_kinds: [r'mask: got \["causal","bottom_right"\] on rank 0, \["prefix",3\] on rank 1'] * 3,
+    options: [r"softcap: got 0.0 on rank 0, 0.0 on rank 1, 3.0 on rank 2; need the same on every rank"] * 3,
+    heads_dealt: [r"q: got \(1, 8, 9, 8\) torch.float32 on rank 0, \(1, 8, 12, 8\) torch.float32 on rank 1"] * 3,
+    table_of_one: [
+        r"call: got nothing on rank 0, ValueError: bias: got shape \(24, 23\)",
+        r"ValueError: bias: got shape \(24, 23\), need one that broadcasts to .*\(1, 4, 24, 24\)",
+        r"call: got nothing on rank 0, ValueError: bias: got shape \(24, 23\)",
+    ],
+    mask_of_one: [
+        r"call: got nothing on rank 0, nothing on rank 1, ValueError: mask: got shape \(23, 24\)",
+        r"call: got nothing on rank 0, nothing on rank 1, ValueError: mask: got shape \(23, 24\)",
+        r"mask: got shape \(23, 24\)",
+    ],
+    uneven: [r"q: tokens of a rank: got 7, need a multiple of 2 for the layout 'zigzag'; try padding to 8"] * 3,
+    uneven_heads: [r"q: got 4 heads for 3 ranks, need a multiple.*try ring_attention"] * 3,
+}
+
+
+def test_ranks_that_disagree_all_raise(tmp_path: Path) -> None:
+    *found, asked, kept = processes.run([*SAID, after_errors, seeds], 3, tmp_path)
+    for job, values in zip(SAID, found, strict=True):
+        for wanted, line in zip(SAID[job], processes.raised(values), strict=True):
+            assert re.search(wanted, line), f"{job.__name__}: {line}"
+    # Once by the ring, by Ulysses once for what is dealt out and once for the call.
+    assert processes.succeeded(asked) == [3, 3, 3]
+    for sums in processes.succeeded(kept):
+        torch.testing.assert_close(sums[0], sums[1])
+
+
+SECONDS = 2
+
+
+def _dying(rank: int, ranks: int, folder: str, how: str) -> None:
+    torch.set_num_threads(1)
+    method = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks, timeout=timedelta(seconds=SECONDS))
+    _attend(causal=True)
+    if rank == ranks - 1:
+        if how == "dies":
+            os._exit(0)
+        time.sleep(2.5 * SECONDS)
+        os._exit(0)
+    begun = time.monotonic()
+    try:
+        for _ in range(2):
+            _attend(causal=True)
+    except RuntimeError as error:
+        Path(folder, str(rank)).write_text(f"{time.monotonic() - begun:.1f} {type(error).__name__} {error}")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_lost_rank_is_the_engines_error_in_time(how: str, tmp_path: Path) -> None:
+    mp.start_processes(_dying, (3, str(tmp_path), how), nprocs=3, start_method="forkserver")
+    for rank in range(2):
+        seconds, text = (tmp_path / str(rank)).read_text().split(" ", 1)
+        assert float(seconds) < 2.5 * SECONDS, text
+
+
+def test_without_a_group() -> None:
+    with pytest.raises(
+        ValueError, match=r"group: got no process group, need one; try torch.distributed.init_process_group"
+    ):
+        _attend()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"scheme": "star"}, ValueError, "scheme: got 'star', need one of 'ring', 'ulysses', 'gather', 'mixed'"),
+        ({"layout": "random"}, ValueError, "layout: got 'random', need 'zigzag'"),
+        ({"cauzal": True}, TypeError, "options: got 'cauzal', need keyword arguments of flashtile.attention"),
+        ({"cu_seqlens_q": torch.tensor([0, 8])}, ValueError, "cu_seqlens_k: got None beside cu_seqlens_q"),
+    ],
+)
+def test_arguments_are_checked_before_groups(options: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        _attend(**options)
+
+
+def test_names_of_schemes_must_be_known() -> None:
+    with pytest.raises(ValueError, match="sharding: got 'Ring/zigzag/7/-', need one that this process has made"):
+        sharding.of("Ring/zigzag/7/-")
+
+
+def test_other_peoples_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="group: got one that this process is not part of"):
+        check.member(-1)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_groups_are_checked() -> None:
+    with pytest.raises(TypeError, match="group: got str, need a torch ProcessGroup, a DeviceMesh or None"):
+        groups.group_of("all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="group: got a mesh of 1 dimensions, need 2 for the scheme 'mixed'"):
+        groups.groups_of(None)
+    mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("ring", "heads"))
+    with pytest.raises(ValueError, match="group: got a mesh of 2 dimensions, need 1 for the scheme 'ring'; try mesh"):
+        groups.group_of(mesh)
+    assert [group.size() for group in groups.groups_of(mesh)] == [1, 1]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_new_group_of_an_old_name_is_another_scheme() -> None:
+    name, _ = calls.names_of(None, "ring", "zigzag")
+    first = calls._schemes[name]
+    assert calls.names_of(None, "ring", "zigzag")[0] == name
+    assert calls._schemes[name] is first

@@ -1,0 +1,116 @@
+"""The benchmark of context parallelism, its cost model, and `flashtile bench scaling`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashtile import cli
+from flashtile.bench import costs, scaling
+from flashtile.bench.costs import BACKWARD, Machine, Work
+from tests.distributed import processes
+
+FAST = Machine(6e14, 5e14, 4e11, 4.5e10, 2.8e12, 1e-5, 8)
+LONG = Work(2**20, 32, 8, 128)
+
+
+def measured(rank: int, ranks: int) -> dict[str, Any]:
+    """A tiny run of all schemes, the peer's ring among them."""
+    settings = scaling.Settings("cpu", (64, 128), ("ring", "ulysses", "gather"), 2, 16, torch.float32, 0.0, 2)
+    return scaling.measure(settings)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("scaling")
+    found: dict[str, Any] = processes.succeeded(processes.run([measured], 2, folder)[0])[0]
+    return found
+
+
+def test_every_way_is_measured_and_right(record: dict[str, Any]) -> None:
+    assert [(row["seqlen"], row["way"]) for row in record["rows"]] == [
+        (seqlen, way) for seqlen in (64, 128) for way in ("one", "ring", "ulysses", "gather", "peer ring")
+    ]
+    for row in record["rows"]:
+        assert row["status"] == "ok", row
+        assert row["error"] < 1e-5
+        assert len(row["forward"]["samples"]) >= 2
+        assert row["backward"]["median"] > 0
+    assert record["ranks"] == 2
+    assert all(value > 0 for value in record["link"].values())
+    json.dumps(record)
+
+
+def test_the_table_names_ranks_and_efficiency(record: dict[str, Any]) -> None:
+    lines = scaling.table(record)
+    assert lines[0].startswith("2 x ")
+    assert len(lines) == 2 + len(record["rows"])
+    assert "%" in lines[3]
+
+
+def test_a_wrong_result_has_no_figure(record: dict[str, Any]) -> None:
+    bad = {**record, "rows": [{"seqlen": 64, "way": "ring", "status": "wrong", "error": 0.3, "memory": 0}]}
+    assert scaling.table(bad)[-1].split()[-3:] == ["wrong:", "error", "3.00e-01"]
+    assert costs.validate(bad) == []
+
+
+def test_the_model_is_held_against_measurements(record: dict[str, Any]) -> None:
+    compared = costs.validate(record)
+    assert len(compared) == 2 * 3 * 2
+    assert all(each.predicted > 0 and each.measured > 0 for each in compared)
+
+
+@pytest.mark.parametrize("scheme", costs.SCHEMES[:3])
+def test_one_rank_costs_what_one_device_costs(scheme: str) -> None:
+    assert costs.predict(scheme, LONG, 1, FAST) == costs.one_device(LONG, FAST)
+
+
+def test_without_links_to_wait_for_work_is_divided() -> None:
+    endless = Machine(6e14, 5e14, 1e30, 1e30, 1e30, 0.0, 8)
+    for scheme in costs.SCHEMES:
+        times = costs.predict(scheme, LONG, 32, endless)
+        assert costs.efficiency(LONG, 32, endless, times) == pytest.approx(1)
+
+
+def test_flops_of_a_causal_call() -> None:
+    """Two products of 2 seqlen^2 headdim a head forward, five backward; half of the pairs."""
+    alone = costs.one_device(Work(1000, 2, 2, 10), Machine(1.0, 1.0, 1, 1, 1))
+    assert alone.forward == 2 * 1000**2 * 2 * 10
+    assert alone.backward == BACKWARD * alone.forward
+
+
+def test_a_ring_hides_messages_until_steps_are_shorter() -> None:
+    """A step's work falls with the square of the ranks, its message with the ranks."""
+    shares = [costs.efficiency(LONG, n, FAST, costs.predict("ring", LONG, n, FAST)) for n in (16, 64, 256, 1024)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.95
+    assert shares[-1] < 0.4
+    # A step then takes its message, K and V of a rank's share across nodes, and its merge.
+    step = costs.predict("ring", LONG, 1024, FAST).forward / 1023
+    message = 2 * LONG.seqlen / 1024 * 8 * 128 * 2 / FAST.infiniband + FAST.latency
+    merge = LONG.seqlen / 1024 * 32 * 128 * 18 / FAST.memory
+    assert step == pytest.approx(message + merge, rel=0.01)
+
+
+def test_schemes_that_heads_forbid_do_not_win() -> None:
+    assert not costs.fits("ulysses", LONG, 64, FAST)
+    assert not costs.fits("mixed", LONG, 8, FAST)
+    assert not costs.fits("mixed", Work(2**20, 20, 4, 128), 64, FAST)
+    assert costs.best(Work(2**20, 20, 4, 128), 64, FAST)[0] in ("ring", "gather")
+    assert costs.best(LONG, 64, FAST)[0] == "mixed"
+
+
+def test_the_command_predicts_and_draws(
+    record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "results" / "machine" / "scaling" / "2.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(record))
+    options = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs"), "--ranks", "8", "64"]
+    assert cli.main(["bench", "scaling", "--heads", "32", "--heads-kv", "8", "--tokens", "131072", *options]) == 0
+    text = capsys.readouterr().out
+    assert "131,072 tokens, 32/8 heads" in text
+    assert "fastest rounds" in text
+    assert (tmp_path / "docs" / "images" / "scaling.png").stat().st_size > 1000
