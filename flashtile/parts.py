@@ -111,9 +111,8 @@ def whole_of(inputs: Inputs, options: Options, ranks: int, head: int = 0, heads_
 
 
 def _tables(inputs: Inputs, lengths: tuple[int, int]) -> Tables:
-    queries, keys = inputs.cu_seqlens_q, inputs.cu_seqlens_k
-    assert queries is not None
-    assert keys is not None
+    queries: Any = inputs.cu_seqlens_q
+    keys: Any = inputs.cu_seqlens_k
     used = (inputs.seqused_q, inputs.seqused_k)
     tensors = [tensor for tensor in (queries, keys, *used) if tensor is not None]
     what = ("tables", lengths, tuple(tensor is None for tensor in used))
@@ -259,7 +258,8 @@ def backward(
     targets = [None if source is None else _total(totals, source) for source in part.score]
     wanted = (bias, slopes, False, *(target is not None for target in targets))
     call = _call(part, wanted)
-    dq, dk, dv, grad_bias, grad_slopes, _, *grad_score = autograd.run_backward(inputs, call, saved, grads)
+    found: Sequence[Any] = autograd.run_backward(inputs, call, saved, grads)
+    dq, dk, dv, grad_bias, grad_slopes, _, *grad_score = found
     if grad_bias is not None and totals.bias is not None:
         scores.four_dimensions(totals.bias)[part.bias] += grad_bias
     if grad_slopes is not None and totals.alibi_slopes is not None:
@@ -267,8 +267,6 @@ def backward(
     for target, gradient in zip(targets, grad_score, strict=True):
         if target is not None and gradient is not None:
             target += gradient.view(target.shape)
-    if dq is None or dk is None or dv is None:
-        raise AssertionError("a backward pass gives the gradients of q, k and v")
     return dq, dk, dv
 
 

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flashtile
 from flashtile import attention, attention_varlen, check, dropout_mask, explain, masks, merge, trace
+from flashtile.check import sharding as sharded
 from tests.raises import lines_run, raises
 
 BATCH, SEQLEN_Q, SEQLEN_KV, HEADS, HEADS_KV, HEADDIM = 2, 6, 8, 4, 2, 16
@@ -386,6 +387,34 @@ MERGE = [
     Refusal(ValueError, r"states\[0\] lse", "on meta", lambda: merge([(state()[0], state()[1].to(META))])),
 ]
 
+SHARDING = [
+    Refusal(ValueError, "sharding", "'Ring', need one .*context_parallel", lambda: sharded.known_sharding("Ring", {})),
+    Refusal(ValueError, "layout", "'striped', need 'zigzag'", lambda: sharded.layout("striped")),
+    Refusal(ValueError, "scheme", "'star', need one of 'ring'", lambda: sharded.scheme("star")),
+    Refusal(ValueError, "group", "no process group.*try torch.distributed", lambda: sharded.initialized(False)),
+    Refusal(ValueError, "group", "not part of, need one", lambda: sharded.member(-1)),
+    Refusal(TypeError, "group", "str, need a torch ProcessGroup", lambda: sharded.group_kind("all")),
+    Refusal(ValueError, "group", "a mesh of 2 dimensions, need 1", lambda: sharded.mesh_dimensions(2, 1, "ring")),
+    Refusal(
+        ValueError, "q", r"7, need a multiple of 4 .*try padding to 8", lambda: sharded.divisible("q", 7, 4, "zigzag")
+    ),
+    Refusal(ValueError, "dim", "3, need the place of the sequence", lambda: sharded.dimension(3, 2)),
+    Refusal(ValueError, "q", "4 heads for 3 ranks.*try ring_attention", lambda: sharded.heads_over_ranks(4, 3)),
+    Refusal(NotImplementedError, "dropout_p", "cu_seqlens_q.*need 0.*ulysses", lambda: sharded.no_packed_dropout(0.1)),
+    Refusal(TypeError, "options", "'cauzal', need keyword", lambda: sharded.no_options(["cauzal"])),
+    Refusal(ValueError, "k", r"placements .*need Shard\(1\)", lambda: sharded.sequence_sharded("k", [None], 1)),
+    Refusal(TypeError, "q, k, v", "plain tensors, need all", lambda: sharded.all_distributed([True, False])),
+    Refusal(ValueError, "buffer_seq_dims", "1 numbers for 0 buffers", lambda: sharded.buffers([], [1])),
+    Refusal(TypeError, "buffers", "int at place 0, need tensors", lambda: sharded.buffers([3], [0])),
+    Refusal(ValueError, "context_parallel", "inside of another, need one", sharded.inside_context),
+    Refusal(
+        sharded.RanksDisagree,
+        "scale",
+        "1 on rank 0, 2 on rank 1; need the same on every rank",
+        lambda: sharded.ranks_disagree([{"q": "a", "scale": "1"}, {"q": "a", "scale": "2"}]),
+    ),
+]
+
 CONSTRUCTED = [
     masks.causal,
     masks.window,
@@ -397,7 +426,7 @@ CONSTRUCTED = [
     masks.custom,
     masks.from_block_mask,
 ]
-TABLE = [*TENSORS, *OPTIONS, *PACKING, *EXPLAIN, *CONSTRUCTORS, *MASKS, *MODIFIERS, *DROPOUT_MASK, *MERGE]
+TABLE = [*TENSORS, *OPTIONS, *PACKING, *EXPLAIN, *CONSTRUCTORS, *MASKS, *MODIFIERS, *DROPOUT_MASK, *MERGE, *SHARDING]
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{n}-{row.argument}") for n, row in enumerate(TABLE)])

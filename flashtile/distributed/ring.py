@@ -102,7 +102,6 @@ class Ring(Scheme):
 
     def _send_keys(self, whole: Whole, step: int) -> Exchange:
         inputs = whole.inputs
-        assert self.tokens is not None
         exchange = Exchange(self.tokens, step)
         target, source = (self.rank + step) % self.ranks, (self.rank - step) % self.ranks
         if (given := hull(self.between(whole, target, self.rank))) is not None:
@@ -141,7 +140,6 @@ class Ring(Scheme):
 
     def _send_home(self, whole: Whole, step: int, pair: tuple[Tensor, Tensor] | None) -> Exchange:
         """The gradients of this step's keys to their owner, and those of this rank's keys from who met them now."""
-        assert self.tokens is not None
         exchange = Exchange(self.tokens, self.ranks + step)
         other, owner = (self.rank + step) % self.ranks, (self.rank - step) % self.ranks
         if pair is not None:

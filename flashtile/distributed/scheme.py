@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -128,11 +128,8 @@ class Running:
             with_sinks = torch.logaddexp(lse, sinks[first : first + count, None].to(lse.dtype))
             base = torch.where(with_sinks == -torch.inf, 0.0, with_sinks)
             self.out, self.lse = out * _by_row(torch.exp(lse - base)), with_sinks
-        if self.out is None or self.lse is None:
-            self._wide()
-        assert self.out is not None
-        assert self.lse is not None
-        return self.out.to(self.whole.options.out_dtype).contiguous(), self.lse.contiguous()
+        out, lse = self._wide() if self.out is None or self.lse is None else (self.out, self.lse)
+        return out.to(self.whole.options.out_dtype).contiguous(), lse.contiguous()
 
 
 def _by_row(weights: Tensor) -> Tensor:
@@ -147,7 +144,8 @@ class Scheme:
     """
 
     def __init__(self, tokens: dist.ProcessGroup | None, heads: dist.ProcessGroup | None, layout: str) -> None:
-        self.tokens, self.layout = tokens, layout
+        self.tokens: Any = tokens
+        self.layout = layout
         self.ranks = 1 if tokens is None else tokens.size()
         self.rank = 0 if tokens is None else tokens.rank()
         self.head_ranks = 1 if heads is None else heads.size()
