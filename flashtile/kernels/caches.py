@@ -47,14 +47,6 @@ def scale_of(scale: Tensor | None) -> Scale | None:
 
 
 @triton.jit
-def scale_of_head(scale, i_head):
-    """The `Scale` of one head."""
-    if scale is not None:
-        scale = Scale(scale.pointer + i_head, scale.page)
-    return scale
-
-
-@triton.jit
 def sequence_of(cache, i_batch):
     """(row of the cache or of the block table, left padding, rows before the call) of a sequence."""
     i_row = i_batch
@@ -76,12 +68,12 @@ def table_of(cache, i_row, first):
 
 
 @triton.jit
-def open_cache(rows, scale, cache, i_row, i_head, first, begin, end):
+def open_cache(rows, cache, i_row, i_head, first, begin, end):
     """The `Source` of a sequence's rows [begin, end), counted behind its left padding."""
     tiles = rows.pointer + i_head.to(tl.int64) * rows.head
     if cache.table is None:
         tiles += i_row.to(tl.int64) * rows.batch + first.to(tl.int64) * rows.row
-    return Source(rows, tiles, begin, end, table_of(cache, i_row, first), scale_of_head(scale, i_head))
+    return Source(rows, tiles, begin, end)
 
 
 @triton.jit
@@ -99,8 +91,8 @@ def store_new(
         o_rows = b_pages.to(tl.int64) * rows.batch + (o_places % PAGE) * rows.row
     else:
         o_rows = i_row.to(tl.int64) * rows.batch + o_places.to(tl.int64) * rows.row
-    if scale is not None:
-        b_scale = scales_of_rows(scale_of_head(scale, i_head), b_pages)
+    if quantizes(STORED):
+        b_scale = scales_of_rows(scale, i_head, b_pages)
         if scale.page is not None:
             b_scale = b_scale[:, None]
         b_rows = tl.div_rn(b_rows.to(tl.float32), b_scale)
@@ -112,10 +104,19 @@ def store_new(
     tl.store(p_rows, b_rows.to(STORED), mask=m_rows[:, None] & (o_columns < DIM))
 
 
+_LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0, "int8": 127.0}
+"""The largest number of what a quantised cache holds; of integers -127 to 127, so that signs are alike."""
+
+
+@triton.constexpr_function
+def quantizes(dtype):
+    """Whether rows of this type have scales."""
+    return dtype.name in _LARGEST
+
+
 @triton.constexpr_function
 def largest_of(dtype):
-    """The largest number of what a cache holds; of integers -127 to 127, so that signs are alike."""
-    return {"fp8e4nv": 448.0, "fp8e5": 57344.0, "int8": 127.0}[dtype.name]
+    return _LARGEST[dtype.name]
 
 
 @triton.jit

@@ -38,30 +38,30 @@ def open_tiles(
         tiles += begin.to(tl.int64) * rows.row
         length = tl.maximum(end - begin, 0)
         tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
-    return Source(rows, tiles, begin, end, None, None)
+    return Source(rows, tiles, begin, end)
 
 
 @triton.jit
 def columns_from(source, FIRST: tl.constexpr):
     """The `Source` of the same rows' columns from FIRST on, without the copy engine."""
-    return Source(source.rows, source.tiles + FIRST, source.begin, source.end, source.table, source.scale)
+    return Source(source.rows, source.tiles + FIRST, source.begin, source.end)
 
 
 @triton.jit
-def pages_of_tile(source, i_tile, TILE: tl.constexpr, PAGE: tl.constexpr):
+def pages_of_tile(source, table, i_tile, TILE: tl.constexpr, PAGE: tl.constexpr):
     """The page that each row of a tile lies in; -1 for rows outside of [begin, end), which are never read."""
     o_rows = i_tile * TILE + tl.arange(0, TILE)
     m_rows = (o_rows >= source.begin) & (o_rows < source.end)
-    return tl.load(source.table.pointer + (source.table.first + o_rows) // PAGE, mask=m_rows, other=-1)
+    return tl.load(table.pointer + (table.first + o_rows) // PAGE, mask=m_rows, other=-1)
 
 
 @triton.jit
-def scales_of_rows(scale, b_pages):
+def scales_of_rows(scale, i_head, b_pages):
     """What quantised rows are multiplied by: one number, or one for each row by its page, 0 where that is -1."""
     if scale.page is None:
-        b_scale = tl.load(scale.pointer)
+        b_scale = tl.load(scale.pointer + i_head)
     else:
-        pointers = scale.pointer + b_pages.to(tl.int64) * number_of(scale.page)
+        pointers = scale.pointer + i_head + b_pages.to(tl.int64) * number_of(scale.page)
         b_scale = tl.load(pointers, mask=b_pages >= 0, other=0.0)
     return b_scale
 
@@ -69,7 +69,7 @@ def scales_of_rows(scale, b_pages):
 @triton.jit
 def load_tile(
     source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
-    b_pages=None, PAGE: tl.constexpr = 0,
+    table=None, b_pages=None, PAGE: tl.constexpr = 0,
 ):  # fmt: skip
     """Rows of tile `i_tile`, with zeros outside of [begin, end) and beyond DIM columns. Where they lie in pages of PAGE
     rows, `b_pages` is what `pages_of_tile` found."""
@@ -82,7 +82,7 @@ def load_tile(
         o_columns = tl.arange(0, BLOCK)[None, :]
         stride = source.rows.row
         if PAGE:
-            o_slots = (source.table.first + first_row + o_rows) % PAGE
+            o_slots = (table.first + first_row + o_rows) % PAGE
             pointers = source.tiles + (b_pages.to(tl.int64) * source.rows.batch + o_slots * stride)[:, None] + o_columns
         else:
             pointers = source.tiles + first_row.to(tl.int64) * stride + o_rows[:, None] * stride + o_columns

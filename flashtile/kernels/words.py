@@ -146,15 +146,22 @@ class Place(NamedTuple):
 
 class Source(NamedTuple):
     """What a sweep reads tile by tile: rows [begin, end) of one head; `tiles`: a descriptor for the copy engine, or a
-    pointer to row 0, or of rows in pages, which `table` names, to the first page; None: they lie in one piece. `scale`:
-    the `Scale` of quantised rows."""
+    pointer to row 0, or of rows in pages to the first page. Functions return it, so no field is None (Triton 3.6)."""
 
     rows: Any
     tiles: Any
     begin: Any
     end: Any
+
+
+class Stored(NamedTuple):
+    """How a cache holds what a sweep reads: the `Table` of its pages, None: in one piece; the `Scale`s of quantised
+    keys and values, or None; their head."""
+
     table: Any
-    scale: Any
+    k_scale: Any
+    v_scale: Any
+    head: Any
 
 
 class Table(NamedTuple):

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from flashtile.backends.portable.forward import before_any_key, forward_sweep, normalized
-from flashtile.kernels.caches import open_cache, part_of, sequence_of
+from flashtile.kernels.caches import open_cache, part_of, sequence_of, table_of
 from flashtile.kernels.places import diagonal_of, key_range, key_span, number_of, program_of
 from flashtile.kernels.tiles import scales_of_rows
-from flashtile.kernels.words import Place, Steps
+from flashtile.kernels.words import Place, Steps, Stored
 
 
 @triton.jit
@@ -36,6 +36,7 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
     """One program a query tile of a key head and part of the keys."""
     TILE: tl.constexpr = META.tile_q
     BLOCK_DV: tl.constexpr = META.block_dv
+    MASKED: tl.constexpr = META.masked
     i_batch, i_head, i_rank = program_of(size)
     i_tile, i_part = i_rank // number_of(parts.splits), i_rank % number_of(parts.splits)
     o_rows = i_tile * TILE + tl.arange(0, TILE)
@@ -51,8 +52,8 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
     )
     begin, end = part_of(parts, i_part, begin, end)
     begin_key, end_key = key_range(rules.window, diagonal, first_row, last_row, place.seqlen_k)
-    keys = open_cache(k, k_scale, cache, i_row, i_head, place.first_k, begin_key, end_key)
-    values = open_cache(v, v_scale, cache, i_row, i_head, place.first_k, begin_key, end_key)
+    keys = open_cache(k, cache, i_row, i_head, place.first_k, begin_key, end_key)
+    values = open_cache(v, cache, i_row, i_head, place.first_k, begin_key, end_key)
 
     m_q = m_rows[:, None] & (tl.arange(0, META.block_d) < META.headdim)[None, :]
     b_q = tl.load(packed_pointers(q, i_batch, o_query, o_head, META.block_d), mask=m_q, other=0.0)
@@ -72,12 +73,13 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
     steps = Steps(begin, begin, end, full_begin, full_end)
     b_out, b_max, b_sum = forward_sweep(
         b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
-        META, None, None, META.masked, False, b_q_rest,
+        META, None, None, MASKED, False,
+        Stored(table_of(cache, i_row, place.first_k), k_scale, v_scale, i_head), b_q_rest,
     )  # fmt: skip
     b_out, b_lse = normalized(b_out, b_max, b_sum, unit)
     if META.quantized:
-        if values.scale.page is None:
-            b_out *= scales_of_rows(values.scale, None)
+        if v_scale.page is None:
+            b_out *= scales_of_rows(v_scale, i_head, None)
 
     i_slot = i_part * number_of(parts.batches) + i_batch
     m_read = m_rows

@@ -36,42 +36,45 @@ def online_softmax(b_out, b_max, b_sum, b_scores, factor, EXACT: tl.constexpr):
 def forward_sweep(
     b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
     META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
-    b_q_rest=None,
+    stored=None, b_q_rest=None,
 ):  # fmt: skip
     """The key tiles that `steps` names. MASKED: the mask is evaluated "always", "never", or at the "edges". GUARDED:
-    values that no row sees are not multiplied; a weight of 0 does not stop NaN. `b_q_rest`: see `Meta.rest`."""
+    values that no row sees are not multiplied; a weight of 0 does not stop NaN. `stored`: keys and values lie in a
+    cache; `b_q_rest`: see `Meta.rest`."""
     TILE: tl.constexpr = META.tile_kv
     o_rows = o_query[:, None]
     STAGES: tl.constexpr = 1 if GUARDED else None
     LISTS: tl.constexpr = META.masked == "lists"
     i_next = tile_at(steps, steps.begin, LISTS)
     if META.page:
-        b_next = pages_of_tile(keys, i_next, TILE, META.page)
+        b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page)
     for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
         i_tile = i_next
         i_next = tile_at(steps, i_step + 1, LISTS)
-        b_pages = None
+        table, b_pages = None, None
         if META.page:
+            table = stored.table
             # As of tiles, the pages of the next one are asked for a step ahead.
             b_pages = b_next
-            b_next = pages_of_tile(keys, i_next, TILE, META.page)
+            b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
-        b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma, b_pages, META.page)
+        b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma, table, b_pages, META.page)
         if META.latent:
             b_v = b_k
         else:
-            b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma, b_pages, META.page)
+            b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma, table, b_pages, META.page)
         if META.quantized:
             b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
         if META.rest:
             further = columns_from(keys, META.headdim)
-            b_rest = load_tile(further, i_tile, META.rest, TILE, META.block_rest, False, b_pages, META.page)
+            b_rest = load_tile(further, i_tile, META.rest, TILE, META.block_rest, False, table, b_pages, META.page)
             b_scores = tl.dot(b_q_rest, tl.trans(b_rest.to(b_q.dtype)), b_scores, input_precision=META.precision)
         if META.quantized:
-            b_scores *= scales_of_rows(keys.scale, b_pages)
-            if values.scale.page is not None:
-                b_v = (b_v.to(tl.float32) * scales_of_rows(values.scale, b_pages)[:, None]).to(b_q.dtype)
+            b_scores *= scales_of_rows(stored.k_scale, stored.head, b_pages)
+            if stored.v_scale.page is not None:
+                b_scale = scales_of_rows(stored.v_scale, stored.head, b_pages)
+                b_v = (b_v.to(tl.float32) * b_scale[:, None]).to(b_q.dtype)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_scores, m_tile, _, _ = ruled(b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED)
         if GUARDED and MASKED == "always":
