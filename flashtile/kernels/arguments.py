@@ -84,7 +84,8 @@ def rules_of(inputs: Inputs, problem: Problem, score: Any, totals: Any, mask: An
     """`score`, `totals` and `mask`: arguments of the functions that the kernel calls, or None."""
     factor = math.log2(math.e) * (1.0 if modified(problem) else problem.scale)
     modifiers = _modifiers(inputs, problem, score, totals, mask)
-    return Rules(_window(problem), modifiers, _dropout(inputs, problem), factor, problem.scale)
+    origin = inputs.seed[1:] if inputs.seed is not None and inputs.seed.ndim and problem.dropout_p else None
+    return Rules(_window(problem), modifiers, _dropout(inputs, problem), factor, problem.scale, origin)
 
 
 def _window(problem: Problem) -> Window:
@@ -110,8 +111,7 @@ def _modifiers(inputs: Inputs, problem: Problem, *functions: Any) -> Modifiers:
 def _dropout(inputs: Inputs, problem: Problem) -> Dropout | None:
     if inputs.seed is None or not problem.dropout_p:
         return None
-    origin = inputs.seed[1:] if inputs.seed.ndim else None
-    return Dropout(inputs.seed, round(problem.dropout_p * 2**32), 1 / (1 - problem.dropout_p), origin)
+    return Dropout(inputs.seed, round(problem.dropout_p * 2**32), 1 / (1 - problem.dropout_p))
 
 
 def modified(problem: Problem) -> bool:

@@ -68,7 +68,7 @@ def bias_tile(
     b_lse, b_delta = load_stats(lse, delta, place, o_query, META.packed)
     m_kept = None
     if rules.dropout is not None:
-        m_kept = kept(rules.dropout, place, o_query, first_key, META.tile_kv)
+        m_kept = kept(rules, place, o_query, first_key, META.tile_kv)
     b_dots = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
     b_grad_weights = tl.dot(b_grad_out.to(b_v.dtype), tl.trans(b_v), input_precision=META.precision)
     _, _, b_outer = grad_scores(

@@ -101,13 +101,13 @@ def modify(b_scores, place, rules, o_query, o_key, META: tl.constexpr, SCORE: tl
 
 
 @triton.jit
-def kept(dropout, place, o_query, first_key, TILE: tl.constexpr):
+def kept(rules, place, o_query, first_key, TILE: tl.constexpr):
     """Which entries dropout keeps, (queries, TILE keys): four keys share one counter (see `flashtile.dropout`).
 
     All bits of an int32 or none, for `only`: for AMD, Triton 3.9 fails to pass booleans on to a matrix product.
     """
-    seed = tl.load(dropout.seed)
-    if dropout.origin is None:
+    seed = tl.load(rules.dropout.seed)
+    if rules.origin is None:
         o_groups = first_key // 4 + tl.arange(0, TILE // 4)
         zeros = tl.zeros_like(o_query[:, None] + o_groups[None, :])
         c0, c1 = zeros + o_groups[None, :], zeros + o_query[:, None]
@@ -115,14 +115,14 @@ def kept(dropout, place, o_query, first_key, TILE: tl.constexpr):
         lanes = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(o_query.shape[0], TILE)
     else:
         # A part may begin at any key, so that its tiles need not begin with a counter: every key draws for itself.
-        first_head, first_query = tl.load(dropout.origin).to(tl.int32), tl.load(dropout.origin + 1).to(tl.int32)
-        o_keys = first_key + tl.load(dropout.origin + 2).to(tl.int32) + tl.arange(0, TILE)
+        first_head, first_query = tl.load(rules.origin).to(tl.int32), tl.load(rules.origin + 1).to(tl.int32)
+        o_keys = first_key + tl.load(rules.origin + 2).to(tl.int32) + tl.arange(0, TILE)
         zeros = tl.zeros_like(o_query[:, None] + o_keys[None, :])
         c0, c1 = zeros + o_keys[None, :] // 4, zeros + o_query[:, None] + first_query
         r0, r1, r2, r3 = tl.philox(seed, c0, c1, zeros + place.head + first_head, zeros + place.batch, 7)
         i_lane = o_keys[None, :] % 4
         lanes = tl.where(i_lane < 2, tl.where(i_lane == 0, r0, r1), tl.where(i_lane == 2, r2, r3))
-    return ((whole(dropout.threshold).to(tl.int64) - 1 - lanes.to(tl.int64)) >> 63).to(tl.int32)
+    return ((whole(rules.dropout.threshold).to(tl.int64) - 1 - lanes.to(tl.int64)) >> 63).to(tl.int32)
 
 
 @triton.jit

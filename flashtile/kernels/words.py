@@ -110,26 +110,25 @@ class Modifiers(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Entries whose 32-bit number is under `threshold` are dropped, the others scaled by `factor`.
-
-    origin: (first head, first query, first key) of a part of a larger problem; None: the problem is whole.
-    """
+    """Entries whose 32-bit number is under `threshold` are dropped, the others scaled by `factor`. No field is None: in
+    Triton 3.6 no tuple that holds None can be asked whether it is None."""
 
     seed: Any
     threshold: Any
     factor: Any
-    origin: Any
 
 
 class Rules(NamedTuple):
     """What happens to scores. `factor` takes scores (or dot products that nothing modifies) to base 2, `scale` dot
-    products to scores."""
+    products to scores. origin: (first head, first query, first key) of a part of a larger problem with dropout; None:
+    the problem is whole."""
 
     window: Any
     modifiers: Any
     dropout: Any
     factor: Any
     scale: Any
+    origin: Any
 
 
 class Place(NamedTuple):

@@ -72,11 +72,14 @@ class Source:
         """Adds a tile's part to a gradient: first summed over what the place does not depend on."""
         axes = axes_of(at)
         value = f"tl.where(valid, spread({self.text(part, 'f')}, score), 0.0)"
+        offset = self._offset(capture, at, strided=False)
         if not axes:
             value = f"tl.sum({value})"
         elif axes != BOTH:
-            value = f"tl.sum({value}, axis={'KEYS' if axes == {'q'} else '1 - KEYS'}, keep_dims=True)"
-        self.line(f'tl.atomic_add({pointer} + {self._offset(capture, at, strided=False)}, {value}, sem="relaxed")')
+            # Vectors: a thread of a tile with one row or column may hold an element often, and would add it as often.
+            axis = "KEYS" if axes == {"q"} else "1 - KEYS"
+            value, offset = f"tl.sum({value}, axis={axis})", f"tl.max({offset}, axis={axis})"
+        self.line(f'tl.atomic_add({pointer} + {offset}, {value}, sem="relaxed")')
 
     def _offset(self, capture: int, at: Sequence[Value], strided: bool) -> str:
         """Where an element lies: by the tensor's strides, or in a contiguous tensor of the same shape."""

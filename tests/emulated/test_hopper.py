@@ -212,3 +212,23 @@ def test_a_sequence_gets_the_same_bits_everywhere(name: str) -> None:
     """The forward pass; deterministic gradients come from another backend."""
     with emulated(SWEEP[0]):
         invariance.check(name, torch.bfloat16, "hopper", 64, gradients=False)
+
+
+@pytest.mark.parametrize("by", ["keys", "queries", "heads"])
+def test_gradients_of_captured_vectors(by: str) -> None:
+    """What is read by one index alone gets one sum over all others: once, however often threads hold it."""
+    q, k, v = torch.randn(3, 1, 70, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    table = torch.randn(70, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score + table[{"keys": kv_idx, "queries": q_idx, "heads": h}[by]] * (q_idx + 1) / 70
+
+    def gradient(backend: str, tensors: tuple[Tensor, ...]) -> Tensor:
+        out = flashtile.attention(*tensors, score_mod=score_mod, backend=backend)
+        return torch.autograd.grad(out.float().square().sum(), table)[0]
+
+    with emulated(SWEEP[0]) as device:
+        found = gradient("hopper", (q, k, v))
+    assert device.complaints == []
+    expected = gradient("pytorch", (q.double(), k.double(), v.double()))
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())

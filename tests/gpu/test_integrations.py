@@ -53,7 +53,7 @@ class TestActivated:
 
     def test_grouped_queries(self) -> None:
         leaves = _leaves(2, torch.bfloat16)
-        with ran() as plans:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION), ran() as plans:
             F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True).sum().backward()
         assert {plan.problem.heads_kv for plan in plans} == {2}
 

@@ -175,7 +175,7 @@ def run(model: Any, inputs: dict[str, Any], valid: Tensor | None = None, gradien
         logits = logits * valid[..., None].to(logits.dtype)
     if not gradients:
         return {"logits": logits}
-    loss = (logits * torch.linspace(-1, 1, logits.numel()).sin().reshape(logits.shape)).sum()
+    loss = (logits * torch.linspace(-1, 1, logits.numel(), device=logits.device).sin().reshape(logits.shape)).sum()
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {"logits": logits, **{n: g for n, g in zip(names, found, strict=True) if g is not None}}

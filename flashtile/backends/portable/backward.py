@@ -73,7 +73,7 @@ def query_sweep(
             b_k = only_seen(allowed(place, rules, o_rows, o_columns, META, MASK), b_k)
         m_kept = None
         if rules.dropout is not None:
-            m_kept = kept(rules.dropout, place, o_query, i_tile * TILE, TILE)
+            m_kept = kept(rules, place, o_query, i_tile * TILE, TILE)
         b_dots = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
         b_grad_weights = tl.dot(b_grad_out, tl.trans(b_v), input_precision=META.precision)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
@@ -159,7 +159,7 @@ def key_sweep(
         b_lse, b_delta = load_stats(lse, delta, place, o_query, META.packed)
         m_kept = None
         if rules.dropout is not None:
-            m_kept = tl.trans(kept(rules.dropout, place, o_query, first_key, META.tile_kv))
+            m_kept = tl.trans(kept(rules, place, o_query, first_key, META.tile_kv))
         b_dots = tl.dot(b_k, tl.trans(b_q), input_precision=META.precision)
         b_grad_weights = b_dots  # for dV alone nobody asks for it
         if META.gives != "dv":

@@ -81,7 +81,7 @@ def forward_sweep(
             b_v = only_seen(m_tile, b_v)
         b_out, b_max, b_sum, b_weights = online_softmax(b_out, b_max, b_sum, b_scores, rules.factor, META.modified)
         if rules.dropout is not None:
-            b_weights = only(kept(rules.dropout, place, o_query, i_tile * TILE, TILE), b_weights)
+            b_weights = only(kept(rules, place, o_query, i_tile * TILE, TILE), b_weights)
         b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out, input_precision=META.precision)
     return b_out, b_max, b_sum
 
