@@ -205,8 +205,8 @@ def _captured(call: Call) -> Callable[[], Any] | None:
         torch.cuda.synchronize()
         return None
 
-    def replay(kept: Tensor = kept) -> None:
-        # What the graph writes lives as long as it is replayed.
+    def replay(kept: tuple[Tensor, Call] = (kept, call)) -> None:
+        # What the graph writes, and what the call holds for it to read, lives as long as it is replayed.
         graph.replay()
 
     return replay

@@ -90,15 +90,16 @@ def forward_config(headdim: int, kind: str, queries: int) -> HopperConfig:
 
 
 SPILLS: dict[tuple[str, int], dict[str, int]] = {
-    ("forward_kernel", 64): {"plain": 90, "causal": 60, "window": 60, "bias": 100, "table": 130},
-    ("forward_kernel", 128): {"bias": 230, "score_mod": 10, "table": 190, "mask_mod": 10, "varlen": 60},
+    ("forward_kernel", 64): {"plain": 90, "causal": 70, "window": 70, "bias": 100, "table": 130},
+    ("forward_kernel", 128): {"bias": 280, "score_mod": 10, "table": 190, "mask_mod": 30, "varlen": 70},
     ("forward_kernel", 256): {
-        "window": 10,
+        "causal": 20,
+        "window": 20,
         "bias": 140,
-        "softcap": 10,
-        "score_mod": 30,
+        "softcap": 20,
+        "score_mod": 40,
         "table": 80,
-        "mask_mod": 570,
+        "mask_mod": 580,
         "varlen": 620,
     },
     ("bias_kernel", 64): {"bias": 20},
