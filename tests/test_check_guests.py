@@ -21,7 +21,6 @@ TABLE = [
         ValueError, "device", "'tpu', need one of 'cuda', 'cpu'", lambda: guests.sdpa_device("tpu", ("cuda", "cpu"))
     ),
     Refusal(NONE, "activate_sdpa", "a PyTorch without", lambda: guests.has_flash_registry(SimpleNamespace())),
-    Refusal(NONE, "f", "a call, need key-value caches", lambda: guests.has_caches("f", None)),
     Refusal(ValueError, "cache_seqlens", "None beside k, need the place", lambda: guests.needs_cache_seqlens(T)),
     Refusal(NONE, "qv", "Tensor, need None in flash_attn_with_kvcache", lambda: guests.not_beside_caches({"qv": T})),
     Refusal(NONE, "block_table", "Tensor, need None: .* no paged", lambda: guests.no_paging(T, "block_table")),

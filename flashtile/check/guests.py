@@ -23,14 +23,6 @@ def has_flash_registry(attention: Any) -> None:
         )
 
 
-def has_caches(function: str, attention_kvcache: Any) -> None:
-    if attention_kvcache is None:
-        raise NotImplementedError(
-            f"{function}: got a call, need key-value caches, which this flashtile does not have; try flash_attn_func "
-            "over the part of the cache that is filled"
-        )
-
-
 def needs_cache_seqlens(k: Any) -> None:
     if k is not None:
         raise ValueError("cache_seqlens: got None beside k, need the place of the new keys; try 0 for an empty cache")

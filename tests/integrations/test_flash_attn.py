@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import flashtile
-from flashtile import api, reference
+from flashtile import reference
 from flashtile.integrations import flash_attn
 from flashtile.integrations.flash_attn import bert_padding, lowlevel, version3
 from tests.integrations.rule import assert_close, ran
@@ -308,7 +308,6 @@ class TestLowLevel:
         assert sums.shape == (4, 11)
 
 
-@pytest.mark.skipif(not hasattr(flashtile, "attention_kvcache"), reason="this flashtile has no key-value caches")
 class TestCaches:
     """The cache as flash-attn documents it: written in place, then attended over like any keys."""
 
@@ -356,12 +355,6 @@ class TestCaches:
         q = torch.randn(1, 2, 2, 16)
         with pytest.raises(ValueError, match="cache_seqlens: got None beside k, need the place of the new keys; try 0"):
             flash_attn.flash_attn_with_kvcache(q, q, q, q, q)
-
-
-def test_caches_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(api, "attention_kvcache", raising=False)
-    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache: got a call, need key-value caches"):
-        flash_attn.flash_attn_with_kvcache(Q, Q, Q)
 
 
 def test_metadata() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashtile import api
+from flashtile.api import attention_kvcache
 from flashtile.check import guests as check
 from flashtile.integrations.flash_attn.common import Window, options
 
@@ -13,7 +13,7 @@ def with_kvcache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    new: dict[str, Tensor | None],
+    new: dict[str, Any],
     cache_seqlens: int | Tensor | None,
     block_table: Tensor | None,
     softmax_scale: float | None,
@@ -26,15 +26,13 @@ def with_kvcache(
     **where: Any,
 ) -> Any:
     """out, or State(out, lse). `new`: k, v and the rotary tables; `where`: what goes on unchanged."""
-    attend = getattr(api, "attention_kvcache", None)
-    check.has_caches("flash_attn_with_kvcache", attend)
     if cache_seqlens is None:
         check.needs_cache_seqlens(new["k"])
         # The whole cache is filled.
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     chosen = options(softmax_scale, causal, window_size, softcap, alibi_slopes=alibi_slopes)
     del chosen["deterministic"]
-    return attend(  # type: ignore[misc]
+    return attention_kvcache(
         q,
         k_cache,
         v_cache,
