@@ -50,8 +50,12 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "table": lambda: {"score_mod": _relative},
     "mask_mod": lambda: {"mask": _documents},
     "varlen": lambda: {"causal": True},
+    "deterministic": lambda: {"causal": True, "deterministic": True},
 }
 """Name -> the options of a call; `varlen` is a packed one."""
+
+OWN_KERNELS = {"deterministic": "sm_90a"}
+"""Variants that have kernels of their own on one target alone."""
 
 
 PAGE = 64
@@ -116,4 +120,5 @@ def entries(targets: list[str], headdims: list[int], dtypes: list[str], variants
         for dtype in dtypes:
             for headdim in headdims:
                 for variant in variants:
-                    yield Entry(target, headdim, dtype, variant)
+                    if OWN_KERNELS.get(variant, target) == target:
+                        yield Entry(target, headdim, dtype, variant)

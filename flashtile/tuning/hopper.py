@@ -1,6 +1,7 @@
 """Tiles of the Hopper backend's kernels by head dimension: data, which changes no result beyond rounding."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 
 class HopperConfig(NamedTuple):
@@ -48,32 +49,71 @@ FORWARD: dict[str, tuple[Row, ...]] = {
 first two kinds were timed on an H100 at 1k, 2k, 4k, 8k and 16k tokens."""
 
 
+class QueryConfig(NamedTuple):
+    """Of the kernel for dQ alone. stages, stages_v: tiles of keys, which are kept a step longer, and of values in
+    flight; section: as above."""
+
+    tile_kv: int
+    stages: int
+    stages_v: int
+    section: int = 16
+    consumers: int = 2
+
+    @property
+    def tile_q(self) -> int:
+        return 64 * self.consumers
+
+
 class BackwardConfig(NamedTuple):
-    """tile_q: queries of a tile; stages: query tiles in flight. Two math warpgroups share 128 keys."""
+    """tile_q: queries of a tile; stages: query tiles in flight; tile_kv: keys that two math warpgroups share, 64 each,
+    or 64 in all, of which one computes dK and the other dV.
+
+    queries: None, or the tiles of another kernel for dQ; otherwise dQ is added up here, in any order.
+    """
 
     tile_q: int
     stages: int
     tile_kv: int = 128
     consumers: int = 2
+    queries: QueryConfig | None = None
 
+
+Config = HopperConfig | BackwardConfig | QueryConfig
+
+QUERIES = (
+    (64, QueryConfig(tile_kv=128, stages=3, stages_v=2)),
+    (128, QueryConfig(tile_kv=64, stages=3, stages_v=3)),
+    (256, QueryConfig(tile_kv=32, stages=4, stages_v=2)),
+)
+"""Tiles of the kernel for dQ, by head dimension: where a call wants the same bits every time, and for wide heads. Timed
+on an H100, plain and causal."""
+
+_WIDE_BACKWARD = (256, BackwardConfig(tile_q=64, stages=2, tile_kv=64, queries=QUERIES[-1][1]))
 
 BACKWARD: dict[str, tuple[tuple[int, BackwardConfig], ...]] = {
     "plain": (
         (64, BackwardConfig(tile_q=128, stages=2)),
         (128, BackwardConfig(tile_q=64, stages=2)),
+        _WIDE_BACKWARD,
     ),
     "modified": (
         (64, BackwardConfig(tile_q=64, stages=3)),
         (128, BackwardConfig(tile_q=64, stages=2)),
+        _WIDE_BACKWARD,
     ),
 }
 """By whether anything changes scores: (head dimension, tiles), as above. The plain ones are timed, plain and causal;
 the others have the registers that the way back through a function needs."""
 
 
-def backward_config(headdim: int, kind: str) -> BackwardConfig:
+def _fitting(rows: Iterable[tuple[int, Any]], headdim: int) -> Any:
+    return next(config for limit, config in rows if headdim <= limit)
+
+
+def backward_config(headdim: int, kind: str, deterministic: bool = False) -> BackwardConfig:
     """The tiles for heads of this many columns, the wider of keys and values, and a kind of `BACKWARD`."""
-    return next(config for limit, config in BACKWARD[kind] if headdim <= limit)
+    config: BackwardConfig = _fitting(BACKWARD[kind], headdim)
+    return config._replace(queries=_fitting(QUERIES, headdim)) if deterministic else config
 
 
 def forward_configs(headdim: int, kind: str) -> dict[int | None, HopperConfig]:

@@ -80,7 +80,11 @@ class Access:
             raise EmuError(f"not an address: {operand} ({self.instruction.where()})")
         base, offset = operand.base, operand.offset
         if isinstance(base, Register):
-            read = self.reader(base, self.program.register_types[base.index])
+            dtype = self.program.register_types[base.index]
+            read = self.reader(base, dtype)
+            if offset and width(dtype) == 4:
+                # Addresses of 32 bits wrap: compilers add what they know to a register that holds less than nothing.
+                return lambda warp: (read(warp).astype(I64) + offset) & 0xFFFFFFFF
             if offset:
                 return lambda warp: read(warp).astype(I64) + offset
             return lambda warp: read(warp).astype(I64)

@@ -1,6 +1,6 @@
 """The Hopper backend: Gluon kernels for sm_90a, with the tensor memory accelerator, wgmma and specialised warps.
 
-Half precision: every mask, score_mod, softcap, ALiBi, bias, sinks, packed sequences; the backward pass to headdim 128.
+Half precision: every mask, score_mod, softcap, ALiBi, bias, sinks, packed sequences; head dimensions up to 256.
 """
 
 import importlib.util
@@ -44,14 +44,20 @@ def builds() -> int:
 
 def refuses(problem: Problem) -> str | None:
     """Takes half precision with rows that the copy engine can read."""
-    largest = 128 if problem.backward else 256
     wanted = problem.wanted
     checks = (
         (problem.device != DEVICE, f"it runs on {DEVICE}, the tensors are on {problem.device}"),
-        (problem.backward and problem.deterministic, "its backward pass adds in any order"),
+        (
+            problem.backward and problem.deterministic and any(wanted.score),
+            "it adds gradients of captured tensors in any order",
+        ),
         (problem.dtype not in (torch.float16, torch.bfloat16), f"it takes no {problem.dtype}"),
         (problem.out_dtype is not problem.dtype, f"it writes {problem.dtype}, not {problem.out_dtype}"),
-        (max(problem.headdim, problem.headdim_v) > largest, f"its {_pass(problem)} takes up to headdim {largest}"),
+        (_width(problem) > 256, "it takes up to headdim 256"),
+        (
+            problem.backward and _width(problem) > 128 and any(wanted.score),
+            "beyond headdim 128 it gives no gradient of captured tensors",
+        ),
         (not problem.described, "rows of q, k or v do not begin at multiples of 16 bytes, or several are one"),
         (problem.dropout_p > 0, "it has no dropout"),
         (wanted.alibi_slopes, "it gives no gradient of alibi_slopes"),
@@ -69,14 +75,11 @@ def _functions(problem: Problem) -> str | None:
     return support.functions(problem)
 
 
-def _pass(problem: Problem) -> str:
-    return "backward pass" if problem.backward else "forward pass"
-
-
 def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
     if problem.backward:
-        return backward_config(_width(problem), "modified" if _modified(problem) else "plain")
+        kind = "modified" if _modified(problem) else "plain"
+        return backward_config(_width(problem), kind, problem.deterministic)
     return forward_config(_width(problem), _kind(problem), 0 if _any_length(problem) else problem.seqlen_q)
 
 

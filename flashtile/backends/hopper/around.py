@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from flashtile.backends.hopper.sums import clear_tile, load_tile
 from flashtile.kernels.places import locate, number_pointers
 from flashtile.kernels.tiles import load_queries, store_rows
 
@@ -11,7 +12,6 @@ from flashtile.kernels.tiles import load_queries, store_rows
 def before_kernel(out, grad_out, grad_lse, delta, sums, packing, size, META: tl.constexpr):
     """delta = rowsum(dO * O) - dlse, and zeros in the float32 memory where dQ is summed; a query tile a program."""
     TILE: tl.constexpr = META.tile_q
-    BLOCK_D: tl.constexpr = META.block_d
     place = locate(packing, size, None, TILE, False, False, False)
     o_query = place.tile * TILE + tl.arange(0, TILE)
     b_out = load_queries(out, place, o_query, META.headdim_v, META.block_dv)
@@ -20,8 +20,8 @@ def before_kernel(out, grad_out, grad_lse, delta, sums, packing, size, META: tl.
     if grad_lse is not None:
         b_delta -= tl.load(number_pointers(grad_lse, place, o_query), mask=o_query < place.seqlen_q, other=0.0)
     tl.store(number_pointers(delta, place, o_query), b_delta, mask=o_query < place.seqlen_q)
-    b_zeros = tl.zeros([TILE, BLOCK_D], tl.float32)
-    store_rows(sums, place.batch, place.head, place.first_q, o_query, place.seqlen_q, b_zeros, META.headdim, BLOCK_D)
+    if sums is not None:
+        clear_tile(sums, TILE, META.block_d)
 
 
 @triton.jit
@@ -30,5 +30,5 @@ def after_kernel(sums, dq, scale, packing, size, META: tl.constexpr):
     TILE: tl.constexpr = META.tile_q
     place = locate(packing, size, None, TILE, False, False, False)
     o_query = place.tile * TILE + tl.arange(0, TILE)
-    b_dq = load_queries(sums, place, o_query, META.headdim, META.block_d) * scale
+    b_dq = load_tile(sums, TILE, META.block_d) * scale
     store_rows(dq, place.batch, place.head, place.first_q, o_query, place.seqlen_q, b_dq, META.headdim, META.block_d)

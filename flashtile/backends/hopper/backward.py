@@ -6,23 +6,24 @@ Scores lie (keys, queries). With P = exp(S - lse), recomputed, and delta = rowsu
 
 Each of two math warpgroups owns 64 keys, and the weights go from its accumulators into the products that need them. dQ
 needs all keys: both put their part of dS into shared memory, each multiplies half of dQ, and the copy engine adds that
-to a float32 tensor, in no fixed order.
+to float32 memory (`sums`), in no fixed order. Unless `adds`: then dQ is another kernel's (`queries`).
+
+Where `split`, heads are so wide that a warpgroup has registers for dK or for dV: both share 64 keys, the first computes
+P and dV and hands P to the second, which computes dS and dK.
 """
 
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from flashtile.backends.hopper.bits import cut, words_at
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_load, tma_store, tma_store_wait, view_as
-from flashtile.backends.hopper.memory import clear_half, new_barriers, store_rows, without_nan, without_rows
+from flashtile.backends.hopper.bits import words_at
+from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store, tma_store_wait, view_as
+from flashtile.backends.hopper.memory import new_barriers, store_rows, without_nan, without_rows
 from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, row_tile, rows_walk
-from flashtile.backends.hopper.softmax import LOG2E, ROWS
-from flashtile.kernels.places import SCANNED, number_pointers, place_at, program_of, with_head
-from flashtile.kernels.rules import grad_dots, ruled
+from flashtile.backends.hopper.softmax import ROWS
+from flashtile.backends.hopper.statistics import load_statistics, subtracted
+from flashtile.backends.hopper.steps import key_step, step, value_step
+from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_MEMORY, PIECE_ROWS, first_tile
+from flashtile.kernels.places import SCANNED, place_at, program_of, with_head
 
 
 @gluon.jit
@@ -35,30 +36,15 @@ def key_tile(packing, size, visits, layout: gl.constexpr, META: gl.constexpr):
 
 
 @gluon.jit
-def load_statistics(lse, delta, place, o_query):
-    """(lse, delta) of some rows; lse inf where there is none."""
-    m_rows = o_query < place.seqlen_q
-    b_lse = gl.load(number_pointers(lse, place, o_query), mask=m_rows, other=float("inf"))
-    b_delta = gl.load(number_pointers(delta, place, o_query), mask=m_rows, other=0.0)
-    return b_lse, b_delta
-
-
-@gluon.jit
-def subtracted(b_lse):
-    """What is taken from scores in base 2: inf for rows that saw no key or do not exist, so that all weights are 0."""
-    return gl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
-
-
-@gluon.jit
 def loader(
     descriptors, memory, barriers, statistics, call, META: gl.constexpr
 ):  # fmt: skip
     """The loading warp: keys and values once, then queries and gradients, each with its statistic, into rings."""
     TILE_Q: gl.constexpr = META.tile_q
     line: gl.constexpr = gl.BlockedLayout([TILE_Q // 32], [32], [1], [0])
-    q_desc, k_desc, v_desc, do_desc, _dq_desc, _dk_desc, _dv_desc = descriptors
-    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, _ds_smem, _dq_smem = memory
-    kv_full, full, empty, _ready = barriers
+    q_desc, k_desc, v_desc, do_desc, _sums_desc, _dk_desc, _dv_desc = descriptors
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, _ds_smem, _sums_smem = memory
+    kv_full, full, empty, _ready, _handing = barriers
     lse, delta = statistics
     packing, size, rules, visits = call
     shared = key_tile(packing, size, visits, ONE_WARP, META)
@@ -92,115 +78,11 @@ def loader(
 
 
 @gluon.jit
-def half_of_grad_q(ds_smem, k_smem, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Starts this warpgroup's half of dS^T K: 64 of 128 queries; of 64 queries, 64 of 128 columns; or the part of its
-    own keys, where there are no more than 64 of either."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    b_k = k_smem.reshape([TILE_KV, BLOCK_D])
-    b_grad = ds_smem
-    if META.tile_q == 128:
-        b_grad = ds_smem.slice(I_GROUP * 64, 64, dim=1)
-    elif META.block_d == 128:
-        b_k = b_k.slice(I_GROUP * 64, 64, dim=1)
-    else:
-        b_grad = ds_smem.slice(I_GROUP * 64, 64, dim=0)
-        b_k = b_k.slice(I_GROUP * 64, 64, dim=0)
-    b_zeros = gl.zeros([64, 64], gl.float32, layout)
-    return warpgroup_mma(b_grad.permute((1, 0)), b_k, b_zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def add_grad_q(descriptors, memory, b_grad_q, place, i_row, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Hands the half to the copy engine, which adds it; the engine has read the one before by then."""
-    _q, _k, _v, _do, dq_desc, _dk, _dv = descriptors
-    _k_smem, _v_smem, _q_smem, _do_smem, _lse, _delta, _ds, dq_smem = memory
-    i_entry, row, i_head = place.batch * META.dense, place.first_q + i_row * META.tile_q, place.head
-    tma_store_wait(0)
-    dq_smem.index(I_GROUP).reshape([64, 64]).store(b_grad_q)
-    fence_async_shared()
-    if META.tile_q == 128:
-        tma_add(dq_desc, [i_entry, row + I_GROUP * 64, i_head, 0], dq_smem.index(I_GROUP))
-    elif META.block_d == 128:
-        tma_add(dq_desc, [i_entry, row, i_head, I_GROUP * 64], dq_smem.index(I_GROUP))
-    else:
-        tma_add(dq_desc, [i_entry, row, i_head, 0], dq_smem.index(I_GROUP))
-
-
-@gluon.jit
-def step(
-    b_grad_k, b_grad_v, i_row, m_edge, b_words, count, place, o_key, descriptors, memory, barriers, rules,
-    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
-):  # fmt: skip
-    """One query tile of one head: (dK, dV)."""
-    TILE_Q: gl.constexpr = META.tile_q
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
-    BLOCK_DV: gl.constexpr = META.block_dv
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
-    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, _dq_smem = memory
-    _kv_full, full, empty, ready = barriers
-    slot = count % META.stages
-    phase = (count // META.stages) & 1
-    half = count % 2
-    b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
-    b_q = q_smem.index(slot).reshape([TILE_Q, BLOCK_D])
-    b_grad_out = do_smem.index(slot).reshape([TILE_Q, BLOCK_DV])
-
-    mbarrier.wait(full.index(slot), phase)
-    if META.packed:
-        left = place.seqlen_q - i_row * TILE_Q
-        if left < TILE_Q:
-            clear_half(b_q, b_grad_out, left, ready.index(3), place.head % META.group, I_GROUP, META)
-    b_k = k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0)
-    score_token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
-    b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
-    weight_token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
-    b_scores = warpgroup_mma_wait(1, [score_token])
-    o_query = (i_row * TILE_Q + gl.arange(0, TILE_Q, gl.SliceLayout(0, scores)))[None, :]
-    MASKED: gl.constexpr = "never" if b_words is not None else "always" if META.masked == "always" else "edges"
-    b_scores, m_valid, b_capped, b_plain = ruled(
-        b_scores, m_edge, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED
-    )
-    if b_words is not None:
-        b_scores = cut(b_scores, b_words, m_edge)
-    b_lse = lse_smem.index(slot).load(gl.SliceLayout(0, scores))
-    b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
-    b_left = gl.convert_layout(b_weights.to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
-    b_grad_weights = warpgroup_mma_wait(0, [weight_token])
-    value_token = warpgroup_mma(b_left, b_grad_out, b_grad_v, is_async=True)
-    b_delta = delta_smem.index(slot).load(gl.SliceLayout(0, scores))
-    # Elsewhere a weight of 0 is enough: keys and values hold numbers alone by now.
-    GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
-    b_grad, _outer = grad_dots(
-        b_weights, b_grad_weights, b_delta[None, :], m_valid, b_capped, b_plain, o_query, o_key[:, None], place, rules,
-        META, SCORE, DERIVATIVE, GUARDED, META.collects,
-    )  # fmt: skip
-    b_half = b_grad.to(k_smem.dtype)
-    ds_smem.index(half).slice(I_GROUP * ROWS, ROWS, dim=0).store(b_half)
-    fence_async_shared()
-    mbarrier.arrive(ready.index(half), count=1)
-    mbarrier.wait(ready.index(half), (count // 2) & 1)
-    query_token = half_of_grad_q(ds_smem.index(half), k_smem, I_GROUP, META)
-    key_token = warpgroup_mma(gl.convert_layout(b_half, gl.DotOperandLayout(0, keys, 2)), b_q, b_grad_k, is_async=True)
-    b_grad_v = warpgroup_mma_wait(2, [value_token])
-    b_grad_q = warpgroup_mma_wait(1, [query_token])
-    # dQ leaves while dK is multiplied.
-    add_grad_q(descriptors, memory, b_grad_q, place, i_row, I_GROUP, META)
-    b_grad_k = warpgroup_mma_wait(0, [key_token])
-    mbarrier.arrive(empty.index(slot), count=1)
-    return b_grad_k, b_grad_v
-
-
-@gluon.jit
 def walk_rows(
-    b_grad_k, b_grad_v, count, place, o_key, descriptors, memory, barriers, rules, visits,
+    b_grads, count, place, sums, o_key, descriptors, memory, barriers, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(dK, dV, steps so far) after the queries of one head."""
+    """(gradients, steps so far) after the queries of one head. sums: its `first_tile`."""
     walk = rows_walk(place, rules.window, visits, META)
     _tiles, begin, full_begin, full_end, end = walk
     # Read one step ahead; lists have room for that.
@@ -209,13 +91,50 @@ def walk_rows(
         i_row = i_next
         i_next = row_tile(walk, n + 1, META)
         m_edge = (n < full_begin) | (n >= full_end)
-        b_words = words_at(visits, place, n, m_edge, META, True, I_GROUP)
-        b_grad_k, b_grad_v = step(
-            b_grad_k, b_grad_v, i_row, m_edge, b_words, count, place, o_key, descriptors, memory, barriers, rules,
-            META, SCORE, DERIVATIVE, MASK, I_GROUP,
-        )  # fmt: skip
+        if META.split and I_GROUP == 1:
+            b_grads = key_step(b_grads, i_row, count, place, memory, barriers, META, DERIVATIVE)
+        elif META.split:
+            b_words = words_at(visits, place, n, m_edge, META, True, 0)
+            b_grads = value_step(
+                b_grads, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
+                META, SCORE, DERIVATIVE, MASK,
+            )  # fmt: skip
+        else:
+            b_words = words_at(visits, place, n, m_edge, META, True, I_GROUP)
+            b_grads = step(
+                b_grads, i_row, (sums[0], sums[1] + i_row), m_edge, b_words, count, place, o_key,
+                descriptors, memory, barriers, rules, META, SCORE, DERIVATIVE, MASK, I_GROUP,
+            )  # fmt: skip
         count += 1
-    return b_grad_k, b_grad_v, count
+    return b_grads, count
+
+
+@gluon.jit
+def no_grads(I_GROUP: gl.constexpr, META: gl.constexpr):
+    """What a warpgroup sums up: (dK, dV) of its 64 keys; where two share 64 keys, the first (dV,), the second (dK,)."""
+    BLOCK_D: gl.constexpr = META.block_d
+    BLOCK_DV: gl.constexpr = META.block_dv
+    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    if META.split and I_GROUP == 1:
+        return (gl.zeros([ROWS, BLOCK_D], gl.float32, keys),)
+    elif META.split:
+        return (gl.zeros([ROWS, BLOCK_DV], gl.float32, values),)
+    else:
+        return (gl.zeros([ROWS, BLOCK_D], gl.float32, keys), gl.zeros([ROWS, BLOCK_DV], gl.float32, values))
+
+
+@gluon.jit
+def clean(smem, place, first, row, META: gl.constexpr):
+    """Puts zeros where 64 keys or values, from `row` of the tile on, hold what no product may see."""
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK: gl.constexpr = smem.shape[3]
+    b_rows = smem.reshape([TILE_KV, BLOCK]).slice(row, ROWS, dim=0)
+    if META.packed:
+        if place.seqlen_k - first < ROWS:
+            without_rows(b_rows, place.seqlen_k - first)
+    if META.guarded:
+        without_nan(b_rows)
 
 
 @gluon.jit
@@ -223,70 +142,59 @@ def consumer(
     descriptors, memory, barriers, results, call,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One math warpgroup: 64 keys, and half of every dQ."""
+    """One math warpgroup: 64 keys, its own or, where `split`, those of the other too."""
     TILE_Q: gl.constexpr = META.tile_q
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
-    BLOCK_DV: gl.constexpr = META.block_dv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
-    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    kv_full, _full, _empty, ready = barriers
-    dk, dv = results
+    row: gl.constexpr = 0 if META.split else I_GROUP * ROWS
+    kv_full, _full, _empty, ready, _handing = barriers
     packing, size, rules, visits = call
     shared = key_tile(packing, size, visits, ONE_GROUP, META)
-    b_grad_k = gl.zeros([ROWS, BLOCK_D], gl.float32, keys)
-    b_grad_v = gl.zeros([ROWS, BLOCK_DV], gl.float32, values)
-    first = shared.tile * TILE_KV + I_GROUP * ROWS
+    first = shared.tile * META.tile_kv + row
     o_key = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
+    b_grads = no_grads(I_GROUP, META)
     count = 0
     mbarrier.wait(kv_full, 0)
-    k_smem, v_smem, _q, _do, _lse, _delta, _ds, _dq = memory
-    b_k = k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0)
-    b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
-    if META.packed:
-        if shared.seqlen_k - first < ROWS:
-            without_rows(b_k, shared.seqlen_k - first)
-            without_rows(b_v, shared.seqlen_k - first)
-    if META.guarded:
-        without_nan(b_k)
-        without_nan(b_v)
+    if not META.split or I_GROUP == 0:
+        clean(memory[0], shared, first, row, META)
+    if not META.split or I_GROUP == 1:
+        clean(memory[1], shared, first, row, META)
     for i_member in range(META.group):
         place = with_head(shared, shared.head * META.group + i_member)
-        b_grad_k, b_grad_v, count = walk_rows(
-            b_grad_k, b_grad_v, count, place, o_key, descriptors, memory, barriers, rules, visits,
-            META, SCORE, DERIVATIVE, MASK, I_GROUP,
+        b_grads, count = walk_rows(
+            b_grads, count, place, first_tile(place, packing, size, META.group, META), o_key,
+            descriptors, memory, barriers, rules, visits, META, SCORE, DERIVATIVE, MASK, I_GROUP,
         )  # fmt: skip
     tma_store_wait(0)
     # Both are done reading queries and gradients once both are here: that memory takes the results.
     mbarrier.arrive(ready.index(2), count=1)
     mbarrier.wait(ready.index(2), 0)
-    store_grads(descriptors, memory, dk, dv, b_grad_k * rules.scale, b_grad_v, shared, first, I_GROUP, META)
+    dk, dv = results
+    q_smem, do_smem = memory[2], memory[3]
+    if META.split and I_GROUP == 1:
+        store_grad(descriptors[5], q_smem.index(1), dk, b_grads[0] * rules.scale, shared, first, META.headdim, META)
+    elif META.split:
+        store_grad(descriptors[6], do_smem.index(0), dv, b_grads[0], shared, first, META.headdim_v, META)
+    else:
+        store_grad(
+            descriptors[5], q_smem.index(I_GROUP), dk, b_grads[0] * rules.scale, shared, first, META.headdim, META
+        )
+        store_grad(descriptors[6], do_smem.index(I_GROUP), dv, b_grads[1], shared, first, META.headdim_v, META)
+    tma_store_wait(0)
 
 
 @gluon.jit
-def store_grads(
-    descriptors, memory, dk, dv, b_grad_k, b_grad_v, place, first, I_GROUP: gl.constexpr, META: gl.constexpr
-):  # fmt: skip
-    """dK and dV of 64 keys, through the memory of a slot of queries and of gradients."""
+def store_grad(desc, smem, rows, b_grad, place, first, DIM: gl.constexpr, META: gl.constexpr):
+    """dK or dV of 64 keys, through the memory of a slot of queries or of gradients."""
+    BLOCK: gl.constexpr = smem.shape[3]
     HALVES: gl.constexpr = META.tile_q // 64
-    BLOCK_D: gl.constexpr = META.block_d
-    BLOCK_DV: gl.constexpr = META.block_dv
-    _q_desc, k_desc, _v_desc, _do_desc, _dq_desc, dk_desc, dv_desc = descriptors
-    _k_smem, _v_smem, q_smem, do_smem, _lse_smem, _delta_smem, _ds_smem, _dq_smem = memory
-    k_out = view_as(q_smem.index(I_GROUP), k_desc.dtype, [HALVES, 1, ROWS, 1, BLOCK_D], dk_desc.layout).index(0)
-    v_out = view_as(do_smem.index(I_GROUP), k_desc.dtype, [HALVES, 1, ROWS, 1, BLOCK_DV], dv_desc.layout).index(0)
-    k_out.reshape([ROWS, BLOCK_D]).store(b_grad_k.to(k_desc.dtype))
-    v_out.reshape([ROWS, BLOCK_DV]).store(b_grad_v.to(k_desc.dtype))
+    b_out = view_as(smem, smem.dtype, [HALVES, 1, ROWS, 1, BLOCK], desc.layout).index(0)
+    b_out.reshape([ROWS, BLOCK]).store(b_grad.to(smem.dtype))
     if META.packed:
-        row, left = place.first_k + first, place.seqlen_k - first
-        store_rows(dk, k_out.reshape([ROWS, BLOCK_D]), row, left, place.head, META.headdim)
-        store_rows(dv, v_out.reshape([ROWS, BLOCK_DV]), row, left, place.head, META.headdim_v)
+        left = place.seqlen_k - first
+        store_rows(rows, b_out.reshape([ROWS, BLOCK]), place.first_k + first, left, place.head, DIM)
     else:
         fence_async_shared()
-        tma_store(dk_desc, [place.batch, first, place.head, 0], k_out)
-        tma_store(dv_desc, [place.batch, first, place.head, 0], v_out)
-        tma_store_wait(0)
+        tma_store(desc, [place.batch, first, place.head, 0], b_out)
 
 
 @gluon.jit
@@ -320,7 +228,7 @@ def specialize(
 
 @gluon.jit
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, lse, delta, dk, dv, packing, size, rules, visits,
+    q_desc, k_desc, v_desc, do_desc, sums_desc, dk_desc, dv_desc, lse, delta, dk, dv, packing, size, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """One program a key tile and key/value head; dQ unscaled, float32. Gradients of captured tensors are added."""
@@ -337,17 +245,26 @@ def backward_kernel(
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_Q], line)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_Q], line)
-    grads: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_KV, TILE_Q], dtype)
-    ds_smem = gl.allocate_shared_memory(dtype, [2, TILE_KV, TILE_Q], grads)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [2, 1, 64, 1, 64], dq_desc.layout)
+    # dS, or what one warpgroup hands the other.
+    ds_smem = q_smem
+    sums_smem = q_smem
+    if META.split:
+        ds_smem = gl.allocate_shared_memory(gl.float32, [2, PIECE_ROWS, PIECE_COLUMNS], PIECE_MEMORY)
+    if META.adds:
+        grads: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_KV, TILE_Q], dtype)
+        ds_smem = gl.allocate_shared_memory(dtype, [2, TILE_KV, TILE_Q], grads)
+        sums_smem = gl.allocate_shared_memory(gl.float32, [2, 1, 1, PIECE_ROWS, PIECE_COLUMNS], sums_desc.layout)
     kv_full = new_barriers(1, 1).index(0)
     full = new_barriers(STAGES, 2)
     empty = new_barriers(STAGES, 2)
     ready = new_barriers(4, 2)
+    handing = ready
+    if META.split:
+        handing = new_barriers(4, 1)
     specialize(
-        (q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc),
-        (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem),
-        (kv_full, full, empty, ready),
+        (q_desc, k_desc, v_desc, do_desc, sums_desc, dk_desc, dv_desc),
+        (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, sums_smem),
+        (kv_full, full, empty, ready, handing),
         (lse, delta),
         (dk, dv),
         (packing, size, rules, visits),

@@ -27,14 +27,15 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def multiply_scores(q_smem, k_smem, k_full, count, META: gl.constexpr):
-    """Starts q k^T with the keys of slot `count`; nothing waits for the result yet."""
+    """Starts q k^T with the keys of slot `count`, or dO v^T with values; nothing waits for the result yet."""
     TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK: gl.constexpr = k_smem.shape[4]
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
-    slot = count % META.stages
-    mbarrier.wait(k_full.index(slot), (count // META.stages) & 1)
-    b_q = q_smem.reshape([ROWS, BLOCK_D])
-    b_k = k_smem.index(slot).reshape([TILE_KV, BLOCK_D])
+    slot = count % STAGES
+    mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
+    b_q = q_smem.reshape([ROWS, BLOCK])
+    b_k = k_smem.index(slot).reshape([TILE_KV, BLOCK])
     b_zeros = gl.zeros([ROWS, TILE_KV], gl.float32, scores)
     return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
 
@@ -55,18 +56,18 @@ def rule(
     b_scores, i_tile, m_edge, b_words, place, o_query, rules,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Scores as modifiers and the mask leave them."""
+    """Scores as modifiers and the mask leave them, and the rest of what `ruled` says."""
     TILE_KV: gl.constexpr = META.tile_kv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
     o_rows = o_query[:, None]
     o_columns = (i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores)))[None, :]
     MASKED_AT: gl.constexpr = MASKED if b_words is None else "never"
-    b_scores, _valid, _capped, _plain = ruled(
+    b_scores, m_valid, b_capped, b_plain = ruled(
         b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED_AT
     )
     if b_words is not None:
         b_scores = cut(b_scores, b_words, m_edge)
-    return b_scores
+    return b_scores, m_valid, b_capped, b_plain
 
 
 @gluon.jit
@@ -87,7 +88,9 @@ def step(
         pass_turn(I_GROUP, META.consumers)
     b_scores = warpgroup_mma_wait(1, [score_token])
     MASKED: gl.constexpr = META.asked
-    b_scores = rule(b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, MASKED)
+    b_scores, _valid, _capped, _plain = rule(
+        b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, MASKED
+    )
     GUARDED: gl.constexpr = MASKED != "never" or META.modified
     b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, GUARDED)
     b_half = b_new.to(k_smem.dtype)
@@ -113,7 +116,9 @@ def first_step(
     token = multiply_scores(q_smem, k_smem, k_full, count, META)
     b_scores = warpgroup_mma_wait(0, [token])
     mbarrier.arrive(empty.index(count % META.stages), count=1)
-    b_scores = rule(b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, "always")
+    b_scores, _valid, _capped, _plain = rule(
+        b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, "always"
+    )
     b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, scores))
     b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, True)
     b_weights = gl.convert_layout(b_new.to(k_smem.dtype), gl.DotOperandLayout(0, output, 2))
@@ -192,7 +197,7 @@ def consumer(
             if any_nan(b_out):
                 b_new = careful_output(sources, place, first, rules, visits, sinks, META, SCORE, MASK)
                 b_out = gl.convert_layout(b_new, output)
-        store_tile(descriptors, out, o_smem.index(I_GROUP), b_out, place, first, META)
+        store_tile(descriptors[3], out, o_smem.index(I_GROUP), b_out, place, first, META.headdim_v, META)
         if META.shared_o:
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(I_GROUP), count=1)
@@ -205,18 +210,17 @@ def consumer(
 
 
 @gluon.jit
-def store_tile(descriptors, out, o_smem, b_out, place, first, META: gl.constexpr):
+def store_tile(o_desc, out, o_smem, b_out, place, first, DIM: gl.constexpr, META: gl.constexpr):
     """Hands 64 rows to the copy engine, which leaves out those beyond the sequence; the next tile begins meanwhile.
 
     Behind a packed sequence lies another one, so there the warps write for themselves.
     """
-    BLOCK_DV: gl.constexpr = META.block_dv
-    _, _, _, o_desc = descriptors
+    BLOCK: gl.constexpr = o_smem.shape[3]
     tma_store_wait(0)
-    o_smem.reshape([ROWS, BLOCK_DV]).store(b_out.to(o_smem.dtype))
+    o_smem.reshape([ROWS, BLOCK]).store(b_out.to(o_smem.dtype))
     if META.packed:
-        b_rows = o_smem.reshape([ROWS, BLOCK_DV])
-        store_rows(out, b_rows, place.first_q + first, place.seqlen_q - first, place.head, META.headdim_v)
+        b_rows = o_smem.reshape([ROWS, BLOCK])
+        store_rows(out, b_rows, place.first_q + first, place.seqlen_q - first, place.head, DIM)
     else:
         fence_async_shared()
         tma_store(o_desc, [place.batch, first, place.head, 0], o_smem)

@@ -14,8 +14,10 @@ from flashtile.backends import Gradients
 from flashtile.backends.hopper.around import after_kernel, before_kernel
 from flashtile.backends.hopper.backward import backward_kernel
 from flashtile.backends.hopper.forward import forward_kernel
-from flashtile.backends.hopper.meta import Meta, meta_of
+from flashtile.backends.hopper.meta import Meta, block, meta_of
+from flashtile.backends.hopper.queries import query_kernel
 from flashtile.backends.hopper.softmax import ROWS
+from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_ROWS
 from flashtile.kernels import bias, visits
 from flashtile.kernels.arguments import (
     beside,
@@ -34,9 +36,9 @@ from flashtile.kernels.bits import bits_kernel
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.scores import sink_gradient, zero_grads
-from flashtile.tuning.hopper import BackwardConfig, HopperConfig
+from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig
 
-KERNELS = (forward_kernel, before_kernel, backward_kernel, after_kernel, bias_kernel, bits_kernel)
+KERNELS = (forward_kernel, before_kernel, backward_kernel, query_kernel, after_kernel, bias_kernel, bits_kernel)
 
 REGISTERS = {2: 168, 3: 128}
 """Registers a thread that a kernel is compiled for, by consumers; they trade among the warps once it runs."""
@@ -51,6 +53,13 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
     shape = [1, rows, 1, columns]
     layout = gl.NVMMASharedLayout.get_default_for(shape, _TYPES[tensor.dtype])
     return TensorDescriptor(tensor, tensor.shape, tensor.stride(), shape, layout)
+
+
+def piece_descriptor(sums: Tensor) -> Any:
+    """Pieces of the sums of dQ."""
+    shape = [1, 1, PIECE_ROWS.value, PIECE_COLUMNS.value]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float32)
+    return TensorDescriptor(sums, sums.shape, sums.stride(), shape, layout)
 
 
 def on_device(kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -117,6 +126,10 @@ class Call:
         total = count * heads * (1 if problem.varlen else problem.batch)
         return total, {**self.shared, "size": size_of(problem, heads, count)}
 
+    def section(self) -> int:
+        """Heads whose tiles are handed out together."""
+        return int(min(self.config.section, self.problem.heads * (1 if self.problem.varlen else self.problem.batch)))
+
     def lists(self, keys: bool) -> dict[str, Any]:
         """Which tiles a tile meets, where the mask is no window."""
         if self.meta.masked != "lists":
@@ -154,7 +167,7 @@ def forward(
     make = torch.zeros if problem.varlen else torch.empty
     out = make((*q.shape[:-1], problem.headdim_v), dtype=problem.out_dtype, device=q.device)
     lse = _stats(inputs, problem, -torch.inf)
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    counter = _counter(q.device)
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine, inputs, problem, config, tape)
@@ -169,7 +182,7 @@ def forward(
             "out": rows_of(out) if problem.varlen else None,
             "lse": numbers_of(lse),
             "counter": counter,
-            "section": min(config.section, problem.heads * (1 if problem.varlen else problem.batch)),
+            "section": call.section(),
             "total": total,
             **where,
             **call.lists(keys=False),
@@ -183,9 +196,7 @@ def forward(
     return out, lse
 
 
-def _maker(
-    machine: Machine | None, inputs: Inputs, problem: Problem, config: HopperConfig | BackwardConfig, keys: bool
-) -> visits.Maker:
+def _maker(machine: Machine | None, inputs: Inputs, problem: Problem, config: Config, keys: bool) -> visits.Maker:
     """Of a mask's bits; what it launches stands on no tape."""
 
     def launch(kernel: Any, programs: int, given: dict[str, Any]) -> None:
@@ -197,7 +208,7 @@ def _maker(
 
 
 def _lists(
-    machine: Machine | None, inputs: Inputs, problem: Problem, config: HopperConfig | BackwardConfig, keys: bool
+    machine: Machine | None, inputs: Inputs, problem: Problem, config: Config, keys: bool
 ) -> tuple[Tensor | None, ...]:
     """The tensors of the lists of tiles, where the mask is no window."""
     maker = _maker(machine, inputs, problem, config, keys)
@@ -210,6 +221,15 @@ def _stats(inputs: Inputs, problem: Problem, fill: float) -> Tensor:
     if problem.varlen:
         return torch.full((problem.heads, len(q)), fill, dtype=torch.float32, device=q.device)
     return torch.empty((problem.batch, problem.heads, problem.seqlen_q), dtype=torch.float32, device=q.device)
+
+
+def _sums(inputs: Inputs, problem: Problem, config: BackwardConfig) -> Tensor:
+    """Memory for the sums of dQ, (heads of all batch entries, query tiles, rows, columns): see `sums`."""
+    heads = problem.heads * (1 if problem.varlen else problem.batch)
+    tiles = programs_of(problem, inputs.q.shape[-3], config.tile_q)
+    numbers = config.tile_q * block(problem.headdim)
+    shape = heads, tiles, numbers // PIECE_COLUMNS.value, PIECE_COLUMNS.value
+    return torch.empty(shape, dtype=torch.float32, device=inputs.q.device)
 
 
 def backward(
@@ -234,18 +254,26 @@ def backward(
     make = torch.zeros if problem.varlen else torch.empty
     dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = _stats(inputs, problem, 0.0)
-    sums = make(q.shape, dtype=torch.float32, device=q.device)
-    written = (dq, dk, dv, delta, sums, *totals)
+    # Where dQ is summed, or the number of the next tile of its own kernel.
+    beside_it = _sums(inputs, problem, config) if config.queries is None else _counter(q.device)
+    written = (dq, dk, dv, delta, beside_it, *totals)
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine, inputs, problem, config, tape, totals)
+        sums = beside_it if call.meta.adds else None
         _before(call, out, grad_out, grad_lse, delta, sums)
         _through(call, grad_out, lse, delta, sums, dk, dv)
+        if sums is None:
+            of_queries = Call.of(machine, inputs, problem, config.queries, tape, totals)
+            _queries(of_queries, grad_out, lse, delta, dq, beside_it)
+            return
         programs, where = call.tiles(keys=False)
-        given = {"sums": rows_of(sums), "dq": rows_of(dq), "scale": problem.scale, **_plain(where)}
+        given = {"sums": sums, "dq": rows_of(dq), "scale": problem.scale, **_plain(where)}
         call.launch(after_kernel, programs, given)
 
     lists = _lists(machine, inputs, problem, config, True)
+    if config.queries is not None:
+        lists += _lists(machine, inputs, problem, config.queries, False)
     # What was saved may come back with other strides: hooks copy it.
     given = (q, k, v, out, lse, grad_out, grad_lse, *beside(inputs))
     perform(launches, (*given, *written, *lists), memory, given)
@@ -280,12 +308,42 @@ def _bias_gradient(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, tot
     bias.add_gradient(call.problem, total, BIAS_TILE, BIAS_TILE, launch)
 
 
+def _queries(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, counter: Tensor) -> None:
+    """dQ, by its own kernel."""
+    inputs, meta, rows = call.inputs, call.meta, ROWS.value
+    total, where = call.tiles(keys=False)
+    given = {
+        "q_desc": descriptor(inputs.q, rows, meta.block_d),
+        "k_desc": descriptor(inputs.k, meta.tile_kv, meta.block_d),
+        "v_desc": descriptor(inputs.v, meta.tile_kv, meta.block_dv),
+        "do_desc": descriptor(grad_out, rows, meta.block_dv),
+        "dq_desc": descriptor(dq, rows, meta.block_d),
+        "lse": numbers_of(lse),
+        "delta": numbers_of(delta),
+        "dq": rows_of(dq) if meta.packed else None,
+        "counter": counter,
+        "section": call.section(),
+        "total": total,
+        **where,
+        **call.lists(keys=False),
+        **call.functions,
+    }
+    call.launch(query_kernel, call.machine.programs(total, inputs.q.device), given, **call.warps())
+
+
+def _counter(device: torch.device) -> Tensor:
+    """Tiles handed out so far."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
 def _plain(where: dict[str, Any]) -> dict[str, Any]:
     """What kernels need that ask nothing of scores."""
     return {name: where[name] for name in ("packing", "size")}
 
 
-def _before(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor, sums: Tensor) -> None:
+def _before(
+    call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor, sums: Tensor | None
+) -> None:
     """rowsum(dO * O) - dlse, and zeros for the sums of dQ."""
     programs, where = call.tiles(keys=False)
     given = {
@@ -293,14 +351,16 @@ def _before(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, 
         "grad_out": rows_of(grad_out),
         "grad_lse": None if grad_lse is None else numbers_of(grad_lse),
         "delta": numbers_of(delta),
-        "sums": rows_of(sums),
+        "sums": sums,
         **_plain(where),
     }
     call.launch(before_kernel, programs, given)
 
 
-def _through(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, sums: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """dK, dV and the sums of dQ."""
+def _through(
+    call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, sums: Tensor | None, dk: Tensor, dv: Tensor
+) -> None:
+    """dK, dV and, where there are any, the sums of dQ."""
     inputs, meta, rows = call.inputs, call.meta, ROWS.value
     programs, where = call.tiles(keys=True)
     given = {
@@ -308,7 +368,7 @@ def _through(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, sums: Ten
         "k_desc": descriptor(inputs.k, meta.tile_kv, meta.block_d),
         "v_desc": descriptor(inputs.v, meta.tile_kv, meta.block_dv),
         "do_desc": descriptor(grad_out, meta.tile_q, meta.block_dv),
-        "dq_desc": descriptor(sums, rows, rows),
+        "sums_desc": None if sums is None else piece_descriptor(sums),
         "dk_desc": descriptor(dk, rows, meta.block_d),
         "dv_desc": descriptor(dv, rows, meta.block_dv),
         "lse": numbers_of(lse),

@@ -1,4 +1,5 @@
-"""The forward kernel's loading warp: it asks the copy engine for tiles, and looks up what comes next."""
+"""The loading warp of the kernels that walk over keys (forward, and dQ): it asks the copy engine for tiles, and looks
+up what comes next."""
 
 from triton.experimental import gluon
 
@@ -55,37 +56,48 @@ def look_up(i_number, packing, size, order, rules, visits, META: gl.constexpr):
 @gluon.jit
 def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers, META: gl.constexpr):
     """Loads the n-th key tile of a walk, and says which one comes next."""
-    q_desc, k_desc, v_desc, _o_desc = descriptors
-    q_smem, k_smem, v_smem, _o_smem = memory
-    q_full, q_empty, k_full, v_full, empty = barriers
+    k_desc, v_desc = descriptors[1], descriptors[2]
+    k_smem, v_smem = memory[1], memory[2]
+    k_full, v_full = barriers[2], barriers[3]
+    # Values are multiplied one step after their keys; for dQ keys are, once more, one step after their values.
+    k_late: gl.constexpr = 1 if META.for_dq else 0
+    v_late: gl.constexpr = 1 - k_late
+    v_empty = barriers[4 + k_late]
     # Lists have room for that.
     i_after = tile_of(walk, n + 1, META)
-    slot = count % META.stages
+    slot = count % k_smem.shape[0]
+    slot_v = count % v_smem.shape[0]
     where = [place.batch * META.dense, place.first_k + i_tile * META.tile_kv, place.head // META.group, 0]
-    wait_for_slot(empty, count, META)
+    wait_for_slot(barriers[4], count + k_late, k_smem.shape[0])
     mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
     tma_load(k_desc, where, k_full.index(slot), k_smem.index(slot))
     if n == 0:
-        load_queries(q_desc, q_smem, q_full, q_empty, place, turn, META)
-    # The values of a slot are read until the step after that of its keys.
-    wait_for_slot(empty, count + 1, META)
-    mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-    tma_load(v_desc, where, v_full.index(slot), v_smem.index(slot))
+        load_queries(descriptors, memory, barriers, place, turn, META)
+    wait_for_slot(v_empty, count + v_late, v_smem.shape[0])
+    mbarrier.expect(v_full.index(slot_v), v_desc.block_type.nbytes)
+    tma_load(v_desc, where, v_full.index(slot_v), v_smem.index(slot_v))
     return i_after
 
 
 @gluon.jit
-def wait_for_slot(empty, count, META: gl.constexpr):
-    """Until step `count` - `stages` is over, on all sides."""
-    mbarrier.wait(empty.index(count % META.stages), ((count // META.stages) & 1) ^ 1)
+def wait_for_slot(empty, count, STAGES: gl.constexpr):
+    """Until step `count` - `STAGES` is over, on all sides."""
+    mbarrier.wait(empty.index(count % STAGES), ((count // STAGES) & 1) ^ 1)
 
 
 @gluon.jit
-def load_queries(q_desc, q_smem, q_full, q_empty, place, turn, META: gl.constexpr):
-    """The query tile, 64 rows for each math warpgroup."""
+def load_queries(descriptors, memory, barriers, place, turn, META: gl.constexpr):
+    """The query tile, 64 rows for each math warpgroup; for dQ also the gradients of its outputs."""
     CONSUMERS: gl.constexpr = META.consumers
+    q_desc = descriptors[0]
+    q_full, q_empty = barriers[0], barriers[1]
     for i in gl.static_range(CONSUMERS):
-        mbarrier.wait(q_empty.index(i), (turn & 1) ^ 1)
-        mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
+        full = q_full.index(i)
         where = [place.batch * META.dense, place.first_q + place.tile * META.tile_q + i * ROWS, place.head, 0]
-        tma_load(q_desc, where, q_full.index(i), q_smem.index(i))
+        mbarrier.wait(q_empty.index(i), (turn & 1) ^ 1)
+        if META.for_dq:
+            mbarrier.expect(full, q_desc.block_type.nbytes + descriptors[4].block_type.nbytes)
+            tma_load(descriptors[4], where, full, memory[4].index(i))
+        else:
+            mbarrier.expect(full, q_desc.block_type.nbytes)
+        tma_load(q_desc, where, full, memory[0].index(i))

@@ -77,13 +77,13 @@ def without_rows(smem, count):
 
 
 @gluon.jit
-def clear_half(b_q, b_grad_out, left, cleared, turn, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Of a packed sequence's last query tile, which both warpgroups read: each puts zeros behind the end in its half.
+def clear_half(b_first, b_second, left, cleared, turn, I_GROUP: gl.constexpr):
+    """Of a packed sequence's last tiles, which both warpgroups read: each puts zeros behind the end in its half.
 
     turn: how often this program has met that tile before.
     """
-    HALF: gl.constexpr = META.tile_q // 2
-    without_rows(b_q.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
-    without_rows(b_grad_out.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
+    HALF: gl.constexpr = b_first.shape[0] // 2
+    without_rows(b_first.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
+    without_rows(b_second.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
     mbarrier.arrive(cleared, count=1)
     mbarrier.wait(cleared, turn & 1)

@@ -6,7 +6,7 @@ from functools import lru_cache
 from flashtile.kernels.arguments import modified
 from flashtile.problem import Problem
 from flashtile.region import region
-from flashtile.tuning.hopper import BackwardConfig, HopperConfig
+from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig, QueryConfig
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,17 @@ class Meta:
     sections: tiles of several heads are handed out together.
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
     shared_o: the output leaves through the memory of its queries. turns: warpgroups start their products one after the
-    other. guarded: what a mask hides may hold NaN, or have no
-    finite gradient. careful: what lies beside what is seen may hold NaN.
-    collects: gradients of captured tensors are added.
+    other. guarded: what a mask hides may hold NaN, or have no finite gradient. careful: what lies beside what is seen
+    may hold NaN. collects: gradients of captured tensors are added.
+    adds: the kernel of keys adds up dQ. for_dq: this is the kernel of dQ alone. split: two warpgroups share 64 keys.
+    stages_v: slots for values, where they are not as many as those for keys.
     """
 
     tile_q: int
     tile_kv: int
     consumers: int
     stages: int
+    stages_v: int
     headdim: int
     headdim_v: int
     block_d: int
@@ -49,6 +51,9 @@ class Meta:
     guarded: bool
     careful: bool
     collects: bool
+    adds: bool
+    for_dq: bool
+    split: bool
 
     @property
     def asked(self) -> str:
@@ -59,7 +64,7 @@ class Meta:
 
 
 @lru_cache(maxsize=4096)
-def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: bool) -> Meta:
+def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
     left, right, top_left, rest = region(problem.mask)
     # Sums over what functions captured leave out what the mask hides, so the mask is asked everywhere.
     always = bool(rest) or any(problem.wanted.score)
@@ -68,6 +73,7 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         tile_kv=config.tile_kv,
         consumers=config.consumers,
         stages=config.stages,
+        stages_v=config.stages_v if isinstance(config, QueryConfig) else config.stages,
         headdim=problem.headdim,
         headdim_v=problem.headdim_v,
         block_d=block(problem.headdim),
@@ -92,6 +98,9 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         guarded=bool(rest) or bool(problem.score_mod),
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score),
+        adds=isinstance(config, BackwardConfig) and config.queries is None,
+        for_dq=isinstance(config, QueryConfig),
+        split=isinstance(config, BackwardConfig) and config.tile_kv == 64,
     )
 
 

@@ -1,0 +1,251 @@
+"""The backward kernel of queries: dQ of a query tile in one walk over its keys, with nothing to add up afterwards.
+
+For calls that want the same bits every time, and for heads so wide that dK, dV and a part of dQ do not fit into the
+registers together. It walks as the forward kernel does, from the same loader, and computes
+
+    S = Q K^T,  dP = dO V^T,  dS = exp(S - lse) * (dP - delta),  dQ += dS K,
+
+the last of them one key tile late, so that the tensor cores have work under the exponentials.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from flashtile.backends.hopper.bits import words_at
+from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
+from flashtile.backends.hopper.forward import multiply_scores, rule, store_tile
+from flashtile.backends.hopper.loading import loader
+from flashtile.backends.hopper.memory import clear_half, new_barriers, without_nan
+from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
+from flashtile.backends.hopper.softmax import ROWS
+from flashtile.backends.hopper.statistics import load_statistics, subtracted
+from flashtile.kernels.rules import grad_dots
+
+
+@gluon.jit
+def hidden_rows(b_k, b_v, i_tile, turn, cleared, place, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Puts zeros where keys and values hold what nobody sees but a product would: behind a packed sequence, and NaN.
+    Each warpgroup does its half. Returns how often this program has done so."""
+    if META.packed:
+        left = place.seqlen_k - i_tile * META.tile_kv
+        if left < META.tile_kv:
+            clear_half(b_k, b_v, left, cleared, turn, I_GROUP)
+            turn += 1
+    if META.guarded:
+        HALF: gl.constexpr = META.tile_kv // 2
+        without_nan(b_k.slice(I_GROUP * HALF, HALF, dim=0))
+        without_nan(b_v.slice(I_GROUP * HALF, HALF, dim=0))
+        mbarrier.arrive(cleared, count=1)
+        mbarrier.wait(cleared, turn & 1)
+        turn += 1
+    return turn
+
+
+@gluon.jit
+def start_products(i_tile, count, turn, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """(token of the scores, token of the weights' gradients, `hidden_rows`) of a key tile."""
+    q_smem, k_smem, v_smem, _dq_smem, do_smem = memory
+    _q_full, _q_empty, k_full, v_full, _k_empty, _v_empty, cleared = barriers
+    if META.packed or META.guarded:
+        slot, slot_v = count % k_smem.shape[0], count % v_smem.shape[0]
+        mbarrier.wait(k_full.index(slot), (count // k_smem.shape[0]) & 1)
+        mbarrier.wait(v_full.index(slot_v), (count // v_smem.shape[0]) & 1)
+        TILE_KV: gl.constexpr = META.tile_kv
+        BLOCK_D: gl.constexpr = META.block_d
+        BLOCK_DV: gl.constexpr = META.block_dv
+        b_k = k_smem.index(slot).reshape([TILE_KV, BLOCK_D])
+        b_v = v_smem.index(slot_v).reshape([TILE_KV, BLOCK_DV])
+        turn = hidden_rows(b_k, b_v, i_tile, turn, cleared, place, I_GROUP, META)
+    score_token = multiply_scores(q_smem.index(I_GROUP), k_smem, k_full, count, META)
+    weight_token = multiply_scores(do_smem.index(I_GROUP), v_smem, v_full, count, META)
+    return score_token, weight_token, turn
+
+
+@gluon.jit
+def multiply_keys(b_grad, b_dq, k_smem, count, META: gl.constexpr):
+    """Starts dQ += dS K with the keys of slot `count`, which are there."""
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK_D: gl.constexpr = META.block_d
+    b_k = k_smem.index(count % k_smem.shape[0]).reshape([TILE_KV, BLOCK_D])
+    return warpgroup_mma(b_grad, b_k, b_dq, is_async=True)
+
+
+@gluon.jit
+def grad_scores(
+    score_token, weight_token, i_tile, m_edge, b_words, count, place, rows, memory, barriers, rules,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
+    LATER: gl.constexpr,
+):  # fmt: skip
+    """dS as the operand of the product with the keys. LATER: how many products were started after the two."""
+    _q_smem, k_smem, v_smem, _dq_smem, _do_smem = memory
+    _q_full, _q_empty, _k_full, _v_full, _k_empty, v_empty, _cleared = barriers
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK_D: gl.constexpr = META.block_d
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    o_query, b_lse, b_delta = rows
+    b_scores = warpgroup_mma_wait(1 + LATER, [score_token])
+    b_scores, m_valid, b_capped, b_plain = rule(
+        b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, MASKED
+    )
+    b_weights = gl.exp2(b_scores * rules.factor - b_lse[:, None])
+    b_grad_weights = warpgroup_mma_wait(LATER, [weight_token])
+    mbarrier.arrive(v_empty.index(count % v_smem.shape[0]), count=1)
+    o_columns = i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores))
+    GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
+    b_grad, _outer = grad_dots(
+        b_weights, b_grad_weights, b_delta[:, None], m_valid, b_capped, b_plain, o_query[:, None], o_columns[None, :],
+        place, rules, META, SCORE, DERIVATIVE, GUARDED, False,
+    )  # fmt: skip
+    return gl.convert_layout(b_grad.to(k_smem.dtype), gl.DotOperandLayout(0, output, 2))
+
+
+@gluon.jit
+def walk_keys(
+    place, counts, rows, count, turn, memory, barriers, rules, visits,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+):  # fmt: skip
+    """(dQ, steps so far, `hidden_rows`) of a query tile."""
+    _q_smem, k_smem, _v_smem, _dq_smem, _do_smem = memory
+    _q_full, _q_empty, _k_full, _v_full, k_empty, _v_empty, _cleared = barriers
+    BLOCK_D: gl.constexpr = META.block_d
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    walk = walk_of(place, counts, rules.window, visits, META)
+    MASKED: gl.constexpr = META.asked
+    _tiles, _first, full_begin, full_end, steps = walk
+    # An empty list has bits that hide the tile of its one step.
+    m_first = (full_begin > 0) | (full_end == 0)
+    b_first = words_at(visits, place, 0, m_first, META, False, I_GROUP)
+    i_first = tile_of(walk, 0, META)
+    first_token, other_token, turn = start_products(i_first, count, turn, place, memory, barriers, I_GROUP, META)
+    b_grad = grad_scores(
+        first_token, other_token, i_first, m_first, b_first, count, place, rows, memory, barriers, rules,
+        META, SCORE, DERIVATIVE, MASK, "always", 0,
+    )  # fmt: skip
+    b_dq = gl.zeros([ROWS, BLOCK_D], gl.float32, output)
+    mbarrier.arrive(k_empty.index(count % k_smem.shape[0]), count=1)
+    count += 1
+    # Read one step ahead; lists have room for that.
+    i_next = tile_of(walk, 1, META)
+    for n in range(1, steps):
+        i_tile = i_next
+        i_next = tile_of(walk, n + 1, META)
+        m_edge = (n < full_begin) | (n >= full_end)
+        b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
+        score_token, weight_token, turn = start_products(i_tile, count, turn, place, memory, barriers, I_GROUP, META)
+        token = multiply_keys(b_grad, b_dq, k_smem, count - 1, META)
+        b_grad = grad_scores(
+            score_token, weight_token, i_tile, m_edge, b_words, count, place, rows, memory, barriers, rules,
+            META, SCORE, DERIVATIVE, MASK, MASKED, 1,
+        )  # fmt: skip
+        b_dq = warpgroup_mma_wait(0, [token])
+        mbarrier.arrive(k_empty.index(count % k_smem.shape[0]), count=1)
+        count += 1
+    b_dq = warpgroup_mma_wait(0, [multiply_keys(b_grad, b_dq, k_smem, count - 1, META)])
+    return b_dq, count, turn
+
+
+@gluon.jit
+def consumer(
+    descriptors, memory, barriers, mailbox, results, call,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+):  # fmt: skip
+    """One math warpgroup: 64 rows of each query tile."""
+    _q_desc, _k_desc, _v_desc, dq_desc, _do_desc = descriptors
+    _q_smem, _k_smem, _v_smem, dq_smem, _do_smem = memory
+    q_full, q_empty, _k_full, _v_full, _k_empty, _v_empty, _cleared = barriers
+    TILE_KV: gl.constexpr = META.tile_kv
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
+    lse, delta, dq = results
+    _packing, size, rules, visits, _sinks = call
+    count = 0
+    cleared = 0
+    turn = 0
+    place, counts = hear(mailbox, size, turn, META)
+    while place.batch >= 0:
+        first = place.tile * META.tile_q + I_GROUP * ROWS
+        o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
+        b_lse, b_delta = load_statistics(lse, delta, place, o_query)
+        rows = (o_query, subtracted(b_lse), b_delta)
+        mbarrier.wait(q_full.index(I_GROUP), turn & 1)
+        b_dq, count, cleared = walk_keys(
+            place, counts, rows, count, cleared, memory, barriers, rules, visits,
+            META, SCORE, DERIVATIVE, MASK, I_GROUP,
+        )  # fmt: skip
+        # The queries have been read: dQ leaves through their memory.
+        store_tile(dq_desc, dq, dq_smem.index(I_GROUP), b_dq * rules.scale, place, first, META.headdim, META)
+        tma_store_wait(0)
+        mbarrier.arrive(q_empty.index(I_GROUP), count=1)
+        turn += 1
+        place, counts = hear(mailbox, size, turn, META)
+
+
+@gluon.jit
+def first_consumer(
+    descriptors, memory, barriers, mailbox, results, call,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    consumer(descriptors, memory, barriers, mailbox, results, call, META, SCORE, DERIVATIVE, MASK, 0)
+
+
+@gluon.jit
+def second_consumer(
+    descriptors, memory, barriers, mailbox, results, call,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    consumer(descriptors, memory, barriers, mailbox, results, call, META, SCORE, DERIVATIVE, MASK, 1)
+
+
+@gluon.jit
+def specialize(
+    descriptors, memory, barriers, mailbox, results, counter, order, call,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """The roles of the warps, and their registers."""
+    gl.warp_specialize([
+        (first_consumer, (descriptors, memory, barriers, mailbox, results, call, META, SCORE, DERIVATIVE, MASK)),
+        (second_consumer, (descriptors, memory, barriers, mailbox, results, call, META, SCORE, DERIVATIVE, MASK)),
+        (loader, (descriptors, memory, barriers, mailbox, counter, order, call, META)),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["section", "total"])
+def query_kernel(
+    q_desc, k_desc, v_desc, do_desc, dq_desc, lse, delta, dq, counter, section, total, packing, size, rules, visits,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Persistent programs, each two times 64 queries at a time. dq: once more, as `Rows`, where `packed`."""
+    dtype: gl.constexpr = q_desc.dtype
+    STAGES: gl.constexpr = META.stages
+    STAGES_V: gl.constexpr = META.stages_v
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK_D: gl.constexpr = META.block_d
+    BLOCK_DV: gl.constexpr = META.block_dv
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, ROWS, 1, BLOCK_D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [2, 1, ROWS, 1, BLOCK_DV], do_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES_V, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
+    told = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = new_barriers(2, 1)
+    q_empty = new_barriers(2, 1)
+    k_full = new_barriers(STAGES, 1)
+    v_full = new_barriers(STAGES_V, 1)
+    k_empty = new_barriers(STAGES, 2)
+    v_empty = new_barriers(STAGES_V, 2)
+    cleared = new_barriers(1, 2).index(0)
+    told_full = new_barriers(1, 1).index(0)
+    told_empty = new_barriers(1, 2).index(0)
+    specialize(
+        (q_desc, k_desc, v_desc, dq_desc, do_desc),
+        (q_smem, k_smem, v_smem, q_smem, do_smem),
+        (q_full, q_empty, k_full, v_full, k_empty, v_empty, cleared),
+        (told, told_full, told_empty),
+        (lse, delta, dq),
+        counter,
+        (section, total),
+        (packing, size, rules, visits, None),
+        META,
+        SCORE,
+        DERIVATIVE,
+        MASK,
+    )

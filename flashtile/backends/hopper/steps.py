@@ -1,0 +1,225 @@
+"""A query tile in the backward kernel: a step of a warpgroup that has 64 keys of its own, or of two that share 64."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashtile.backends.hopper.bits import cut
+from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_store_wait
+from flashtile.backends.hopper.memory import clear_half
+from flashtile.backends.hopper.softmax import ROWS
+from flashtile.backends.hopper.sums import PIECE, PIECE_COLUMNS, PIECE_ROWS, flat_piece, pieces, whole_piece
+from flashtile.kernels.rules import grad_dots, ruled
+
+
+@gluon.jit
+def scores_of(
+    b_scores, i_row, m_edge, b_words, place, o_key, rules,
+    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """(scores as modifiers and the mask leave them, and the rest of what `ruled` says, the queries' numbers)."""
+    TILE_Q: gl.constexpr = META.tile_q
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    o_query = (i_row * TILE_Q + gl.arange(0, TILE_Q, gl.SliceLayout(0, scores)))[None, :]
+    MASKED: gl.constexpr = "never" if b_words is not None else "always" if META.masked == "always" else "edges"
+    b_scores, m_valid, b_capped, b_plain = ruled(
+        b_scores, m_edge, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED
+    )
+    if b_words is not None:
+        b_scores = cut(b_scores, b_words, m_edge)
+    return b_scores, m_valid, b_capped, b_plain, o_query
+
+
+@gluon.jit
+def half_of_grad_q(ds_smem, k_smem, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Starts this warpgroup's half of dS^T K: 64 of 128 queries; of 64 queries, 64 of 128 columns; or the part of its
+    own keys, where there are no more than 64 of either."""
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK_D: gl.constexpr = META.block_d
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    b_k = k_smem.reshape([TILE_KV, BLOCK_D])
+    b_grad = ds_smem
+    if META.tile_q == 128:
+        b_grad = ds_smem.slice(I_GROUP * 64, 64, dim=1)
+    elif META.block_d == 128:
+        b_k = b_k.slice(I_GROUP * 64, 64, dim=1)
+    else:
+        b_grad = ds_smem.slice(I_GROUP * 64, 64, dim=0)
+        b_k = b_k.slice(I_GROUP * 64, 64, dim=0)
+    b_zeros = gl.zeros([64, 64], gl.float32, layout)
+    return warpgroup_mma(b_grad.permute((1, 0)), b_k, b_zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add_grad_q(descriptors, memory, b_grad_q, where, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Hands the half to the copy engine, which adds it; the engine has read the one before by then.
+
+    where: (head, tile) in `sums`.
+    """
+    _q, _k, _v, _do, sums_desc, _dk, _dv = descriptors
+    _k_smem, _v_smem, _q_smem, _do_smem, _lse, _delta, _ds, sums_smem = memory
+    i_head, i_tile = where
+    block = sums_smem.index(I_GROUP)
+    tma_store_wait(0)
+    block.reshape([PIECE_ROWS, PIECE_COLUMNS]).store(flat_piece(b_grad_q))
+    fence_async_shared()
+    i_piece: gl.constexpr = I_GROUP if pieces(META.tile_q, META.block_d) == 2 else 0
+    tma_add(sums_desc, [i_head, i_tile, i_piece * PIECE_ROWS, 0], block)
+
+
+@gluon.jit
+def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """(queries, gradients of their outputs) of a slot, once they are there."""
+    TILE_Q: gl.constexpr = META.tile_q
+    BLOCK_D: gl.constexpr = META.block_d
+    BLOCK_DV: gl.constexpr = META.block_dv
+    _k_smem, _v_smem, q_smem, do_smem, _lse_smem, _delta_smem, _ds_smem, _sums_smem = memory
+    _kv_full, full, _empty, ready, _handing = barriers
+    slot = count % META.stages
+    b_q = q_smem.index(slot).reshape([TILE_Q, BLOCK_D])
+    b_grad_out = do_smem.index(slot).reshape([TILE_Q, BLOCK_DV])
+    mbarrier.wait(full.index(slot), (count // META.stages) & 1)
+    if META.packed:
+        left = place.seqlen_q - i_row * TILE_Q
+        if left < TILE_Q:
+            clear_half(b_q, b_grad_out, left, ready.index(3), place.head % META.group, I_GROUP)
+    return b_q, b_grad_out
+
+
+@gluon.jit
+def step(
+    b_grads, i_row, where, m_edge, b_words, count, place, o_key, descriptors, memory, barriers, rules,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+):  # fmt: skip
+    """One query tile of one head: (dK, dV)."""
+    TILE_Q: gl.constexpr = META.tile_q
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK_D: gl.constexpr = META.block_d
+    BLOCK_DV: gl.constexpr = META.block_dv
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    k_smem, v_smem, _q_smem, _do_smem, lse_smem, delta_smem, ds_smem, _sums_smem = memory
+    _kv_full, _full, empty, ready, _handing = barriers
+    b_grad_k, b_grad_v = b_grads
+    slot = count % META.stages
+    half = count % 2
+    b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
+    b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
+    b_k = k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0)
+    score_token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
+    weight_token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    b_scores = warpgroup_mma_wait(1, [score_token])
+    b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
+        b_scores, i_row, m_edge, b_words, place, o_key, rules, META, SCORE, MASK
+    )
+    b_lse = lse_smem.index(slot).load(gl.SliceLayout(0, scores))
+    b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
+    b_left = gl.convert_layout(b_weights.to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
+    b_grad_weights = warpgroup_mma_wait(0, [weight_token])
+    value_token = warpgroup_mma(b_left, b_grad_out, b_grad_v, is_async=True)
+    b_delta = delta_smem.index(slot).load(gl.SliceLayout(0, scores))
+    # Elsewhere a weight of 0 is enough: keys and values hold numbers alone by now.
+    GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
+    b_grad, _outer = grad_dots(
+        b_weights, b_grad_weights, b_delta[None, :], m_valid, b_capped, b_plain, o_query, o_key[:, None], place, rules,
+        META, SCORE, DERIVATIVE, GUARDED, META.collects,
+    )  # fmt: skip
+    b_half = b_grad.to(k_smem.dtype)
+    b_left = gl.convert_layout(b_half, gl.DotOperandLayout(0, keys, 2))
+    if META.adds:
+        ds_smem.index(half).slice(I_GROUP * ROWS, ROWS, dim=0).store(b_half)
+        fence_async_shared()
+        mbarrier.arrive(ready.index(half), count=1)
+        mbarrier.wait(ready.index(half), (count // 2) & 1)
+        query_token = half_of_grad_q(ds_smem.index(half), k_smem, I_GROUP, META)
+    key_token = warpgroup_mma(b_left, b_q, b_grad_k, is_async=True)
+    if META.adds:
+        b_grad_v = warpgroup_mma_wait(2, [value_token])
+        b_grad_q = warpgroup_mma_wait(1, [query_token])
+        # dQ leaves while dK is multiplied.
+        add_grad_q(descriptors, memory, b_grad_q, where, I_GROUP, META)
+    else:
+        b_grad_v = warpgroup_mma_wait(1, [value_token])
+    b_grad_k = warpgroup_mma_wait(0, [key_token])
+    mbarrier.arrive(empty.index(slot), count=1)
+    return (b_grad_k, b_grad_v)
+
+
+@gluon.jit
+def value_step(
+    b_grads, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Of two warpgroups that share 64 keys, the one that holds dV: (dV,).
+
+    It hands the other the weights, multiplied with the derivative of the scores, which is all that dS needs of them.
+    """
+    TILE_Q: gl.constexpr = META.tile_q
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK_D: gl.constexpr = META.block_d
+    BLOCK_DV: gl.constexpr = META.block_dv
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    k_smem, _v_smem, _q_smem, _do_smem, lse_smem, _delta_smem, handed, _sums_smem = memory
+    _kv_full, _full, empty, _ready, handing = barriers
+    b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
+    b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 0, META)
+    b_k = k_smem.reshape([TILE_KV, BLOCK_D])
+    token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    b_lse = lse_smem.index(count % META.stages).load(gl.SliceLayout(0, scores))
+    b_scores = warpgroup_mma_wait(0, [token])
+    b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
+        b_scores, i_row, m_edge, b_words, place, o_key, rules, META, SCORE, MASK
+    )
+    b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
+    b_left = gl.convert_layout(b_weights.to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
+    token = warpgroup_mma(b_left, b_grad_out, b_grads[0], is_async=True)
+    if META.modified:
+        # The derivative is linear in what it is given, here the weights themselves.
+        GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
+        b_weights, _outer = grad_dots(
+            b_weights, 1.0, 0.0, m_valid, b_capped, b_plain, o_query, o_key[:, None], place, rules,
+            META, SCORE, DERIVATIVE, GUARDED, False,
+        )  # fmt: skip
+    half = count % 2
+    mbarrier.wait(handing.index(half), ((count // 2) & 1) ^ 1)
+    handed.index(half).store(flat_piece(b_weights))
+    mbarrier.arrive(handing.index(2 + half), count=1)
+    b_grad_v = warpgroup_mma_wait(0, [token])
+    mbarrier.arrive(empty.index(count % META.stages), count=1)
+    return (b_grad_v,)
+
+
+@gluon.jit
+def key_step(b_grads, i_row, count, place, memory, barriers, META: gl.constexpr, DERIVATIVE: gl.constexpr):
+    """Of two warpgroups that share 64 keys, the one that holds dK: (dK,)."""
+    TILE_Q: gl.constexpr = META.tile_q
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK_D: gl.constexpr = META.block_d
+    BLOCK_DV: gl.constexpr = META.block_dv
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    k_smem, v_smem, _q_smem, _do_smem, _lse_smem, delta_smem, handed, _sums_smem = memory
+    _kv_full, _full, empty, _ready, handing = barriers
+    b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
+    b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 1, META)
+    b_v = v_smem.reshape([TILE_KV, BLOCK_DV])
+    token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    b_delta = delta_smem.index(count % META.stages).load(gl.SliceLayout(0, scores))
+    half = count % 2
+    mbarrier.wait(handing.index(2 + half), (count // 2) & 1)
+    b_weights = whole_piece(handed.index(half).load(PIECE), scores)
+    mbarrier.arrive(handing.index(half), count=1)
+    b_grad = b_weights * (warpgroup_mma_wait(0, [token]) - b_delta[None, :])
+    if META.guarded and DERIVATIVE is not None:
+        # See `rules.grad_dots`.
+        b_grad = gl.where(b_weights == 0.0, 0.0, b_grad)
+    b_left = gl.convert_layout(b_grad.to(k_smem.dtype), gl.DotOperandLayout(0, keys, 2))
+    b_grad_k = warpgroup_mma_wait(0, [warpgroup_mma(b_left, b_q, b_grads[0], is_async=True)])
+    mbarrier.arrive(empty.index(count % META.stages), count=1)
+    return (b_grad_k,)
