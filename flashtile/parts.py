@@ -76,6 +76,14 @@ class Whole:
         heads = None if self.heads_of_all == self.inputs.q.shape[-2] else self.inputs.q.shape[-2]
         return Part(query, queries, key, keys, self.seqlen_q, self.seqlen_kv, self.head, heads)
 
+    def of_heads(self, heads: slice) -> "Whole":
+        """The same call of some of this process's key/value heads, and of the query heads that read them."""
+        inputs = self.inputs
+        group = inputs.q.shape[-2] // inputs.k.shape[-2]
+        queries = slice(group * heads.start, group * heads.stop)
+        some = inputs._replace(q=inputs.q[..., queries, :], k=inputs.k[..., heads, :], v=inputs.v[..., heads, :])
+        return replace(self, inputs=some, head=self.head + queries.start, memory={})
+
     def totals(self, wanted: Wanted) -> Grads:
         """Zeros for the gradients of all but q, k and v, in the shapes of the whole."""
         return scores.zero_grads(self.inputs, describe(self.inputs, self.options, True, wanted))
@@ -158,6 +166,8 @@ def mask_of(whole: Whole, part: Part) -> Mask | None:
     """The mask of a part, None: nothing of it is visible; one object as long as the whole mask's tensors are the same,
     so that what kernels derive from it is kept too."""
     given, device, tables = Mask(whole.options.mask, whole.inputs.mask), whole.inputs.q.device, whole.tables
+    if cut.same_for_all_heads(given.token):
+        part = replace(part, head=0, heads=None)
     if tables is None:
         return _remembered(("mask", given.token, part, device), given.tensors, lambda: cut.mask(given, part, device))
     tensors = (*given.tensors, *vars(tables).values())
@@ -325,10 +335,13 @@ def _has_triton() -> bool:
 
 
 class Sums:
-    """The gradient of a (..., tokens, heads, headdim) tensor from those of its parts, added up in float32."""
+    """The gradient of a (..., tokens, heads, headdim) tensor from those of its parts, added up in float32.
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
+    target: where it belongs in the end; None: in memory of its own, without a copy where one part is all.
+    """
+
+    def __init__(self, like: Tensor, target: Tensor | None = None) -> None:
+        self.like, self.target = like, target
         self.total: Tensor | None = None
 
     def add(self, rows: slice, gradient: Tensor, last: bool = False) -> None:
@@ -346,7 +359,10 @@ class Sums:
         self.total[..., rows, :, :] += gradient
 
     def result(self) -> Tensor:
-        """In the tensor's own type."""
-        if self.total is None:
+        """In the tensor's own type; the sum's memory is free afterwards, but for the result."""
+        total, self.total = self.total, None
+        if self.target is not None:
+            return self.target.zero_() if total is None else self.target.copy_(total)
+        if total is None:
             return torch.zeros(self.like.shape, dtype=self.like.dtype, device=self.like.device)
-        return self.total.to(self.like.dtype)
+        return total.to(self.like.dtype)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -10,13 +11,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flashtile import distributed
-from flashtile.distributed import balance
+from flashtile.distributed import balance, ring
 from tests.problems import Call, Shape, Tensors, make
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """A golden problem by one scheme. `mesh`: the sizes of (ring, heads), for "mixed"."""
+    """A golden problem by one scheme. `mesh`: the sizes of (ring, heads), for "mixed". `by_heads`: rings take one
+    key/value head at a time, as they do with long sequences."""
 
     name: str
     shape: Shape
@@ -26,6 +28,7 @@ class Sharded:
     dtype: torch.dtype = torch.float32
     mesh: tuple[int, int] | None = None
     lse_grad: bool = True
+    by_heads: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} {self.scheme} {self.layout} {self.mesh or ''}"
@@ -35,7 +38,10 @@ class Sharded:
 
     def __call__(self, rank: int, ranks: int) -> Tensors:
         """What this rank finds."""
-        return shares(self.call(), self.scheme, self.layout, None if self.mesh is None else mesh_of(self.mesh))
+        mesh = None if self.mesh is None else mesh_of(self.mesh)
+        rows = 1 if self.by_heads else 2**16
+        with mock.patch.multiple(ring, FORWARD_ROWS=rows, BACKWARD_ROWS=rows):
+            return shares(self.call(), self.scheme, self.layout, mesh)
 
     def together(self, found: Sequence[Tensors]) -> Tensors:
         """The whole results from those of all ranks."""

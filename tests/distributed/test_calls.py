@@ -64,9 +64,22 @@ def _cases(ranks: int) -> list[Sharded]:
                 Sharded("float64", shape, ("window", "alibi", "score_mod"), scheme, dtype=torch.float64),
                 Sharded("packed_masks", _packed(ranks, False), ("window", "padding", "mask_mod", "sinks"), scheme),
             ]
+    if 1 < ranks < 4:
+        apart = (
+            ("causal",),
+            SINK,
+            ("causal", "mqa"),
+            ("document", "dropout", "bias_heads"),
+            ("block_mask", "alibi_batch"),
+        )
+        found += [Sharded("-".join(chosen), square, chosen, "ring", by_heads=True) for chosen in apart]
+        found.append(
+            Sharded("packed_mods", _packed(ranks, False), ("causal", "bias", "score_mod"), "ring", by_heads=True)
+        )
     if ranks == 3:
         found.append(Sharded("uneven_heads", replace(square, heads=6, heads_kv=2), ("causal",), "ulysses"))
     for mesh in {4: [(2, 2)], 8: [(2, 4), (4, 2)]}.get(ranks, []):
+        found.append(Sharded("mixed_by_heads", square, SINK, "mixed", mesh=mesh, by_heads=True))
         mixed = ("all_in_one", SINK), ("block", ("block", "bias")), ("mask_mod", ("mask_mod", "alibi"))
         found += [Sharded(name, square, features, "mixed", mesh=mesh) for name, features in mixed]
         found.append(Sharded("packed_mixed", _packed(ranks, True), ("causal", "alibi"), "mixed", mesh=mesh))
