@@ -347,7 +347,7 @@ class Sums:
     def add(self, rows: slice, gradient: Tensor, last: bool = False) -> None:
         """Some tokens' share; `last`: none follows, so that a sum of two is rounded once, in the tensor's own type."""
         if self.total is None and (rows.start, rows.stop) == (0, self.like.shape[-3]):
-            self.total = gradient
+            self.total = gradient if self.target is None else self.target.copy_(gradient)
             return
         if last and self.total is not None:
             self.total[..., rows, :, :] += gradient
@@ -362,7 +362,9 @@ class Sums:
         """In the tensor's own type; the sum's memory is free afterwards, but for the result."""
         total, self.total = self.total, None
         if self.target is not None:
-            return self.target.zero_() if total is None else self.target.copy_(total)
+            if total is None:
+                return self.target.zero_()
+            return total if total is self.target else self.target.copy_(total)
         if total is None:
             return torch.zeros(self.like.shape, dtype=self.like.dtype, device=self.like.device)
         return total.to(self.like.dtype)

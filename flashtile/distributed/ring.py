@@ -111,8 +111,9 @@ class Work:
     sums: list[parts.Sums]
     results: list[Tensor] = field(default_factory=list)
 
-    def finish(self) -> None:
-        self.results = [each.result() for each in self.sums]
+    def finish(self, sums: Sequence[parts.Sums]) -> None:
+        """The next of the results: dq first, then dk and dv."""
+        self.results += [each.result() for each in sums]
 
 
 class Heads(NamedTuple):
@@ -183,7 +184,7 @@ class Homeward:
             for total, gradient in zip(work.sums[1:], arrived, strict=True):
                 total.add(given, gradient, last)
         if last:
-            work.finish()
+            work.finish(work.sums[1:])
 
 
 class Ring(Scheme):
@@ -250,6 +251,8 @@ class Ring(Scheme):
             work.sums[0].add(found.rows, dq, last=self._is_last(arrival, found))
             here[0].add(keys, dk)
             here[1].add(keys, dv)
+        if arrival.step == self.ranks - 1:
+            work.finish(work.sums[:1])
         return (here[0].result(), here[1].result()) if arrival.step and arrival.found else None
 
     def send_keys(self, whole: Whole, step: int) -> Exchange:

@@ -14,6 +14,14 @@ from flashtile import distributed
 from flashtile.distributed import balance, ring
 from tests.problems import Call, Shape, Tensors, make
 
+PAIRS = (
+    *(("causal", "document"), ("window", "prefix_lm"), ("chunk", "padding"), ("block", "bias"), ("mask_mod", "alibi")),
+    *(("dense_mask", "sinks"), ("document_unsorted", "causal_top_left"), ("band", "score_mod"), ("prefix_none",)),
+    *(("far_apart", "softcap"), ("block_mask", "bias_heads"), ("prefix", "dropout"), ("window_top_left", "scale")),
+    ("window_left", "bias_keys", "alibi_batch"),
+)
+"""Every mask, with something that changes scores."""
+
 
 @dataclass(frozen=True)
 class Sharded:

@@ -9,7 +9,7 @@ import torch
 
 from tests import oracle
 from tests.distributed import processes
-from tests.distributed.jobs import Sharded
+from tests.distributed.jobs import PAIRS, Sharded
 from tests.problems import FEATURES, KITCHEN_SINK, Call, Shape, dense, make, packed
 
 WORLDS = (1, 2, 3, 4, 8)
@@ -26,15 +26,6 @@ def _packed(ranks: int, same: bool) -> Shape:
     heads = 6 if ranks == 3 else 8 if ranks == 8 else 4
     lengths = (17, 0, 50, 29)
     return packed(lengths, lengths if same else (31, 8, 40, 17), heads, heads // 2, 8)
-
-
-PAIRS = (
-    *(("causal", "document"), ("window", "prefix_lm"), ("chunk", "padding"), ("block", "bias"), ("mask_mod", "alibi")),
-    *(("dense_mask", "sinks"), ("document_unsorted", "causal_top_left"), ("band", "score_mod"), ("prefix_none",)),
-    *(("far_apart", "softcap"), ("block_mask", "bias_heads"), ("prefix", "dropout"), ("window_top_left", "scale")),
-    ("window_left", "bias_keys", "alibi_batch"),
-)
-"""Every mask, with something that changes scores."""
 
 
 def _cases(ranks: int) -> list[Sharded]:
