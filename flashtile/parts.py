@@ -73,8 +73,13 @@ class Whole:
 
     def part(self, query: int, queries: int, key: int, keys: int) -> Part:
         """The rectangle of the whole that begins there, of this process's heads."""
-        heads = None if self.heads_of_all == self.inputs.q.shape[-2] else self.inputs.q.shape[-2]
-        return Part(query, queries, key, keys, self.seqlen_q, self.seqlen_kv, self.head, heads)
+        return Part(query, queries, key, keys, self.seqlen_q, self.seqlen_kv, *self.heads)
+
+    @property
+    def heads(self) -> tuple[int, int | None]:
+        """(first, count) of this process's query heads; the count is None where they are all."""
+        count = self.inputs.q.shape[-2]
+        return self.head, None if self.heads_of_all == count else count
 
     def of_heads(self, heads: slice) -> "Whole":
         """The same call of some of this process's key/value heads, and of the query heads that read them."""
@@ -82,7 +87,9 @@ class Whole:
         group = inputs.q.shape[-2] // inputs.k.shape[-2]
         queries = slice(group * heads.start, group * heads.stop)
         some = inputs._replace(q=inputs.q[..., queries, :], k=inputs.k[..., heads, :], v=inputs.v[..., heads, :])
-        return replace(self, inputs=some, head=self.head + queries.start, memory={})
+        # Where parts lie is found out once, unless the mask differs among heads.
+        memory = self.memory if cut.same_for_all_heads(self.options.mask) else {}
+        return replace(self, inputs=some, head=self.head + queries.start, memory=memory)
 
     def totals(self, wanted: Wanted) -> Grads:
         """Zeros for the gradients of all but q, k and v, in the shapes of the whole."""
@@ -198,8 +205,11 @@ class _Forget:
 
 
 def local(whole: Whole, part: Part, mask: Mask, qkv: Sequence[Tensor]) -> Local:
-    """The part, whose mask is `mask`, over these slices of q, k and v. Without sinks: those belong to no part."""
+    """The part, whose mask is `mask`, over these slices of q, k and v and of the call's own heads. Without sinks: those
+    belong to no part."""
     inputs, options, device = whole.inputs, whole.options, whole.inputs.q.device
+    if (part.head, part.heads) != whole.heads:
+        part = replace(part, head=whole.heads[0], heads=whole.heads[1])
     bias, slopes, score = inputs.bias, inputs.alibi_slopes, inputs.score
     heads = slice(None) if part.heads is None else slice(part.head, part.head + part.heads)
     key, alignment = options.score_mod, _alignment(part, options.alignment)
