@@ -15,9 +15,9 @@ from flashtile.distributed import balance, ring
 from tests.problems import Call, Shape, Tensors, make
 
 PAIRS = (
-    *(("causal", "document"), ("window", "prefix_lm"), ("chunk", "padding"), ("block", "bias"), ("mask_mod", "alibi")),
+    *(("causal", "document"), ("window", "softcap"), ("chunk", "prefix_lm"), ("block", "bias"), ("mask_mod", "alibi")),
     *(("dense_mask", "sinks"), ("document_unsorted", "causal_top_left"), ("band", "score_mod"), ("prefix_none",)),
-    *(("far_apart", "softcap"), ("block_mask", "bias_heads"), ("prefix", "dropout"), ("window_top_left", "scale")),
+    *(("far_apart", "padding"), ("block_mask", "bias_heads"), ("prefix", "dropout"), ("window_top_left", "scale")),
     ("window_left", "bias_keys", "alibi_batch"),
 )
 """Every mask, with something that changes scores."""
@@ -84,7 +84,7 @@ def _dims(packed: bool) -> dict[str, int]:
     return {"out": tokens, "dq": tokens, "dk": tokens, "dv": tokens, "lse": 1 if packed else 2}
 
 
-def shares(call: Call, scheme: str, layout: str = "zigzag", mesh: Any = None) -> Tensors:
+def shares(call: Call, scheme: str, layout: str = "zigzag", mesh: Any = None, backend: str | None = None) -> Tensors:
     """out, lse and gradients of this rank's share of the call."""
     dims = _dims(call.shape.packed)
 
@@ -96,7 +96,7 @@ def shares(call: Call, scheme: str, layout: str = "zigzag", mesh: Any = None) ->
         name: own(leaf.detach(), f"d{name}").requires_grad_() if name in ("q", "k", "v") else leaf
         for name, leaf in whole.items()
     }
-    arguments = {**call.arguments({**whole, **leaves}), **call.packing(), "return_lse": True}
+    arguments = {**call.arguments({**whole, **leaves}), **call.packing(), "return_lse": True, "backend": backend}
     qkv = (leaves["q"], leaves["k"], leaves["v"])
     state = distributed.attention(*qkv, mesh, scheme=scheme, layout=layout, **arguments)
     outputs = [(name, getattr(state, name)) for name in call.grads]
@@ -110,10 +110,10 @@ def shares(call: Call, scheme: str, layout: str = "zigzag", mesh: Any = None) ->
     return {"out": state.out.detach(), "lse": state.lse.detach(), **gradients}
 
 
-def results(call: Call, scheme: str) -> Tensors:
+def results(call: Call, scheme: str, backend: str | None = None) -> Tensors:
     """The whole results, put together by the ranks themselves."""
     dims = _dims(call.shape.packed)
-    found = shares(call, scheme)
+    found = shares(call, scheme, backend=backend)
     for name, tensor in found.items():
         if name in dims:
             found[name] = distributed.unshard(tensor, dim=dims[name])

@@ -35,36 +35,50 @@ SINK = (*KITCHEN_SINK, "gqa")
 
 
 class Case(NamedTuple):
-    """A golden problem by one scheme."""
+    """A golden problem by one scheme. backend: None for the fastest, which compiles kernels."""
 
     name: str
     shape: Shape
     features: tuple[str, ...]
-    dtype: torch.dtype
-    scheme: str
+    dtype: torch.dtype = BF16
+    scheme: str = "ring"
+    backend: str | None = None
 
     def call(self, device: str) -> Call:
         return make(self.name, self.shape, self.features, self.dtype, device)
 
 
 def cases(length: int, headdim: int) -> list[Case]:
-    """Every mask, with something that changes scores, by the ring; what has a path of its own by the other schemes."""
+    """Kernels of each sort; then, by the backend that compiles none, every mask with something that changes scores."""
     square = dense(1, length, length, 4, 4, headdim)
-    oblong = dense(2, length // 2, length, 4, 4, headdim // 2)
-    lengths = (length // 2 - 9, 0, length // 4 + 9, length // 4)
-    packing = packed(lengths, lengths)
-    return [
-        Case("all in one", square, SINK, F32, "ring"),
-        Case("causal float32", square, ("causal",), F32, "ring"),
-        Case("causal gqa", square, ("causal", "gqa"), F16, "ring"),
-        *(Case(f"causal {scheme}", square, ("causal",), BF16, scheme) for scheme in ("ring", "gather", "ulysses")),
-        *(Case(" ".join(pair), oblong, pair, BF16, "ring") for pair in PAIRS),
-        Case("dropout ulysses", oblong, ("prefix", "dropout"), BF16, "ulysses"),
-        Case("mods ulysses", oblong, ("mask_mod", "alibi", "sinks"), BF16, "ulysses"),
-        Case("packed causal", packing, ("causal",), BF16, "ring"),
-        Case("packed alibi", packing, ("causal", "alibi"), BF16, "ring"),
-        Case("packed causal ulysses", packing, ("causal",), BF16, "ulysses"),
+    kernels = [
+        *(Case(f"causal {scheme}", square, ("causal",), scheme=scheme) for scheme in ("ring", "gather", "ulysses")),
+        Case("causal mqa sinks", square, ("causal", "mqa", "sinks"), F16),
+        Case("causal float32", square, ("causal",), F32),
+        Case("window", square, ("window_left",)),
+        Case("document", square, ("document",)),
+        Case("mask_mod", square, ("mask_mod",)),
+        Case("score_mod", square, ("score_mod",)),
+        Case("bias", square, ("bias",)),
+        Case("dropout", square, ("dropout",)),
+        Case("packed causal", _packed(length), ("causal",)),
+        Case("packed causal ulysses", _packed(length), ("causal",), scheme="ulysses"),
     ]
+    small, even = dense(2, 48, 96, 4, 4, 16), dense(2, 96, 96, 4, 4, 16)
+    plain = [
+        Case("all in one", even, SINK, F32),
+        *(Case("-".join(pair), small, pair) for pair in PAIRS),
+        *(Case("-".join(pair), small, pair, scheme="ulysses") for pair in PAIRS[::3]),
+        *(Case("-".join(pair), small, pair, scheme="gather") for pair in PAIRS[1::3]),
+        Case("packed mods", _packed(96), ("causal", "bias", "alibi_batch", "score_mod")),
+        Case("packed dropout", _packed(96), ("causal", "dropout"), scheme="ulysses"),
+    ]
+    return [*kernels, *(case._replace(backend="pytorch") for case in plain)]
+
+
+def _packed(length: int) -> Shape:
+    lengths = (length // 2 - 9, 0, length // 4 + 9, length // 4)
+    return packed(lengths, lengths)
 
 
 def rehearse(chosen: Sequence[Case], ranks: int, device: str) -> None:
@@ -74,24 +88,27 @@ def rehearse(chosen: Sequence[Case], ranks: int, device: str) -> None:
         for rank in range(ranks):
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
             try:
-                shares(call, case.scheme)
+                shares(call, case.scheme, backend=case.backend)
             finally:
                 dist.destroy_process_group()
 
 
-def _rehearsals(count: int) -> list[subprocess.Popen[bytes]]:
-    """Processes that rehearse this rank's share of `count` cases between them."""
+def _rehearsals(every: Sequence[Case]) -> list[subprocess.Popen[bytes]]:
+    """Processes that rehearse this rank's share of the cases that compile kernels, one each if there are cores."""
     local, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    mine = list(range(local, count, ranks))
+    mine = [number for number, case in enumerate(every) if case.backend is None][local::ranks]
     workers = max(1, min(len(mine), (os.cpu_count() or 1) // ranks))
     command = [sys.executable, "-m", "tests.gpu.ranks", "--rehearse"]
     return [subprocess.Popen([*command, *map(str, mine[place::workers])]) for place in range(workers)]
 
 
-def _one(call: Call, scheme: str) -> tuple[float, str]:
+def _one(case: Case, device: str) -> tuple[float, str]:
     """(largest error over what is allowed, kernels of the two passes)."""
+    call = case.call(device)
     with watched() as ran:
-        found = results(call, scheme)
+        found = results(call, case.scheme, case.backend)
+    ours = {chosen.backend for chosen in ran}
+    assert device == "cpu" or ours <= ({"hopper", "portable"} if case.backend is None else {case.backend}), ours
     kernels = {
         which: sorted({f"{p.backend}/{p.kernel}" for p in ran if p.problem.backward == which})
         for which in (False, True)
@@ -104,7 +121,7 @@ def _one(call: Call, scheme: str) -> tuple[float, str]:
 
 def _other_stream(device: str) -> None:
     """Work on a side stream, results read there, equal to the default stream's bit for bit."""
-    q, k, v = (torch.randn(1, 512, 4, 64, device=device, dtype=BF16) for _ in range(3))
+    q, k, v = (torch.randn(1, 512, 4, 128, device=device, dtype=BF16) for _ in range(3))
     expected = distributed.ring_attention(q, k, v, causal=True)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -116,7 +133,7 @@ def _other_stream(device: str) -> None:
 
 def _by_heads(device: str) -> None:
     """Some heads at a time, as long sequences go round, is what all heads at once is."""
-    q, k, v = (torch.randn(1, 512, 4, 64, device=device, dtype=BF16, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 512, 4, 128, device=device, dtype=BF16, requires_grad=True) for _ in range(3))
     found = []
     for rows in (2**16, 1):
         with mock.patch.multiple(ring, FORWARD_ROWS=rows, BACKWARD_ROWS=rows):
@@ -128,7 +145,7 @@ def _by_heads(device: str) -> None:
 
 def _compiled(device: str) -> None:
     """The compiler sees one operator."""
-    q, k, v = (torch.randn(1, 512, 4, 64, device=device, dtype=BF16, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 512, 4, 128, device=device, dtype=BF16, requires_grad=True) for _ in range(3))
     step = torch.compile(
         lambda q, k, v: distributed.ring_attention(q * 1.0, k, v, causal=True).sum(),
         fullgraph=True,
@@ -141,7 +158,7 @@ def _compiled(device: str) -> None:
 
 def _mixed(device: str) -> None:
     """The mesh (ranks, 1) is the ring."""
-    q, k, v = (torch.randn(1, 512, 4, 64, device=device, dtype=BF16) for _ in range(3))
+    q, k, v = (torch.randn(1, 512, 4, 128, device=device, dtype=BF16) for _ in range(3))
     mesh = mesh_of((dist.get_world_size(), 1), device)
     expected = distributed.ring_attention(q, k, v, causal=True)
     oracle.assert_close(distributed.mixed_attention(q, k, v, mesh, causal=True), expected)
@@ -153,7 +170,7 @@ def main() -> None:
     parser.add_argument("--rehearse", nargs="+", type=int, help="the numbers of cases whose kernels are compiled only")
     given = parser.parse_args()
     gpu = given.device == "cuda"
-    every = cases(*((1024, 128) if gpu else (48, 16)))
+    every = cases(*((1024, 128) if gpu else (96, 16)))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
     if gpu:
         torch.cuda.set_device(torch.device(device))
@@ -163,7 +180,7 @@ def main() -> None:
     begun = time.monotonic()
     lines = []
     if gpu:
-        failed = sum(worker.wait() != 0 for worker in _rehearsals(len(every)))
+        failed = sum(worker.wait() != 0 for worker in _rehearsals(every))
         lines.append(f"kernels compiled after {time.monotonic() - begun:.0f} s, {failed} rehearsals failed")
         dist.init_process_group("nccl", device_id=torch.device(device))
     else:
@@ -183,13 +200,13 @@ def _run(every: Sequence[Case], device: str, lines: list[str]) -> int:
     for case in every:
         start = time.monotonic()
         try:
-            ratio, kernels = _one(case.call(device), case.scheme)
+            ratio, kernels = _one(case, device)
             verdict = "ok"
         except Exception:
             ratio, kernels, verdict = float("nan"), "", traceback.format_exc().strip().splitlines()[-1][:90]
             bad += 1
         took = f"{ratio:5.2f} {time.monotonic() - start:5.1f} s"
-        lines.append(f"{case.name:32} {str(case.dtype)[6:]:9} {took} {verdict:4} {kernels}")
+        lines.append(f"{case.name:33} {case.scheme:7} {str(case.dtype)[6:]:9} {took} {verdict:4} {kernels}")
     kind = device.split(":")[0]
     for check in (_other_stream, _by_heads, _compiled, _mixed) if kind == "cuda" else (_by_heads, _compiled, _mixed):
         try:
