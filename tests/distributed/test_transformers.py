@@ -60,6 +60,19 @@ def models(rank: int, ranks: int) -> None:
                 torch.testing.assert_close(_mean(parameter.grad), gradient, atol=1e-6, rtol=1e-4)
 
 
+def packed_by_offsets(rank: int, ranks: int) -> None:
+    """Sequences of 7 and 17 tokens, neither of which ends with a chunk."""
+    offsets = torch.tensor([0, 7, TOKENS], dtype=torch.int32)
+    packing = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 17, "max_length_k": 17}
+    model, text = _model(), [each[:1].clone() for each in _text()]
+    text[2][:, 7:] -= 7
+    expected = _loss(model, *text, **packing)
+    assert not torch.allclose(expected, _loss(model, *text[:2], torch.arange(TOKENS)[None])), "packing must matter"
+    with context_parallel(model, buffers=text, buffer_seq_dims=[1] * 3):
+        loss = _loss(model, *text, **packing)
+    torch.testing.assert_close(_mean(loss), expected.detach())
+
+
 def _sharded(text: list[Tensor], mask: Tensor | None = None) -> None:
     buffers = text if mask is None else [*text, mask]
     with context_parallel(None, buffers=buffers, buffer_seq_dims=[1] * len(buffers)):
@@ -92,9 +105,10 @@ def padded(rank: int, ranks: int) -> None:
 
 
 def test_over_two_processes(tmp_path: Path) -> None:
-    jobs = [models, packed_by_positions, packed_in_one_share, forgotten_positions, padded]
-    equal, *refused = processes.run(jobs, 2, tmp_path)
+    jobs = [models, packed_by_offsets, packed_by_positions, packed_in_one_share, forgotten_positions, padded]
+    equal, packed, *refused = processes.run(jobs, 2, tmp_path)
     processes.succeeded(equal)
+    processes.succeeded(packed)
     for values, said in zip(
         refused, ("position_ids: got others",) * 3 + ("attention_mask: got a tensor",), strict=True
     ):
