@@ -145,4 +145,4 @@ def test_two_cards_keep_what_is_promised() -> None:
             assert ring[which]["median"] < peer[which]["median"]
             assert length == 2**15 or one[which]["median"] >= 0.92 * 2 * ring[which]["median"], (length, which)
     for each in costs.validate(record):
-        assert each.measured == pytest.approx(each.predicted, rel=0.15), each
+        assert each.measured == pytest.approx(each.predicted, rel=0.2), each

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flashtile.distributed.ring import BACKWARD_ROWS
+from flashtile.distributed.ring import BACKWARD_PAIRS, pieces_of
 
 SCHEMES = ("ring", "ulysses", "gather", "mixed")
 BACKWARD = 2.5
@@ -111,7 +111,7 @@ def _ring(work: Work, ranks: int, machine: Machine, dealt: int = 1, link: float 
     merge = tokens * heads * (16 + work.element) / machine.memory
     sums = (tokens * heads + keys) * (8 + work.element) / machine.memory
     # What some heads send and find is copied out of, and into, what all heads have.
-    pieces = max(1, int(min(heads_kv, work.seqlen / ranks * heads_kv // BACKWARD_ROWS)))
+    pieces = pieces_of(int(heads_kv), (work.seqlen // ranks) ** 2, BACKWARD_PAIRS)
     copies = (tokens * heads + 2 * keys) * 2 * work.element / machine.memory if ranks > 1 and pieces > 1 else 0.0
     alone_at_last = message * (1 + (ranks > 2)) / 2 / pieces if ranks > 1 else 0.0
     step, back = alone.forward / dealt / ranks**2, alone.backward / dealt / ranks**2

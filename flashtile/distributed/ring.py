@@ -12,6 +12,7 @@ way home, is then a fraction of a rank's tensors, and the last message of some h
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,11 @@ from flashtile.distributed.groups import peer
 from flashtile.distributed.scheme import Rectangle, Running, Scheme, call, hull, rows_of, saved_of
 from flashtile.parts import Grads, Whole
 
-FORWARD_ROWS, BACKWARD_ROWS = 2**19, 2**16
-"""Keys of all heads together that a rank works on at a time, or more: enough tiles to keep a GPU busy. Backwards much
-more is in flight for every key."""
+FORWARD_PAIRS, BACKWARD_PAIRS = 2**35, 2**29
+"""Pairs of a query and a key in a step of some heads, at least: enough work to keep a GPU busy, for longer than the
+host takes to launch it. Backwards much more is in flight for every key."""
+MOST_PIECES = 8
+"""Into how many of some heads a call is cut at most: what more would save is little beside a rank's own tensors."""
 
 _Saved = tuple[Tensor, Tensor]
 _Grads = tuple[Tensor | None, Tensor | None]
@@ -147,6 +150,11 @@ class Heads(NamedTuple):
         )
 
 
+def pieces_of(heads: int, pairs: int, least: int) -> int:
+    """Into how many pieces key/value heads with so many pairs each are cut; `least`: pairs of a piece."""
+    return max(1, min(heads, MOST_PIECES, heads * pairs // least))
+
+
 def tensors_of(whole: Whole) -> tuple[Tensor, Tensor, Tensor]:
     return whole.inputs.q, whole.inputs.k, whole.inputs.v
 
@@ -194,15 +202,16 @@ class Ring(Scheme):
         """The rank that lies `step` places before this one."""
         return (self.rank - step) % self.ranks
 
-    def _by_heads(self, whole: Whole, rows: int) -> list[Heads]:
-        """The call in pieces of some heads, each with about `rows` keys or more."""
-        heads, keys = whole.inputs.k.shape[-2], whole.inputs.k[..., 0].numel()
-        count = max(1, min(heads, keys // rows)) if self.ranks > 1 else 1
+    def _by_heads(self, whole: Whole, pairs: int) -> list[Heads]:
+        """The call in pieces of some heads, each with about so many pairs in a step, or more."""
+        *batch, queries, _, _ = whole.inputs.q.shape
+        heads, keys = whole.inputs.k.shape[-2], whole.inputs.k.shape[-3] * prod(batch)
+        count = pieces_of(heads, queries * keys, pairs) if self.ranks > 1 else 1
         bounds = [heads * place // count for place in range(count + 1)]
         return [Heads.of(whole, slice(*ends)) for ends in pairwise(bounds)]
 
     def _forward(self, whole: Whole) -> _Saved:
-        pieces = self._by_heads(whole, FORWARD_ROWS)
+        pieces = self._by_heads(whole, FORWARD_PAIRS)
         keys = Keys(self, [piece.whole for piece in pieces])
         if len(pieces) == 1:
             return self._attend(whole, keys)
@@ -228,7 +237,7 @@ class Ring(Scheme):
         return arrival.step == self.ranks - 1 and found is arrival.found[-1]
 
     def _backward(self, whole: Whole, saved: _Saved, grads: _Grads, totals: Grads) -> tuple[Tensor, Tensor, Tensor]:
-        pieces = self._by_heads(whole, BACKWARD_ROWS)
+        pieces = self._by_heads(whole, BACKWARD_PAIRS)
         results = None
         if len(pieces) > 1:
             results = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in tensors_of(whole)]

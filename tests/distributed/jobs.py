@@ -47,8 +47,8 @@ class Sharded:
     def __call__(self, rank: int, ranks: int) -> Tensors:
         """What this rank finds."""
         mesh = None if self.mesh is None else mesh_of(self.mesh)
-        rows = 1 if self.by_heads else 2**16
-        with mock.patch.multiple(ring, FORWARD_ROWS=rows, BACKWARD_ROWS=rows):
+        pairs = 1 if self.by_heads else 2**30
+        with mock.patch.multiple(ring, FORWARD_PAIRS=pairs, BACKWARD_PAIRS=pairs):
             return shares(self.call(), self.scheme, self.layout, mesh)
 
     def together(self, found: Sequence[Tensors]) -> Tensors:

@@ -135,8 +135,8 @@ def _by_heads(device: str) -> None:
     """Some heads at a time, as long sequences go round, is what all heads at once is."""
     q, k, v = (torch.randn(1, 512, 4, 128, device=device, dtype=BF16, requires_grad=True) for _ in range(3))
     found = []
-    for rows in (2**16, 1):
-        with mock.patch.multiple(ring, FORWARD_ROWS=rows, BACKWARD_ROWS=rows):
+    for pairs in (2**30, 1):
+        with mock.patch.multiple(ring, FORWARD_PAIRS=pairs, BACKWARD_PAIRS=pairs):
             out = distributed.ring_attention(q, k, v, causal=True)
             found.append([out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))])
     for one, other in zip(*found, strict=True):
