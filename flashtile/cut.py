@@ -101,6 +101,15 @@ def mask(mask: Mask, part: Part, device: torch.device) -> Mask | None:
     return _cut(json.loads(mask.token), mask.tensors, part, device)
 
 
+@lru_cache(maxsize=256)
+def same_for_all_heads(token: str) -> bool:
+    """Whether a mask never asks which head it is for."""
+    kind, *rest = json.loads(token)
+    if kind in ("and", "or"):
+        return all(same_for_all_heads(_token(each)) for each in rest)
+    return kind in ("full", "causal", "window", "band", "chunk", "prefix", "document")
+
+
 def _cut(expression: Expression, tensors: Sequence[Tensor], part: Part, device: torch.device) -> Mask | None:
     kind, *rest = expression
     if kind in ("and", "or"):

@@ -73,8 +73,23 @@ class Whole:
 
     def part(self, query: int, queries: int, key: int, keys: int) -> Part:
         """The rectangle of the whole that begins there, of this process's heads."""
-        heads = None if self.heads_of_all == self.inputs.q.shape[-2] else self.inputs.q.shape[-2]
-        return Part(query, queries, key, keys, self.seqlen_q, self.seqlen_kv, self.head, heads)
+        return Part(query, queries, key, keys, self.seqlen_q, self.seqlen_kv, *self.heads)
+
+    @property
+    def heads(self) -> tuple[int, int | None]:
+        """(first, count) of this process's query heads; the count is None where they are all."""
+        count = self.inputs.q.shape[-2]
+        return self.head, None if self.heads_of_all == count else count
+
+    def of_heads(self, heads: slice) -> "Whole":
+        """The same call of some of this process's key/value heads, and of the query heads that read them."""
+        inputs = self.inputs
+        group = inputs.q.shape[-2] // inputs.k.shape[-2]
+        queries = slice(group * heads.start, group * heads.stop)
+        some = inputs._replace(q=inputs.q[..., queries, :], k=inputs.k[..., heads, :], v=inputs.v[..., heads, :])
+        # Where parts lie is found out once, unless the mask differs among heads.
+        memory = self.memory if cut.same_for_all_heads(self.options.mask) else {}
+        return replace(self, inputs=some, head=self.head + queries.start, memory=memory)
 
     def totals(self, wanted: Wanted) -> Grads:
         """Zeros for the gradients of all but q, k and v, in the shapes of the whole."""
@@ -158,6 +173,8 @@ def mask_of(whole: Whole, part: Part) -> Mask | None:
     """The mask of a part, None: nothing of it is visible; one object as long as the whole mask's tensors are the same,
     so that what kernels derive from it is kept too."""
     given, device, tables = Mask(whole.options.mask, whole.inputs.mask), whole.inputs.q.device, whole.tables
+    if cut.same_for_all_heads(given.token):
+        part = replace(part, head=0, heads=None)
     if tables is None:
         return _remembered(("mask", given.token, part, device), given.tensors, lambda: cut.mask(given, part, device))
     tensors = (*given.tensors, *vars(tables).values())
@@ -188,8 +205,11 @@ class _Forget:
 
 
 def local(whole: Whole, part: Part, mask: Mask, qkv: Sequence[Tensor]) -> Local:
-    """The part, whose mask is `mask`, over these slices of q, k and v. Without sinks: those belong to no part."""
+    """The part, whose mask is `mask`, over these slices of q, k and v and of the call's own heads. Without sinks: those
+    belong to no part."""
     inputs, options, device = whole.inputs, whole.options, whole.inputs.q.device
+    if (part.head, part.heads) != whole.heads:
+        part = replace(part, head=whole.heads[0], heads=whole.heads[1])
     bias, slopes, score = inputs.bias, inputs.alibi_slopes, inputs.score
     heads = slice(None) if part.heads is None else slice(part.head, part.head + part.heads)
     key, alignment = options.score_mod, _alignment(part, options.alignment)
@@ -325,16 +345,19 @@ def _has_triton() -> bool:
 
 
 class Sums:
-    """The gradient of a (..., tokens, heads, headdim) tensor from those of its parts, added up in float32."""
+    """The gradient of a (..., tokens, heads, headdim) tensor from those of its parts, added up in float32.
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
+    target: where it belongs in the end; None: in memory of its own, without a copy where one part is all.
+    """
+
+    def __init__(self, like: Tensor, target: Tensor | None = None) -> None:
+        self.like, self.target = like, target
         self.total: Tensor | None = None
 
     def add(self, rows: slice, gradient: Tensor, last: bool = False) -> None:
         """Some tokens' share; `last`: none follows, so that a sum of two is rounded once, in the tensor's own type."""
         if self.total is None and (rows.start, rows.stop) == (0, self.like.shape[-3]):
-            self.total = gradient
+            self.total = gradient if self.target is None else self.target.copy_(gradient)
             return
         if last and self.total is not None:
             self.total[..., rows, :, :] += gradient
@@ -346,7 +369,12 @@ class Sums:
         self.total[..., rows, :, :] += gradient
 
     def result(self) -> Tensor:
-        """In the tensor's own type."""
-        if self.total is None:
+        """In the tensor's own type; the sum's memory is free afterwards, but for the result."""
+        total, self.total = self.total, None
+        if self.target is not None:
+            if total is None:
+                return self.target.zero_()
+            return total if total is self.target else self.target.copy_(total)
+        if total is None:
             return torch.zeros(self.like.shape, dtype=self.like.dtype, device=self.like.device)
-        return self.total.to(self.like.dtype)
+        return total.to(self.like.dtype)

@@ -45,7 +45,7 @@ class _Found(NamedTuple):
 def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
     """(out, lse) of the call."""
     if sharding.current is not None and not arguments.sharding:
-        sharded = sharding.current(q, k, v, arguments, packing)
+        sharded = sharding.current.attend(q, k, v, arguments, packing)
         if sharded is not None:
             return sharded
     found = _find(q, k, v, arguments, packing)

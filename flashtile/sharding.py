@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -42,9 +43,25 @@ class Sharding(Protocol):
 
 _known: dict[str, Sharding] = {}
 
-current: Callable[..., Any] | None = None
-"""What `attention` and `attention_varlen` ask first; None: nobody. It returns (out, lse), or None for a call that is
-this process's own. One for the process, for the backward pass runs in threads of its own."""
+
+@dataclass(frozen=True)
+class Current:
+    """A stretch of code whose attention is sharded.
+
+    attend: a call's (out, lse); None for one that is this process's own. running: whether calls are sharded just now.
+    positions: of so many tokens of this process, where in the sequence each is; on the CPU. unanimous: whether all
+    processes say yes; each of them must ask.
+    """
+
+    attend: Callable[..., Any]
+    running: Callable[[], bool]
+    positions: Callable[[int], Tensor]
+    unanimous: Callable[[bool], bool]
+
+
+current: Current | None = None
+"""What `attention` and `attention_varlen` ask first; None: nobody. One for the process, for the backward pass runs in
+threads of its own."""
 
 
 def register(name: str, sharding: Sharding) -> None:

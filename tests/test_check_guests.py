@@ -34,6 +34,8 @@ TABLE = [
     ),
     Refusal(ImportError, "m", r"the real package .*d 1\.2", lambda: guests.not_installed("m", "d", "1.2", True)),
     Refusal(ImportError, "m", "the real package .*unknown", lambda: guests.not_installed("m", "d", None, True)),
+    Refusal(NONE, "attention_mask", "chunks inside of context_parallel", lambda: guests.mask_of_shares("chunks")),
+    Refusal(ValueError, "position_ids", "others than the places", lambda: guests.positions_of_shares(False)),
     Refusal(NONE, "cache", "transformers' paged cache", lambda: guests.no_paged_batching({"cache": PAGED})),
     Refusal(NONE, "k_cache", "transformers' paged cache", lambda: guests.no_paged_batching({"k_cache": T})),
     Refusal(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashtile import cli
-from flashtile.bench import costs, scaling
+from flashtile.bench import costs, costs_report, scaling
 from flashtile.bench.costs import BACKWARD, Machine, Work
 from tests.distributed import processes
 
@@ -108,9 +108,41 @@ def test_the_command_predicts_and_draws(
     place = tmp_path / "results" / "machine" / "scaling" / "2.json"
     place.parent.mkdir(parents=True)
     place.write_text(json.dumps(record))
+    page = tmp_path / "docs" / "distributed.md"
+    page.parent.mkdir()
+    page.write_text(f"Before\n{costs_report.BEGIN}\nold\n{costs_report.END}\nafter\n")
     options = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs"), "--ranks", "8", "64"]
     assert cli.main(["bench", "scaling", "--heads", "32", "--heads-kv", "8", "--tokens", "131072", *options]) == 0
     text = capsys.readouterr().out
     assert "131,072 tokens, 32/8 heads" in text
     assert "fastest rounds" in text
     assert (tmp_path / "docs" / "images" / "scaling.png").stat().st_size > 1000
+    assert page.read_text() == f"Before\n{costs_report.BEGIN}\n{costs_report.END}\nafter\n", "CPUs have no tables"
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def _records() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*/scaling/*.json"))]
+
+
+def test_the_page_shows_what_the_records_hold() -> None:
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    shown = text[text.index(costs_report.BEGIN) + len(costs_report.BEGIN) : text.index(costs_report.END)]
+    expected = costs_report.markdown(_records())
+    assert shown == "\n".join(["", *expected, ""])
+    assert len(expected) > 20
+
+
+def test_two_cards_keep_what_is_promised() -> None:
+    """On two H200s: the ring against one card and against the peer's ring, and what the model predicts."""
+    (record,) = (each for each in _records() if each["machine"]["slug"] == "nvidia-h200" and each["ranks"] == 2)
+    rows = {(row["seqlen"], row["way"]): row for row in record["rows"]}
+    for length in (2**15, 2**16, 2**17, 2**18):
+        one, ring, peer = (rows[length, way] for way in ("one", "ring", "peer ring"))
+        for which in ("forward", "backward"):
+            assert ring[which]["median"] < peer[which]["median"]
+            assert length == 2**15 or one[which]["median"] >= 0.92 * 2 * ring[which]["median"], (length, which)
+    for each in costs.validate(record):
+        assert each.measured == pytest.approx(each.predicted, rel=0.2), each

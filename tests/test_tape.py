@@ -102,6 +102,20 @@ def test_tensors_are_not_kept_alive() -> None:
     assert [ref() for ref in alive] == [None, None]
 
 
+def test_nor_what_descriptors_describe() -> None:
+    layout = gl.NVMMASharedLayout.get_default_for([16, 64], gl.bfloat16)
+    tensor = torch.empty(32, 64, dtype=torch.bfloat16)
+    alive, memory, kernel = weakref.ref(tensor), dict[Any, Any](), Noting()
+    described = TensorDescriptor(tensor, [32, 64], [64, 1], [16, 64], layout)
+    for _ in range(3):
+        perform(_launches(kernel, tensor, tensor, described), (tensor, tensor), memory)
+    assert isinstance(kernel.seen[-1][1][2][2], TensorDescriptor)
+    kernel.seen.clear()
+    del tensor, described
+    assert len(memory) == 1
+    assert alive() is None
+
+
 def test_what_reads_another_tensor_is_never_played() -> None:
     """A copy that a launch made for itself is gone the next time."""
     kernel, memory = Noting(), dict[Any, Any]()

@@ -3,7 +3,8 @@
 Compute is dealt out evenly (zig-zag), at the rate that one device reaches. What the schemes add:
 
 - ring: in each of P steps a rank computes its P-th part while K and V of the next step arrive; a step takes the longer
-  of the two. Backward the gradients of K and V of an earlier step travel at the same time. States are merged in memory.
+  of the two. Backward the gradients of K and V of an earlier step travel at the same time; some heads go round after
+  others, and only the last ones' gradients travel alone. States and gradients are added up in memory.
 - ulysses: one all-to-all of q, k, v before and one of out after; backward the gradients both ways. Not overlapped.
 - gather: all K and V before, backward again, and the gradients of all K and V to their owners. Not overlapped.
 - mixed: Ulysses within a node, a ring across nodes.
@@ -16,6 +17,8 @@ launches of small calls, links that are shared.
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from flashtile.distributed.ring import BACKWARD_PAIRS, pieces_of
 
 SCHEMES = ("ring", "ulysses", "gather", "mixed")
 BACKWARD = 2.5
@@ -107,11 +110,15 @@ def _ring(work: Work, ranks: int, machine: Machine, dealt: int = 1, link: float 
     # In place: a multiplication and a sum in float32 a step, and reading what is added.
     merge = tokens * heads * (16 + work.element) / machine.memory
     sums = (tokens * heads + keys) * (8 + work.element) / machine.memory
+    # What some heads send and find is copied out of, and into, what all heads have.
+    pieces = pieces_of(int(heads_kv), (work.seqlen // ranks) ** 2, BACKWARD_PAIRS)
+    copies = (tokens * heads + 2 * keys) * 2 * work.element / machine.memory if ranks > 1 and pieces > 1 else 0.0
+    alone_at_last = message * (1 + (ranks > 2)) / 2 / pieces if ranks > 1 else 0.0
     step, back = alone.forward / dealt / ranks**2, alone.backward / dealt / ranks**2
     forward = step * ranks + (ranks - 1) * (max(0.0, message - step) + merge)
     # The second step's gradients are the first to travel; the last step's travel alone.
     both = sum(max(0.0, message * (1 + (number >= 2)) - back) for number in range(ranks - 1))
-    backward = back * ranks + both + (ranks - 1) * sums + (message if ranks > 1 else 0.0) * (1 + (ranks > 2)) / 2
+    backward = back * ranks + both + (ranks - 1) * sums + copies + alone_at_last
     return Times(forward, backward)
 
 
@@ -191,7 +198,11 @@ class Comparison:
 
 
 def validate(record: dict[str, Any]) -> list[Comparison]:
-    """The model against a record of `flashtile.bench.scaling`: every scheme and length that it holds."""
+    """The model against a record of `flashtile.bench.scaling`: every scheme and length that it holds.
+
+    A ring's calls are as long as a rank's share, so it computes at the rate that one device reached at that length, if
+    it was measured.
+    """
     rows = [row for row in record["rows"] if row["status"] == "ok"]
     alone = {row["seqlen"]: row for row in rows if row["way"] == "one"}
     element = 2 if record["settings"]["dtype"] in ("bfloat16", "float16") else 4
@@ -199,7 +210,8 @@ def validate(record: dict[str, Any]) -> list[Comparison]:
     for row in rows:
         if row["way"] not in SCHEMES or row["seqlen"] not in alone:
             continue
-        machine = machine_of(record, alone[row["seqlen"]])
+        length = row["seqlen"] // record["ranks"] if row["way"] == "ring" else row["seqlen"]
+        machine = machine_of(record, alone.get(length, alone[row["seqlen"]]))
         settings = record["settings"]
         work = Work(row["seqlen"], settings["heads"], settings["heads"], settings["headdim"], element)
         times = predict(row["way"], work, record["ranks"], machine)

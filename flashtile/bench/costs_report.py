@@ -61,6 +61,66 @@ def _comparison(record: dict[str, Any]) -> Table:
     return table
 
 
+BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
+
+
+def write(path: Path, records: Sequence[dict[str, Any]]) -> bool:
+    """Puts the records' tables between the two marks of a document; returns whether it has them."""
+    text = path.read_text() if path.exists() else ""
+    if BEGIN not in text or END not in text:
+        return False
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    path.write_text("\n".join([before + BEGIN, *markdown(records), after]))
+    return True
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each record with a peer's ring: speed, memory, and what the model predicted."""
+    lines = []
+    for record in records:
+        rows = {(row["seqlen"], row["way"]): row for row in record["rows"] if row["status"] == "ok"}
+        lengths = [length for length, way in rows if way == "peer ring" and (length, "ring") in rows]
+        if lengths and record["settings"]["device"] == "cuda":
+            lines += _speeds(record, rows, lengths) + _memories(record, rows, lengths) + _predicted(record)
+    return lines
+
+
+Rows = dict[tuple[int, str], dict[str, Any]]
+
+
+def _speeds(record: dict[str, Any], rows: Rows, lengths: Sequence[int]) -> list[str]:
+    ranks, name = record["ranks"], record["machine"]["name"]
+    lines = ["", f"| {ranks} x {name} | pass | one card, ms | ring, ms | efficiency | peer ring, ms |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for length in lengths:
+        for which in ("forward", "backward"):
+            one, ring, peer = (rows[length, way][which]["median"] for way in ("one", "ring", "peer ring"))
+            efficiency = f"{one / ranks / ring:.1%}"
+            lines.append(f"| {length:,} tokens | {which} | {one:.2f} | {ring:.2f} | {efficiency} | {peer:.2f} |")
+    return lines
+
+
+def _memories(record: dict[str, Any], rows: Rows, lengths: Sequence[int]) -> list[str]:
+    lines = [
+        "",
+        "| memory of a rank, GiB | one card | ring | share | peer ring |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for length in lengths:
+        one, ring, peer = (rows[length, way]["memory"] / 2**30 for way in ("one", "ring", "peer ring"))
+        lines.append(f"| {length:,} tokens | {one:.2f} | {ring:.2f} | {ring / one:.0%} | {peer:.2f} |")
+    return lines
+
+
+def _predicted(record: dict[str, Any]) -> list[str]:
+    lines = ["", "| fastest rounds | scheme | pass | predicted, ms | measured, ms | measured / predicted |"]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: |")
+    for each in costs.validate(record):
+        times = f"{each.predicted:.2f} | {each.measured:.2f} | {each.measured / each.predicted:.2f}"
+        lines.append(f"| {each.seqlen:,} tokens | {each.scheme} | {each.which} | {times} |")
+    return [*lines, ""]
+
+
 def draw(work: Work, ranks: Sequence[int], machine: Machine, records: Sequence[dict[str, Any]], path: Path) -> Path:
     """Efficiency against ranks, the fastest scheme by ranks and length, and, where there are records, their check."""
     compared = [each for record in records for each in costs.validate(record)]

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from flashtile.bench import machine
 from flashtile.bench.peer_ring import PeerRing
 
 ONE, PEER = "one", "peer ring"
+BURST = 4
+"""Rounds on a GPU between two waits."""
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -52,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schemes", nargs="+", default=["ring"], choices=("ring", "ulysses", "gather"))
     parser.add_argument("--heads", type=int, help="default 16; on a CPU 4")
     parser.add_argument("--headdim", type=int, help="default 128; on a CPU 64")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each way and length; default %(default)s")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each way and length; default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="at least; default %(default)s")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args(arguments)
@@ -173,30 +177,43 @@ def _error(found: list[Tensor], truth: list[Tensor]) -> float:
 
 def _slowest(value: float) -> float:
     """The largest of all ranks."""
-    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    return float(_of_the_slowest(torch.tensor(value, dtype=torch.float64)))
+
+
+def _of_the_slowest(values: Tensor) -> Tensor:
+    """The largest of all ranks, number by number."""
+    shared = values.to("cuda" if "nccl" in dist.get_backend() else "cpu")
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return float(shared)
+    return shared.cpu()
 
 
 def _time(settings: Settings, way: Attention, leaves: list[Tensor], grad: Tensor) -> dict[str, Any]:
-    """Milliseconds of the passes, round by round, of the slowest rank."""
+    """Milliseconds of the passes, round by round, of the slowest rank. Rounds follow each other without a pause, as the
+    layers of a model do: a device has its next work before it is done with the last. A burst's first has not, and does
+    not count."""
     samples: dict[str, list[float]] = {"forward": [], "backward": []}
     begun = time.monotonic()
     while len(samples["forward"]) < settings.rounds or _slowest(time.monotonic() - begun) < settings.seconds:
         dist.barrier()
-        marks = [_mark(grad)]
-        out = way(*leaves)
-        marks.append(_mark(grad))
-        torch.autograd.grad(out, leaves, grad)
-        marks.append(_mark(grad))
+        marks = [_round(way, leaves, grad) for _ in range(BURST if grad.is_cuda else 1)]
         if grad.is_cuda:
             torch.cuda.synchronize()
-        for name, first, last in (("forward", marks[0], marks[1]), ("backward", marks[1], marks[2])):
-            samples[name].append(_slowest(_between(first, last)))
+            marks = marks[1:]
+        times = torch.tensor([[_between(*pair) for pair in pairwise(three)] for three in marks], dtype=torch.float64)
+        for name, values in zip(samples, _of_the_slowest(times).unbind(1), strict=True):
+            samples[name] += values.tolist()
         if len(samples["forward"]) >= 50:
             break
     return {name: {"median": statistics.median(values), "samples": values} for name, values in samples.items()}
+
+
+def _round(way: Attention, leaves: list[Tensor], grad: Tensor) -> list[Any]:
+    """Marks before, between and after the two passes."""
+    marks = [_mark(grad)]
+    out = way(*leaves)
+    marks.append(_mark(grad))
+    torch.autograd.grad(out, leaves, grad)
+    return [*marks, _mark(grad)]
 
 
 def _mark(tensor: Tensor) -> Any:

@@ -99,6 +99,25 @@ def no_paged_batching(options: Mapping[str, Any]) -> None:
             )
 
 
+def mask_of_shares(description: str | None) -> None:
+    """`description`: of a mask that transformers made from one process's tokens, which is not the whole's."""
+    if description is not None:
+        raise NotImplementedError(
+            f"attention_mask: got {description} inside of context_parallel, where a process sees its own tokens alone; "
+            "need none; try padding on the right, which causal models never look at, without a mask, or cu_seq_lens_q "
+            "and cu_seq_lens_k of the whole for packed sequences"
+        )
+
+
+def positions_of_shares(as_one_sequence: bool) -> None:
+    if not as_one_sequence:
+        raise ValueError(
+            "position_ids: got others than the places of a process's tokens in one sequence, need those inside of "
+            "context_parallel; try giving position_ids = torch.arange(seqlen)[None] as one of its buffers, or "
+            "cu_seq_lens_q and cu_seq_lens_k of the whole for packed sequences"
+        )
+
+
 def no_later_key(seen: Tensor) -> None:
     """`seen`: whether each token sees the next one. Becomes an operator of the graph that is being traced."""
     torch._assert_async(

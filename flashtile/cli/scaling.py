@@ -45,6 +45,9 @@ def scaling(given: argparse.Namespace) -> int:
     console = Console()
     for table in costs_report.tables(work, tuple(given.tokens), tuple(given.ranks), machine, records):
         console.print(table)
+    document = Path(given.docs) / "distributed.md"
+    if costs_report.write(document, records):
+        console.print(f"wrote {document}", soft_wrap=True)
     path = costs_report.draw(work, tuple(given.ranks), machine, records, Path(given.docs) / "images" / "scaling.png")
     console.print(f"wrote {path}", soft_wrap=True)
     return 0

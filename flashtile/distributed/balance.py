@@ -7,6 +7,7 @@ striped order of Brandon et al. 2023, in chunks, as in Llama 3's context paralle
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,11 @@ def _levels(mesh: Any, layout: str) -> list[tuple[dist.ProcessGroup, str]]:
     return [(group_of(mesh), layout)]
 
 
+def ranks_of(mesh: Any) -> int:
+    """How many processes share a sequence."""
+    return prod(group.size() for group, _ in _levels(mesh, "contiguous"))
+
+
 def shard(tensor: Tensor, mesh: Any = None, *, dim: int = 1, layout: str = "zigzag") -> Tensor:
     """This process's share of a tensor that all processes hold whole: a copy of its tokens along `dim`.
 
@@ -116,4 +122,4 @@ def gathered(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return found
 
 
-__all__ = ["Group", "Piece", "chunks", "gathered", "joined", "own", "parts", "pieces", "shard", "unshard"]
+__all__ = ["Group", "Piece", "chunks", "gathered", "joined", "own", "parts", "pieces", "ranks_of", "shard", "unshard"]

@@ -12,7 +12,7 @@ from flashtile.check import qkv, tensors
 from flashtile.check import sharding as check
 from flashtile.distributed import ulysses
 from flashtile.distributed.gather import Gather
-from flashtile.distributed.groups import group_of, groups_of, name_of
+from flashtile.distributed.groups import Agreement, group_of, groups_of, name_of
 from flashtile.distributed.ring import Ring
 from flashtile.distributed.scheme import Scheme
 from flashtile.parts import Arguments, Packing
@@ -75,6 +75,11 @@ def _check_dealt(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, name:
     except (TypeError, ValueError) as error:
         dealer.agreement.failed(error)
         raise
+
+
+def agreement_of(names: tuple[str, str | None]) -> Agreement:
+    """Between all processes of a call."""
+    return _schemes[names[0]].agreement
 
 
 def attention(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from flashtile import sharding
 from flashtile.check import sharding as check
-from flashtile.distributed.balance import shard
-from flashtile.distributed.calls import names_of, run
+from flashtile.distributed.balance import ranks_of, shard
+from flashtile.distributed.calls import agreement_of, names_of, run
 from flashtile.parts import Arguments, Packing
 
 
@@ -50,12 +51,19 @@ def context_parallel(
 
     running = [0 if model is not None else 1]
 
+    def is_running() -> bool:
+        return running[0] > 0 or _in_backward()
+
     def attend(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
-        return run(q, k, v, arguments, packing, names) if running[0] or _in_backward() else None
+        return run(q, k, v, arguments, packing, names) if is_running() else None
+
+    @lru_cache
+    def positions(tokens: int) -> Tensor:
+        return shard(torch.arange(tokens * ranks_of(mesh)), mesh, dim=0, layout=layout)
 
     kept = _shard_in_place(buffers, buffer_seq_dims, mesh, layout, no_restore_buffers or set())
     hooks = _counted(model, running) if model is not None else []
-    sharding.current = attend
+    sharding.current = sharding.Current(attend, is_running, positions, agreement_of(names).unanimous)
     try:
         yield
     finally:

@@ -85,6 +85,14 @@ class Agreement:
             except check.RanksDisagree:
                 return
 
+    def unanimous(self, yes: bool) -> bool:
+        """Whether all processes say yes; one small all-reduce a group."""
+        for group in self.groups:
+            found = torch.tensor(int(yes), device=_device(group))
+            dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
+            yes = bool(found)
+        return yes
+
     def _compare(self, group: dist.ProcessGroup, description: dict[str, str]) -> None:
         digest = hashlib.sha256(repr(sorted(description.items())).encode()).digest()[:16]
         mine = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(_device(group))

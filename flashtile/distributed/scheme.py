@@ -100,6 +100,14 @@ class Running:
         self.out: Tensor | None = None
         self.lse: Tensor | None = None
 
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """For the results, not yet written."""
+        inputs = self.whole.inputs
+        q, v = inputs.q, inputs.v
+        lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+        out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=self.whole.options.out_dtype)
+        return out, q.new_empty(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=lse_dtype)
+
     def add(self, rows: slice, out: Tensor, lse: Tensor, last: bool = False) -> None:
         """One more State, of some of the queries; `last`: none follows, so that out is rounded once where it lies."""
         tokens = self.whole.inputs.q.shape[-3]

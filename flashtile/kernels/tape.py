@@ -77,7 +77,8 @@ class Tape:
         base = self._filler(descriptor.base)
         if base is None:
             return None
-        fields = dict(vars(descriptor))
+        # Without its base: no tensor of this time is kept alive.
+        fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
 
         def filled(tensors: Sequence[Any]) -> TensorDescriptor:
             # What the constructor checks was checked the first time.

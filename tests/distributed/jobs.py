@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -10,13 +11,22 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flashtile import distributed
-from flashtile.distributed import balance
+from flashtile.distributed import balance, ring
 from tests.problems import Call, Shape, Tensors, make
+
+PAIRS = (
+    *(("causal", "document"), ("window", "softcap"), ("chunk", "prefix_lm"), ("block", "bias"), ("mask_mod", "alibi")),
+    *(("dense_mask", "sinks"), ("document_unsorted", "causal_top_left"), ("band", "score_mod"), ("prefix_none",)),
+    *(("far_apart", "padding"), ("block_mask", "bias_heads"), ("prefix", "dropout"), ("window_top_left", "scale")),
+    ("window_left", "bias_keys", "alibi_batch"),
+)
+"""Every mask, with something that changes scores."""
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """A golden problem by one scheme. `mesh`: the sizes of (ring, heads), for "mixed"."""
+    """A golden problem by one scheme. `mesh`: the sizes of (ring, heads), for "mixed". `by_heads`: rings take one
+    key/value head at a time, as they do with long sequences."""
 
     name: str
     shape: Shape
@@ -26,6 +36,7 @@ class Sharded:
     dtype: torch.dtype = torch.float32
     mesh: tuple[int, int] | None = None
     lse_grad: bool = True
+    by_heads: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} {self.scheme} {self.layout} {self.mesh or ''}"
@@ -35,7 +46,10 @@ class Sharded:
 
     def __call__(self, rank: int, ranks: int) -> Tensors:
         """What this rank finds."""
-        return shares(self.call(), self.scheme, self.layout, None if self.mesh is None else mesh_of(self.mesh))
+        mesh = None if self.mesh is None else mesh_of(self.mesh)
+        pairs = 1 if self.by_heads else 2**30
+        with mock.patch.multiple(ring, FORWARD_PAIRS=pairs, BACKWARD_PAIRS=pairs):
+            return shares(self.call(), self.scheme, self.layout, mesh)
 
     def together(self, found: Sequence[Tensors]) -> Tensors:
         """The whole results from those of all ranks."""
@@ -70,7 +84,7 @@ def _dims(packed: bool) -> dict[str, int]:
     return {"out": tokens, "dq": tokens, "dk": tokens, "dv": tokens, "lse": 1 if packed else 2}
 
 
-def shares(call: Call, scheme: str, layout: str = "zigzag", mesh: Any = None) -> Tensors:
+def shares(call: Call, scheme: str, layout: str = "zigzag", mesh: Any = None, backend: str | None = None) -> Tensors:
     """out, lse and gradients of this rank's share of the call."""
     dims = _dims(call.shape.packed)
 
@@ -82,7 +96,7 @@ def shares(call: Call, scheme: str, layout: str = "zigzag", mesh: Any = None) ->
         name: own(leaf.detach(), f"d{name}").requires_grad_() if name in ("q", "k", "v") else leaf
         for name, leaf in whole.items()
     }
-    arguments = {**call.arguments({**whole, **leaves}), **call.packing(), "return_lse": True}
+    arguments = {**call.arguments({**whole, **leaves}), **call.packing(), "return_lse": True, "backend": backend}
     qkv = (leaves["q"], leaves["k"], leaves["v"])
     state = distributed.attention(*qkv, mesh, scheme=scheme, layout=layout, **arguments)
     outputs = [(name, getattr(state, name)) for name in call.grads]
@@ -96,10 +110,10 @@ def shares(call: Call, scheme: str, layout: str = "zigzag", mesh: Any = None) ->
     return {"out": state.out.detach(), "lse": state.lse.detach(), **gradients}
 
 
-def results(call: Call, scheme: str) -> Tensors:
+def results(call: Call, scheme: str, backend: str | None = None) -> Tensors:
     """The whole results, put together by the ranks themselves."""
     dims = _dims(call.shape.packed)
-    found = shares(call, scheme)
+    found = shares(call, scheme, backend=backend)
     for name, tensor in found.items():
         if name in dims:
             found[name] = distributed.unshard(tensor, dim=dims[name])

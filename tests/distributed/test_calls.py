@@ -9,7 +9,7 @@ import torch
 
 from tests import oracle
 from tests.distributed import processes
-from tests.distributed.jobs import Sharded
+from tests.distributed.jobs import PAIRS, Sharded
 from tests.problems import FEATURES, KITCHEN_SINK, Call, Shape, dense, make, packed
 
 WORLDS = (1, 2, 3, 4, 8)
@@ -26,15 +26,6 @@ def _packed(ranks: int, same: bool) -> Shape:
     heads = 6 if ranks == 3 else 8 if ranks == 8 else 4
     lengths = (17, 0, 50, 29)
     return packed(lengths, lengths if same else (31, 8, 40, 17), heads, heads // 2, 8)
-
-
-PAIRS = (
-    *(("causal", "document"), ("window", "prefix_lm"), ("chunk", "padding"), ("block", "bias"), ("mask_mod", "alibi")),
-    *(("dense_mask", "sinks"), ("document_unsorted", "causal_top_left"), ("band", "score_mod"), ("prefix_none",)),
-    *(("far_apart", "softcap"), ("block_mask", "bias_heads"), ("prefix", "dropout"), ("window_top_left", "scale")),
-    ("window_left", "bias_keys", "alibi_batch"),
-)
-"""Every mask, with something that changes scores."""
 
 
 def _cases(ranks: int) -> list[Sharded]:
@@ -64,9 +55,22 @@ def _cases(ranks: int) -> list[Sharded]:
                 Sharded("float64", shape, ("window", "alibi", "score_mod"), scheme, dtype=torch.float64),
                 Sharded("packed_masks", _packed(ranks, False), ("window", "padding", "mask_mod", "sinks"), scheme),
             ]
+    if 1 < ranks < 4:
+        apart = (
+            ("causal",),
+            SINK,
+            ("causal", "mqa"),
+            ("document", "dropout", "bias_heads"),
+            ("block_mask", "alibi_batch"),
+        )
+        found += [Sharded("-".join(chosen), square, chosen, "ring", by_heads=True) for chosen in apart]
+        found.append(
+            Sharded("packed_mods", _packed(ranks, False), ("causal", "bias", "score_mod"), "ring", by_heads=True)
+        )
     if ranks == 3:
         found.append(Sharded("uneven_heads", replace(square, heads=6, heads_kv=2), ("causal",), "ulysses"))
     for mesh in {4: [(2, 2)], 8: [(2, 4), (4, 2)]}.get(ranks, []):
+        found.append(Sharded("mixed_by_heads", square, SINK, "mixed", mesh=mesh, by_heads=True))
         mixed = ("all_in_one", SINK), ("block", ("block", "bias")), ("mask_mod", ("mask_mod", "alibi"))
         found += [Sharded(name, square, features, "mixed", mesh=mesh) for name, features in mixed]
         found.append(Sharded("packed_mixed", _packed(ranks, True), ("causal", "alibi"), "mixed", mesh=mesh))

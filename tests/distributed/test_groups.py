@@ -74,6 +74,11 @@ def after_errors(rank: int, ranks: int) -> int:
     return len(asked)
 
 
+def unanimous(rank: int, ranks: int) -> list[bool]:
+    agreement = groups.Agreement([groups.group_of(None)])
+    return [agreement.unanimous(True), agreement.unanimous(rank != 1), groups.Agreement([]).unanimous(False)]
+
+
 def seeds(rank: int, ranks: int) -> torch.Tensor:
     """Ranks that draw their own seeds use the first one's, backwards too."""
     torch.manual_seed(rank)
@@ -109,12 +114,13 @@ SAID = {
 
 
 def test_ranks_that_disagree_all_raise(tmp_path: Path) -> None:
-    *found, asked, kept = processes.run([*SAID, after_errors, seeds], 3, tmp_path)
+    *found, asked, votes, kept = processes.run([*SAID, after_errors, unanimous, seeds], 3, tmp_path)
     for job, values in zip(SAID, found, strict=True):
         for wanted, line in zip(SAID[job], processes.raised(values), strict=True):
             assert re.search(wanted, line), f"{job.__name__}: {line}"
     # Once by the ring, by Ulysses once for what is dealt out and once for the call.
     assert processes.succeeded(asked) == [3, 3, 3]
+    assert processes.succeeded(votes) == [[True, False, False]] * 3
     for sums in processes.succeeded(kept):
         torch.testing.assert_close(sums[0], sums[1])
 

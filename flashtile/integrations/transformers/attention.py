@@ -1,17 +1,20 @@
 """The attention function that transformers' models call, in the place of their "eager" and "sdpa" ones."""
 
 import logging
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashtile import masks
+from flashtile import masks, sharding
 from flashtile.api import attention, attention_varlen
 from flashtile.check import guests as check
 
 logger = logging.getLogger("flashtile")
 _warned: set[str] = set()
+_checked: list[Any] = []
+"""The positions that were found good last, a weak reference, and their version."""
 
 
 def attention_forward(
@@ -63,6 +66,8 @@ def attention_forward(
         options["causal"] = causal
         if sliding_window is not None:
             options["window"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
+    if sharding.current is not None and sharding.current.running() and cu_seq_lens_q is None:
+        _check_positions(sharding.current, more.get("position_ids"), q.shape[1])
     padding = attention_mask if attention_mask is not None and _is_padding(attention_mask) else None
     given = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     if given and described and padding is None and position_bias is None and q.shape[0] == 1:
@@ -78,6 +83,18 @@ def attention_forward(
         q = q.expand(k.shape[0], -1, -1, -1)
     mask, bias = _mask_and_bias(attention_mask, position_bias)
     return attention(q, k, v, mask=mask, bias=bias, **options), None
+
+
+def _check_positions(current: sharding.Current, positions: Tensor | None, tokens: int) -> None:
+    """Positions that begin anew say that sequences are packed, but a process sees its own share of them only: where
+    they are not those of one sequence, all processes raise. Once a tensor, for it waits for the device."""
+    if positions is None or torch.compiler.is_compiling():
+        return
+    if _checked and _checked[0]() is positions and _checked[1] == positions._version:
+        return
+    expected = current.positions(tokens).to(positions.device)
+    check.positions_of_shares(current.unanimous(bool((positions == expected).all())))
+    _checked[:] = weakref.ref(positions), positions._version
 
 
 def _is_padding(mask: Tensor) -> bool:

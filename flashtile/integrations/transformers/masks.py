@@ -27,6 +27,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+from flashtile import sharding
 from flashtile.check import guests as check
 
 
@@ -56,6 +57,9 @@ def attention_mask(
         use_vmap: the caller brought functions of its own.
     """
     causal = allow_is_bidirectional_skip is None
+    if sharding.current is not None and sharding.current.running():
+        _check_shared(attention_mask, use_vmap, local_size is None or _is_window(local_size, config))
+        return None
     alone = attention_mask is None and isinstance(q_offset, int) and q_offset == kv_offset == 0
     small: tuple[Tensor | None] | None = None
     if use_vmap:
@@ -83,6 +87,19 @@ def attention_mask(
         use_vmap=use_vmap,
         device=device,
     )
+
+
+def _check_shared(given: Tensor | None, use_vmap: bool, known: bool) -> None:
+    """Inside of `context_parallel` the module's causality and window are all that is said of the whole; whether
+    positions begin anew, which packs sequences, is asked with each call."""
+    described = None
+    if use_vmap:
+        described = "a function of the caller"
+    elif not known:
+        described = "chunks"
+    elif given is not None:
+        described = "a tensor"
+    check.mask_of_shares(described)
 
 
 def _is_window(size: int | None, config: Any) -> bool:
