@@ -5,12 +5,26 @@ from typing import NamedTuple
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, warps of a program, loads in flight."""
+    """Queries and keys of a tile, warps of a program, loads in flight; and what only AMD's compiler is told, where its
+    own choice (0) is not the best: rows of a matrix instruction (`matrix_instr_nonkdim`), and waves a SIMD unit that
+    registers are kept free for (`waves_per_eu`)."""
 
     tile_q: int
     tile_kv: int
     warps: int
     stages: int
+    instruction: int = 0
+    waves: int = 0
+
+    def options(self) -> dict[str, int]:
+        """As Triton's compiler takes them."""
+        given = {"num_warps": self.warps, "num_stages": self.stages}
+        told = {"matrix_instr_nonkdim": self.instruction, "waves_per_eu": self.waves}
+        return given | {name: value for name, value in told.items() if value}
+
+    def chosen(self) -> tuple[int, ...]:
+        """Without what is left to the compiler."""
+        return tuple(self) if self.waves else tuple(self[:5]) if self.instruction else tuple(self[:4])
 
 
 class PortableConfig(NamedTuple):

@@ -53,7 +53,7 @@ def machine(arch: str, reverse_waves: bool = False) -> Machine:
     def execute(kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         bound, how = bind(kernel, arguments, options)
         source = aot.source(kernel, bound)
-        how |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        how |= tiles.options()
         compiled = triton.compile(source, target=GPUTarget("hip", arch, TARGETS[arch].warp), options=how)
         there, needed = TARGETS[arch].shared, compiled.metadata.shared
         if needed > there:

@@ -44,7 +44,7 @@ class Emulated:
         self, kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         bound, how = bind(kernel, arguments, options)
-        how |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        how |= tiles.options()
         compiled = aot.build(kernel, bound, GPUTarget("cuda", self.arch, 32), **how)
         constants = aot.source(kernel, bound).constants
         values = [plain(leaf) for path, leaf in aot.leaves(tuple(bound.values()), ()) if path not in constants]
