@@ -12,24 +12,11 @@ from flashtile.compiling.build import Row
 from flashtile.compiling.matrix import Entry
 
 COLUMNS = (
-    *(
-        "target",
-        "backend",
-        "kernel",
-        "dim",
-        "variant",
-        "tiles",
-        "regs",
-        "acc",
-        "scalar",
-        "spills",
-        "waves",
-        "shared KB",
-    ),
-    *("products", "s"),
+    *("target", "backend", "kernel", "dim", "variant", "tiles", "regs", "acc", "scalar", "spills", "waves"),
+    *("shared KB", "products", "s"),
 )
-"""tiles: queries x keys x warps that multiply x stages, and options of the compiler; regs to scalar: registers, those of
-them that accumulate, a wave's own; waves: on a SIMD unit at a time, or warps of a scheduler."""
+"""tiles: queries x keys x warps that multiply x stages, and options of the compiler; regs to scalar: registers, those
+of them that accumulate, a wave's own; waves: on a SIMD unit at a time, or warps of a scheduler."""
 
 
 def compiled(entries: Sequence[Entry], note: Callable[[str], None]) -> Iterator[Row]:

@@ -66,5 +66,5 @@ TARGETS: dict[str, Target] = {
     "gfx1100": Target("hip", "gfx1100", 32, 64 * KB, "rdna", _RDNA),
     "gfx1201": Target("hip", "gfx1201", 32, 64 * KB, "rdna", _RDNA),
 }
-"""NVIDIA: table of technical specifications in the CUDA C programming guide. AMD: LDS of a workgroup; registers and waves
-as LLVM's AMDGPU backend counts them, of which CDNA's are vector and accumulation registers together."""
+"""NVIDIA: table of technical specifications in the CUDA C programming guide. AMD: LDS of a workgroup; registers and
+waves as LLVM's AMDGPU backend counts them, of which CDNA's are vector and accumulation registers together."""
