@@ -17,8 +17,8 @@ from flashtile.kernels import aot
 from flashtile.problem import describe_cached
 from flashtile.tuning.portable import Tiles
 from tests import caches
+from tests.binding import bind
 from tests.caches import CASES, EVERYTHING, INT8, QUANTIZED, WIDE, CacheCall, CacheCase
-from tests.emulated.amd import bind
 from tests.emulated.hopper import plain
 from tools.ptx_emulation import SWEEP, emulate_kernel
 
