@@ -15,6 +15,15 @@ def nothing(wave: Wave, instruction: Any) -> None:
     """What only caches and clocks would notice."""
 
 
+def set_mode(wave: Wave, instruction: Any) -> None:
+    """s_setreg of the one bit of the mode that Triton sets: conversions to fewer bits saturate (FP16_OVFL)."""
+    word = instruction._raw
+    register, first, width = bits(word, 5, 0), bits(word, 10, 6), bits(word, 15, 11) + 1
+    if (register, first, width) != (1, 23, 1):
+        raise Unsupported(f"s_setreg of bits {first} to {first + width - 1} of hardware register {register}")
+    wave.saturates = bool(bits(word, 63, 32) & 1)
+
+
 def multiply_24(wave: Wave, instruction: Any) -> None:
     """v_mul and v_mad of 24-bit integers: the emulator multiplies all 32 bits."""
     word, name = instruction._raw, instruction.op.name

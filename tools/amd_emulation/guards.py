@@ -38,6 +38,18 @@ def global_check(name: str) -> Check | None:
     return check
 
 
+def saturation_check(name: str) -> Check | None:
+    """The emulator gives infinity where a narrow float overflows, also where the mode says otherwise."""
+    if not re.search(r"F16|FP8|BF8", name) or re.match(r"V_CVT_F32_F16|V_FMA_MIX_F32|V_DOT2_F32", name):
+        return None
+
+    def check(wave: Wave, instruction: Any) -> None:
+        if wave.saturates:
+            raise Unsupported(f"{name} while results saturate")
+
+    return check
+
+
 def shared_addresses(name: str) -> tuple[int, Callable[[Wave, Any], list[np.ndarray]]] | None:
     """(bytes of a lane's access, addresses of all active lanes for each of the accesses) of LDS reads and writes."""
     if not name.startswith(("DS_READ", "DS_WRITE", "DS_LOAD", "DS_STORE")) or "_TR_" in name:

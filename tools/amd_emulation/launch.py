@@ -227,8 +227,9 @@ class _Run:
         return isinstance(decoded, known.ir4.SOP1) and decoded.op in known._BARRIER_SOP1_OPS
 
     def _checks(self, name: str) -> tuple[guards.Check, ...]:
-        if (check := guards.global_check(name)) is not None:
-            return (check,)
+        for of in (guards.global_check, guards.saturation_check):
+            if (check := of(name)) is not None:
+                return (check,)
         if (shared := guards.shared_addresses(name)) is None:
             return ()
         size, addresses_of = shared

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tools.amd_emulation.arithmetic import multiply_24, nothing
+from tools.amd_emulation.arithmetic import multiply_24, nothing, set_mode
 from tools.amd_emulation.lanes import ds_permute, permlane16, permlane_swap
 from tools.amd_emulation.matrix import MFMA, mfma, wmma
 from tools.amd_emulation.memory_instructions import (
@@ -25,6 +25,7 @@ _ALL: tuple[tuple[str, Function], ...] = (
     (r"GLOBAL_LOAD_LDS_.*", global_load_to_shared),
     ("|".join(GLOBAL_ATOMICS), global_atomic),
     (r"V_NOP(_E32|_E64)?", nothing),
+    (r"S_SETREG_IMM32_B32", set_mode),
     (r"V_(MUL|MUL_HI|MAD)_(U32_U24|I32_I24)(_E32|_E64)?", multiply_24),
     (r"DS_(PERMUTE|BPERMUTE|SWIZZLE)_B32", ds_permute),
     (r"DS_(READ|LOAD)_[UI](8|16)_D16(_HI)?", read_half),

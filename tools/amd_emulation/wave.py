@@ -31,7 +31,8 @@ class Wave:
     """Arrays over the emulator's own registers: scalars (index,), vectors and accumulators (index, lane).
 
     lds: the workgroup's shared memory, of which `lds_size` bytes are given out; ranges: addresses of memory that the
-    kernel may read and write; fnuz: whether 8-bit floats are of the format without negative zero.
+    kernel may read and write; fnuz: whether 8-bit floats are of the format without negative zero; saturates: whether
+    16-bit and 8-bit floats end at the largest number instead of infinity.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Wave:
         if arch == "cdna":
             memory = state.accvgpr_buf.as_memoryview(force_zero_copy=True).cast("I")
             self.accumulators = np.frombuffer(memory, np.uint32).reshape(256, self.lanes)
+        self.saturates = False
         self.m0 = 124 if arch == "cdna" else 125
         self._places = np.arange(self.lanes, dtype=np.uint64)
 
