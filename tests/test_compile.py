@@ -18,7 +18,8 @@ from flashtile.tuning import portable
 
 FIELDS = {
     *("target", "backend", "kernel", "headdim", "dtype", "variant", "tiles", "registers", "accumulators", "scalars"),
-    *("spills", "spills_allowed", "scratch", "occupancy", "shared", "shared_limit", "products", "seconds", "broken"),
+    *("spills", "spills_allowed", "scratch", "occupancy", "shared_accesses", "shared", "shared_limit", "products"),
+    *("seconds", "broken"),
 }
 
 

@@ -42,6 +42,7 @@ class Row:
     scalars: int = 0
     spills: int = 0
     scratch: int = 0
+    shared_accesses: int = 0
     occupancy: float = 0.0
     shared: int = 0
     shared_limit: int = 0
@@ -168,6 +169,7 @@ def _measure(row: Row, kernel: Any, given: dict[str, Any], options: dict[str, An
     found = usage.nvidia(compiled) if target.backend == "cuda" else usage.amd(compiled)
     row.registers, row.accumulators, row.scalars = found.registers, found.accumulators, found.scalars
     row.spills, row.scratch, row.products = found.spills, found.scratch, found.products
+    row.shared_accesses = found.shared_accesses
     row.occupancy = target.unit.occupancy(found.registers, row.shared, found.waves)
     if found.serial and row.backend == "hopper":
         row.broken.append("products wait for each other")

@@ -13,14 +13,15 @@ import triton
 class Usage(NamedTuple):
     """registers: of a thread, vector ones on AMD's GPUs, among them `accumulators` that only matrix instructions and
     moves reach; scalars: of a wave. spills: on NVIDIA's GPUs instructions that store registers to memory, on AMD's
-    vector registers that lie there. scratch: bytes of a thread there. waves: of a program. serial: whether products
-    wait for each other."""
+    vector registers that lie there. scratch: bytes of a thread there. shared_accesses: instructions that read or
+    write shared memory. waves: of a program. serial: whether products wait for each other."""
 
     registers: int
     accumulators: int
     scalars: int
     spills: int
     scratch: int
+    shared_accesses: int
     waves: int
     products: dict[str, int]
     serial: bool = False
@@ -45,6 +46,7 @@ def nvidia(compiled: Any) -> Usage:
         scalars=0,
         spills=len(re.findall(r"\bSTL\b", text)),
         scratch=_largest(r"STACK:(\d+)", taken),
+        shared_accesses=len(re.findall(r"\b(?:LDS|LDSM|STS|STSM)\b", text)),
         waves=int(threads[1]) // 32 if threads else compiled.metadata.num_warps,
         products={name: count for name in _NVIDIA if (count := len(re.findall(_NVIDIA[name], ptx)))},
         # The compiler may make each of a warpgroup's products wait for the one before: as many batches as products.
@@ -65,6 +67,7 @@ def amd(compiled: Any) -> Usage:
         scalars=_largest(r"\.sgpr_count:\s*(\d+)", text),
         spills=_largest(r"\.vgpr_spill_count:\s*(\d+)", text),
         scratch=_largest(r"\.private_segment_fixed_size:\s*(\d+)", text),
+        shared_accesses=len(re.findall(r"^\s*ds_(?:read|write|load|store)", text, re.MULTILINE)),
         waves=compiled.metadata.num_warps,
         products=dict(Counter(map(" ".join, products))),
     )

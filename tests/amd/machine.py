@@ -40,13 +40,15 @@ def missing() -> str | None:
 @dataclass
 class Emulated:
     """A GPU. reverse_waves: the last wave goes first, so that a missing barrier shows. ran: launches, by kernel;
-    instructions: of them all, one a wave; seconds: that they took."""
+    instructions: of them all, one a wave; seconds: that they took. conflicts: what conflicts of LDS banks
+    cost, counted if it is a dictionary: kernel -> instruction -> (accesses, cycles, cycles if there were none)."""
 
     arch: str
     reverse_waves: bool = False
     ran: Counter[str] = field(default_factory=Counter)
     instructions: int = 0
     seconds: float = 0.0
+    conflicts: dict[str, dict[str, tuple[int, int, int]]] | None = None
 
     def note(self, node: Any) -> None:
         """What ran, with the test, for the record."""
@@ -55,6 +57,7 @@ class Emulated:
             ("kernels", dict(self.ran)),
             ("instructions", self.instructions),
             ("seconds", round(self.seconds, 2)),
+            *([("conflicts", self.conflicts)] if self.conflicts else []),
         ]
 
     @property
@@ -78,7 +81,10 @@ class Emulated:
             shared=needed,
             num_warps=tiles.warps,
             reverse_waves=self.reverse_waves,
+            count_conflicts=self.conflicts is not None,
         )
+        if self.conflicts is not None:
+            self.conflicts[kernel.fn.__name__] = report.conflicts
         self.ran[kernel.fn.__name__] += 1
         self.instructions += report.instructions
         self.seconds += report.seconds

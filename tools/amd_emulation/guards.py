@@ -40,7 +40,7 @@ def global_check(name: str) -> Check | None:
 
 def saturation_check(name: str) -> Check | None:
     """The emulator gives infinity where a narrow float overflows, also where the mode says otherwise."""
-    if not re.search(r"F16|FP8|BF8", name) or re.match(r"V_CVT_F32_F16|V_FMA_MIX_F32|V_DOT2_F32", name):
+    if not re.search(r"(?<!B)F16|FP8|BF8", name) or re.match(r"V_CVT_F32_F16|V_FMA_MIX_F32|V_DOT2_F32", name):
         return None
 
     def check(wave: Wave, instruction: Any) -> None:
