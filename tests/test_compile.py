@@ -17,8 +17,9 @@ from flashtile.kernels.words import odd
 from flashtile.tuning import portable
 
 FIELDS = {
-    *("target", "backend", "kernel", "headdim", "dtype", "variant", "tiles", "registers", "spills", "spills_allowed"),
-    *("shared", "shared_limit", "products", "seconds", "broken"),
+    *("target", "backend", "kernel", "headdim", "dtype", "variant", "tiles", "registers", "accumulators", "scalars"),
+    *("spills", "spills_allowed", "scratch", "occupancy", "shared_accesses", "shared", "shared_limit", "products"),
+    *("seconds", "broken"),
 }
 
 
@@ -32,10 +33,11 @@ def test_kernels_of_a_target(target: str) -> None:
     assert [row.kernel for row in rows] == kernels + hopper
     assert {row.backend for row in rows} == ({"portable", "hopper"} if hopper else {"portable"})
     assert [str(row) for row in rows if row.broken] == []
-    assert all(row.registers > 0 and row.shared <= row.shared_limit for row in rows)
+    assert all(row.registers > 0 and row.occupancy > 0 and row.shared <= row.shared_limit for row in rows)
+    assert all((row.scalars > 0) == target.startswith("gfx") for row in rows)
     expected = {"sm_90a": "wgmma", "sm_100": "tcgen05", "gfx": "v_mfma", "gfx1": "v_wmma"}
     name = next((key for key in ("gfx1", "gfx", target) if target.startswith(key)), "")
-    assert expected.get(name, "mma.sync") in rows[0].products
+    assert any(product.startswith(expected.get(name, "mma.sync")) for product in rows[0].products)
 
 
 @pytest.mark.parametrize("variant", ["bias", "score_mod", "table", "mask_mod", "varlen", "dropout"])
@@ -92,11 +94,10 @@ class TestCommand:
             "bfloat16",
             "plain",
             (64, 64, 4, 2),
-            128,
-            0,
-            1024,
-            2048,
-            {"wgmma": 8},
+            registers=128,
+            shared=1024,
+            shared_limit=2048,
+            products={"wgmma": 8},
         )
         row.broken = ["7 spills, 0 allowed"] if broken else []
         monkeypatch.setattr("flashtile.compiling.report.compiled", lambda entries, note: iter([row]))
@@ -140,12 +141,33 @@ def test_latent_attention() -> None:
     assert rows[1].tiles[0] == 16
 
 
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "waves", "expected"),
+    [
+        ("gfx942", 128, 0, 4, 4),
+        ("gfx942", 129, 0, 4, 3),
+        ("gfx942", 129, 0, 8, 2),  # a program is on all SIMD units or on none
+        ("gfx942", 64, 24 * 1024, 4, 2),
+        ("gfx950", 64, 24 * 1024, 4, 6),
+        ("gfx1100", 97, 0, 4, 12),
+        ("gfx1100", 256, 0, 1, 5),
+        ("gfx1201", 64, 64 * 1024, 8, 4),
+        ("sm_80", 255, 0, 4, 2),
+        ("sm_86", 32, 0, 4, 12),
+        ("sm_86", 32, 50 * 1024, 4, 1),
+    ],
+)
+def test_occupancy(target: str, registers: int, shared: int, waves: int, expected: float) -> None:
+    assert TARGETS[target].unit.occupancy(registers, shared, waves) == expected
+
+
 def test_what_a_target_cannot_convert_is_not_compiled() -> None:
     assert build.rows(Entry("sm_86", 64, "bfloat16", "decode_fp8")) == []
 
 
 def test_limits_are_checked() -> None:
-    row = Row("sm_90a", "portable", "key_kernel", 64, "bfloat16", "plain", (64, 64, 4, 2), 255, 9, 4096, 2048)
+    named = ("sm_90a", "portable", "key_kernel", 64, "bfloat16", "plain", (64, 64, 4, 2))
+    row = Row(*named, registers=255, spills=9, shared=4096, shared_limit=2048)
     assert list(build._breaches(row)) == [
         "9 spills, 0 allowed",
         "4096 bytes of shared memory, 2048 allowed",

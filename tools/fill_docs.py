@@ -1,10 +1,11 @@
-"""Puts what was measured into README.md and docs/ladder/README.md, between their markers.
+"""Puts what was measured into README.md, docs/ladder/README.md and docs/amd.md, between their markers.
 
     python tools/fill_docs.py            rewrite the pages
     python tools/fill_docs.py --check    fail if a page is not what the records say
 
 A section is what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Nothing there is typed by hand. README's
-section comes from the records of `flashtile bench`, the ladder's from that of `docs/ladder/run.py`.
+section comes from the records of `flashtile bench`, the ladder's from that of `docs/ladder/run.py`, those about AMD's
+GPUs from those of `flashtile compile` and `tests/amd`.
 """
 
 import argparse
@@ -22,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 sys.path.insert(0, str(ROOT / "docs" / "ladder"))
+sys.path.insert(0, str(ROOT / "tools"))
 
+from amd_tables import sections as amd  # noqa: E402
 from measure import table  # noqa: E402
 
 
@@ -117,11 +120,12 @@ def _figure(entry: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Puts what was measured into README.md and docs/ladder/README.md.")
+    parser = argparse.ArgumentParser(description="Puts what was measured into the pages that show it.")
     parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     check = parser.parse_args().check
     stale = []
-    for name, sections in (("README.md", bench()), ("docs/ladder/README.md", ladder())):
+    pages = {"README.md": bench(), "docs/ladder/README.md": ladder(), "docs/amd.md": amd(RESULTS / "amd")}
+    for name, sections in pages.items():
         before = (ROOT / name).read_text()
         after = fill(before, sections)
         print(f"{name}: {'nothing measured yet' if not sections else 'up to date' if before == after else 'differs'}")

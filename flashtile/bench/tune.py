@@ -193,7 +193,7 @@ def best(found: dict[str, list[Tried]]) -> PortableConfig | None:
 
 def row(headdim: int, config: PortableConfig) -> str:
     """As it stands in `flashtile.tuning.portable`."""
-    tiles = ", ".join(f"Tiles{tuple(part)}" for part in config if part is not None)
+    tiles = ", ".join(f"Tiles{part.chosen()}" for part in config if part is not None)
     return f"({headdim}, PortableConfig({tiles})),"
 
 

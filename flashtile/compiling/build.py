@@ -1,12 +1,8 @@
 """Compiles the kernels of one call for one target and reads the result: registers, spills, memory, instructions."""
 
-import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +14,7 @@ from flashtile.backends import hopper, portable
 from flashtile.backends.hopper import launch as hopper_launch
 from flashtile.backends.portable import cached as portable_cached
 from flashtile.backends.portable import launch as portable_launch
-from flashtile.compiling import matrix
+from flashtile.compiling import matrix, usage
 from flashtile.compiling.matrix import Entry
 from flashtile.compiling.targets import TARGETS
 from flashtile.kernels import aot
@@ -27,19 +23,12 @@ from flashtile.tuning import hopper as hopper_tables
 from flashtile.tuning import portable as portable_tables
 from flashtile.tuning.portable import Tiles
 
-_PRODUCTS = {
-    "wgmma": r"wgmma\.mma_async",
-    "tcgen05": r"tcgen05\.mma",
-    "mma.sync": r"mma\.sync",
-    "v_mfma": r"v_mfma_",
-    "v_wmma": r"v_wmma_",
-}
-"""Matrix instructions by the name that a report gives them."""
-
 
 @dataclass
 class Row:
-    """One kernel. spills: instructions that store registers to memory; bytes of memory; products: by instruction."""
+    """One kernel. tiles: queries, keys, warps, stages, and the compiler's options that differ from its own choice;
+    registers to scratch, and products, by instruction: see `Usage`; shared memory in bytes; occupancy: waves on a SIMD
+    unit, or warps of a scheduler, that registers and shared memory leave room for."""
 
     target: str
     backend: str
@@ -49,7 +38,12 @@ class Row:
     variant: str
     tiles: tuple[int, ...]
     registers: int = 0
+    accumulators: int = 0
+    scalars: int = 0
     spills: int = 0
+    scratch: int = 0
+    shared_accesses: int = 0
+    occupancy: float = 0.0
     shared: int = 0
     shared_limit: int = 0
     products: dict[str, int] = field(default_factory=dict)
@@ -108,9 +102,9 @@ def _portable_machine(entry: Entry, found: list[Row]) -> portable_launch.Machine
         names = [parameter.name for parameter in kernel.params]
         given = dict(zip(names, arguments, strict=False)) | {key: options[key] for key in options if key in names}
         beside = {key: value for key, value in options.items() if key not in names}
-        row = _named(entry, "portable", kernel, tuple(tiles))
+        row = _named(entry, "portable", kernel, tiles.chosen())
         row.spills_allowed = portable_tables.spills_allowed(target.family, row.kernel, row.headdim, row.variant)
-        _measure(row, kernel, given, {**beside, "num_warps": tiles.warps, "num_stages": tiles.stages})
+        _measure(row, kernel, given, {**beside, **tiles.options()})
         if row.shared > target.shared and _smaller_left(tiles):
             # What the driver would say; the launch tries the next smaller tiles.
             raise triton.OutOfResources(row.shared, target.shared, "shared memory")
@@ -172,15 +166,13 @@ def _measure(row: Row, kernel: Any, given: dict[str, Any], options: dict[str, An
         return
     row.seconds = round(time.perf_counter() - start, 2)
     row.shared = compiled.metadata.shared
-    text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-    counts = {label: len(re.findall(pattern, text)) for label, pattern in _PRODUCTS.items()}
-    row.products = {label: count for label, count in counts.items() if count}
-    if target.backend == "cuda":
-        row.registers, row.spills, serial = _nvidia(compiled.asm["cubin"])
-        if serial and row.backend == "hopper":
-            row.broken.append("products wait for each other")
-    else:
-        row.registers, row.spills = _amd(text)
+    found = usage.nvidia(compiled) if target.backend == "cuda" else usage.amd(compiled)
+    row.registers, row.accumulators, row.scalars = found.registers, found.accumulators, found.scalars
+    row.spills, row.scratch, row.products = found.spills, found.scratch, found.products
+    row.shared_accesses = found.shared_accesses
+    row.occupancy = target.unit.occupancy(found.registers, row.shared, found.waves)
+    if found.serial and row.backend == "hopper":
+        row.broken.append("products wait for each other")
     row.broken += _breaches(row)
 
 
@@ -203,26 +195,3 @@ def _breaches(row: Row) -> Iterator[str]:
 
 
 _WITHOUT_PRODUCTS = ("append_kernel", "combine_kernel", "delta_kernel", "before_kernel", "after_kernel", "bits_kernel")
-
-
-def _nvidia(cubin: bytes) -> tuple[int, int, bool]:
-    """(registers, spilling instructions, whether products wait for each other), by the disassembler in Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, text = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers = re.findall(r"REG:(\d+)", usage)
-    products, batches = (len(re.findall(pattern, text)) for pattern in (r"\bHGMMA\.", r"WARPGROUP\.ARRIVE"))
-    # The compiler may make each of a warpgroup's products wait for the one before: as many batches as products.
-    spills, serial = len(re.findall(r"\bSTL\b", text)), 0 < products < 2 * batches
-    return max(map(int, registers), default=0), spills, serial
-
-
-def _amd(text: str) -> tuple[int, int]:
-    """(vector registers, spilled ones), from the metadata in the assembly text."""
-    registers = max(map(int, re.findall(r"\.vgpr_count:\s*(\d+)", text)), default=0)
-    return registers, max(map(int, re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)), default=0)

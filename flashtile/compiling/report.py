@@ -11,8 +11,12 @@ from flashtile.compiling import build
 from flashtile.compiling.build import Row
 from flashtile.compiling.matrix import Entry
 
-COLUMNS = ("target", "backend", "kernel", "dim", "variant", "tiles", "regs", "spills", "shared KB", "products", "s")
-"""tiles: queries x keys x warps that multiply x stages."""
+COLUMNS = (
+    *("target", "backend", "kernel", "dim", "variant", "tiles", "regs", "acc", "scalar", "spills", "waves"),
+    *("shared KB", "products", "s"),
+)
+"""tiles: queries x keys x warps that multiply x stages, and options of the compiler; regs to scalar: registers, those
+of them that accumulate, a wave's own; waves: on a SIMD unit at a time, or warps of a scheduler."""
 
 
 def compiled(entries: Sequence[Entry], note: Callable[[str], None]) -> Iterator[Row]:
@@ -41,4 +45,5 @@ def cells(row: Row) -> list[str]:
     shared = f"{row.shared / 1024:.0f} of {row.shared_limit / 1024:.0f}"
     tiles = "x".join(map(str, row.tiles))
     named = [row.target, row.backend, row.kernel.removesuffix("_kernel"), str(row.headdim), row.variant, tiles]
-    return [*named, str(row.registers), str(row.spills), shared, products, f"{row.seconds:.1f}"]
+    taken = map(str, (row.registers, row.accumulators, row.scalars, row.spills))
+    return [*named, *taken, f"{row.occupancy:g}", shared, products, f"{row.seconds:.1f}"]

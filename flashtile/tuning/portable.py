@@ -5,12 +5,26 @@ from typing import NamedTuple
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, warps of a program, loads in flight."""
+    """Queries and keys of a tile, warps of a program, loads in flight; and what only AMD's compiler is told, where its
+    own choice (0) is not the best: rows of a matrix instruction (`matrix_instr_nonkdim`), and waves a SIMD unit that
+    registers are kept free for (`waves_per_eu`)."""
 
     tile_q: int
     tile_kv: int
     warps: int
     stages: int
+    instruction: int = 0
+    waves: int = 0
+
+    def options(self) -> dict[str, int]:
+        """As Triton's compiler takes them."""
+        given = {"num_warps": self.warps, "num_stages": self.stages}
+        told = {"matrix_instr_nonkdim": self.instruction, "waves_per_eu": self.waves}
+        return given | {name: value for name, value in told.items() if value}
+
+    def chosen(self) -> tuple[int, ...]:
+        """Without what is left to the compiler."""
+        return tuple(self) if self.waves else tuple(self[:5]) if self.instruction else tuple(self[:4])
 
 
 class PortableConfig(NamedTuple):
@@ -100,7 +114,7 @@ timed on none of them."""
 CDNA: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 1))),
-        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 1))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2, 16), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 1))),
         (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 32, 4, 1))),
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
     ),
@@ -112,7 +126,8 @@ CDNA: dict[str, Rows] = {
     ),
     "single": HOPPER["single"],
 }
-"""gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill on gfx942; timed on none of them."""
+"""gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill; timed on none of them.
+Products of 16 rows where a comparison by counts was made (docs/amd.md)."""
 
 RDNA: dict[str, Rows] = {
     "half": (
@@ -129,7 +144,8 @@ RDNA: dict[str, Rows] = {
     ),
     "single": HOPPER["single"],
 }
-"""gfx1100, gfx1201: 64 KB of LDS. The largest tiles that do not spill on gfx1100; timed on none of them."""
+"""gfx1100, gfx1201: 64 KB of LDS. The largest tiles that do not spill on gfx1100; from 128 columns on backward, and 256
+forward, the smallest that matrix instructions take, which do (`SPILLS`); timed on none of them."""
 
 TABLES: dict[str, dict[str, Rows]] = {
     "hopper": HOPPER,
@@ -153,15 +169,18 @@ SPILLS: dict[tuple[str, str, int], int] = {
     ("ampere", "key_kernel", 128): 10,
     ("ampere", "decode_kernel", 576): 50,
     ("cdna", "decode_kernel", 576): 100,
-    # The smallest tiles that matrix instructions take; rows of this many columns alone fill the registers.
+    # The smallest tiles that matrix instructions take; rows of this many columns alone fill the registers of gfx1100.
+    # gfx1201 spills less than half of it.
+    ("rdna", "forward_kernel", 128): 230,  # under a mask that is a function; twice the walk
     ("rdna", "query_kernel", 128): 410,
     ("rdna", "key_kernel", 128): 130,
-    ("rdna", "forward_kernel", 256): 150,
-    ("rdna", "query_kernel", 256): 300,
-    ("rdna", "bias_kernel", 256): 150,
-    ("rdna", "decode_kernel", 128): 10,
-    ("rdna", "decode_kernel", 256): 110,
-    ("rdna", "key_kernel", 256): 320,
+    ("rdna", "bias_kernel", 128): 100,
+    ("rdna", "decode_kernel", 128): 70,
+    ("rdna", "forward_kernel", 256): 210,
+    ("rdna", "query_kernel", 256): 1250,
+    ("rdna", "key_kernel", 256): 540,
+    ("rdna", "bias_kernel", 256): 390,
+    ("rdna", "decode_kernel", 256): 310,
 }
 """How many spilling instructions a kernel may have, by family and head dimension, where not 0."""
 

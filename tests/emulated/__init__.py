@@ -1,1 +1,1 @@
-"""The portable backend's kernels compiled for AMD GPUs and executed on the CPU, instruction by instruction."""
+"""Kernels as compiled for NVIDIA's GPUs, executed on the CPU, instruction by instruction."""

@@ -17,8 +17,8 @@ from flashtile.kernels import aot
 from flashtile.problem import describe_cached
 from flashtile.tuning.portable import Tiles
 from tests import caches
+from tests.binding import bind
 from tests.caches import CASES, EVERYTHING, INT8, QUANTIZED, WIDE, CacheCall, CacheCase
-from tests.emulated.amd import bind
 from tests.emulated.hopper import plain
 from tools.ptx_emulation import SWEEP, emulate_kernel
 
@@ -44,7 +44,7 @@ class Emulated:
         self, kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         bound, how = bind(kernel, arguments, options)
-        how |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        how |= tiles.options()
         compiled = aot.build(kernel, bound, GPUTarget("cuda", self.arch, 32), **how)
         constants = aot.source(kernel, bound).constants
         values = [plain(leaf) for path, leaf in aot.leaves(tuple(bound.values()), ()) if path not in constants]

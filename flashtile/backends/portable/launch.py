@@ -46,7 +46,7 @@ def forget_fitting() -> None:
 def on_device(kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Launches on the device of the first tensor; returns the compiled kernel."""
     with prepared(arguments[0].pointer.device):
-        return kernel[(programs,)](*arguments, **options, num_warps=tiles.warps, num_stages=tiles.stages)
+        return kernel[(programs,)](*arguments, **options, **tiles.options())
 
 
 class Machine(NamedTuple):
