@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtile.region import region
+
 
 class Inputs(NamedTuple):
     """The tensors of one call; an absent feature is None or an empty tuple."""
@@ -210,14 +212,21 @@ def describe_cached(
         stored=inputs.k.dtype if inputs.k.dtype is not inputs.q.dtype else None,
     )
     problem = describe(inputs, options)
-    room = capacity(inputs.k, table, cache.rotary_cos)
+    window = region(options.mask)
+    counted = window.left is not None or window.right is not None
+    room = capacity(inputs.k, table, cache.rotary_cos, ahead(inputs.q, cached.appended, counted))
     return replace(problem, seqlen_kv=room, described=False, cached=cached)
 
 
-def capacity(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None = None) -> int:
-    """Rows that a sequence may have: those of the cache for which there are angles."""
+def capacity(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None = None, ahead: int = 0) -> int:
+    """Rows that a sequence may have: those of the cache for which, and for queries so far `ahead`, there are angles."""
     rows = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    return rows if rotary_cos is None else min(rows, rotary_cos.shape[0])
+    return rows if rotary_cos is None else min(rows, rotary_cos.shape[0] - ahead)
+
+
+def ahead(q: Tensor, appended: int, counted: bool) -> int:
+    """How far past the last new row queries are turned to: of more queries than new rows, where places are counted."""
+    return max(0, q.shape[1] - appended) if counted else 0
 
 
 def described(tensor: Tensor) -> bool:

@@ -22,6 +22,8 @@ def add_gradient(
 ) -> None:
     """Adds the gradient to `total`. `launch`: runs `bias_kernel`, as many programs, with what is said here of its
     arguments."""
+    if not problem.batch:
+        return
     total = four_dimensions(total)
     rows, columns = total.shape[2:]
     longest_q = rows if rows > 1 else problem.max_seqlen_q or problem.seqlen_q

@@ -60,6 +60,10 @@ def test_awkward_lengths_with_shifted_logits(length: int, shift: float) -> None:
     oracle.check(make("lengths", shape, ("causal", "bias"), torch.float32, shift=shift), "portable")
 
 
+def test_a_bias_of_no_batch_entries() -> None:
+    oracle.check(make("no_batch_bias", dense(0, 5, 35, 2, 1, 16), ("bias", "softcap"), torch.float32), "portable")
+
+
 def test_nan_beyond_the_end_stays_there() -> None:
     """Keys that no query sees may hold anything, under a mask function too."""
     generator = torch.Generator().manual_seed(1)
