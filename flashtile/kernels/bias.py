@@ -50,8 +50,7 @@ def add_gradient(
     }
     launch(count * partial.shape[0] * partial.shape[1], given)
     if partial is not total:
-        kept_dims = [dim for dim in range(4) if total.shape[dim] == 1 and partial.shape[dim] > 1]
-        total += partial.sum(kept_dims, keepdim=True)
+        total += partial.sum_to_size(total.shape)
 
 
 @triton.jit

@@ -9,7 +9,8 @@ import flashtile
 from flashtile import plan
 from flashtile.tuning import portable
 from tests import conformance, oracle
-from tests.problems import CASES, Case, dense, make
+from tests.fuzz.problems import Problem
+from tests.problems import CASES, Case, Shape, dense, make
 
 TILES = portable.PortableConfig(
     portable.Tiles(32, 16, 4, 1), portable.Tiles(32, 16, 4, 1), portable.Tiles(16, 32, 4, 1)
@@ -58,6 +59,13 @@ def test_awkward_lengths_with_shifted_logits(length: int, shift: float) -> None:
     """Weights exp(s - lse) of keys that do not exist must not overflow, whatever the size of the scores."""
     shape = dense(1, length, length + 3, 2, 1, 16)
     oracle.check(make("lengths", shape, ("causal", "bias"), torch.float32, shift=shift), "portable")
+
+
+@pytest.mark.parametrize("full", [(True, True, False, True), (True, True, True, False)])
+@pytest.mark.parametrize("shape", [dense(1, 20, 39, 1, 1, 16), dense(2, 39, 20, 2, 1, 16)], ids=str)
+def test_a_bias_of_rows_for_each_head(full: tuple[bool, ...], shape: Shape) -> None:
+    """Its gradient has a row for each head and entry, which no sum over heads joins."""
+    oracle.check(Problem(shape, torch.float32, bias=full).call("cpu"), "portable")
 
 
 def test_a_bias_of_no_batch_entries() -> None:
