@@ -18,7 +18,10 @@ import flashtile
 from flashtile import masks
 from flashtile.mask_nodes import At, parse
 from flashtile.masks import Mask
+from tests import oracle
+from tests.fuzz.problems import Problem
 from tests.oracle import dense_mask
+from tests.problems import packed
 
 Sizes = tuple[int, int, int, int]
 SIZES: Sizes = (2, 2, 39, 50)
@@ -123,6 +126,14 @@ def test_predicate(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_attention_sees_the_rule(kind: Kind, small_tiles: None) -> None:
     assert torch.equal(_visible(kind.sizes, mask=kind.mask()), _expected(kind))
+
+
+@pytest.mark.parametrize("joined", ["and", "or"])
+@pytest.mark.parametrize("table", [("padding",), ("document", True, 3), ("dense", 0.5, True, True)], ids=str)
+def test_tables_beside_functions_of_packed_sequences(joined: str, table: tuple[Any, ...], small_tiles: None) -> None:
+    """A function of the batch index has a layout for each sequence up to the one at hand, a table for all of them."""
+    shape = packed((40, 7, 33), (50, 20, 33))
+    oracle.check(Problem(shape, torch.float32, mask=(joined, table, ("function", "band"))).call("cpu"))
 
 
 # Masks as users of FlexAttention write them. Each works on Python integers and on tensors alike.

