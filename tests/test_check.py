@@ -111,6 +111,7 @@ OPTIONS = [
     Refusal(TypeError, r"window\[0\]", "1.5, need a count of keys", dense(window=(1.5, 0))),
     Refusal(TypeError, r"window\[1\]", "True, need a count of keys", dense(window=(1, True))),
     Refusal(ValueError, r"window\[0\]", "-1, need 0 or more; try None for no limit", dense(window=(-1, 0))),
+    Refusal(ValueError, r"window\[0\]", r"\d+, need less than 2 \*\* 62; try None", dense(window=(2**62, 0))),
     Refusal(ValueError, r"window\[1\]", "-1, need 0 or more; try None for no limit", packed(window=(0, -1))),
     Refusal(TypeError, "mask", "a torch.float32 tensor, need bool .*try bias", dense(mask=tensors(6, 8))),
     Refusal(TypeError, "mask", "a torch.sparse_coo tensor", dense(mask=tensors(6, 8).bool().to_sparse())),

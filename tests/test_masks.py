@@ -73,6 +73,7 @@ KINDS = [
     Kind("window_no_limit", lambda: masks.window(None, None), lambda b, h, i, j: True),
     Kind("window_top_left", lambda: masks.window(4, 9, "top_left"), lambda b, h, i, j: i - 4 <= j <= i + 9),
     Kind("window_past_the_end", lambda: masks.window(10**6, 10**6), lambda b, h, i, j: True),
+    Kind("window_without_end", lambda: masks.window(2**31, 2**61), lambda b, h, i, j: True),
     Kind("window_few_keys", lambda: masks.window(2, 1), lambda b, h, i, j: i - 22 <= j <= i - 19, (1, 1, 50, 30)),
     Kind("chunk", lambda: masks.chunk(8), lambda b, h, i, j: (i + SHIFT) // 8 == j // 8),
     Kind("chunk_one", lambda: masks.chunk(1), lambda b, h, i, j: i + SHIFT == j),

@@ -184,14 +184,13 @@ def _inherent(call: Call, found: Tensors, shift: float) -> dict[str, float]:
     walk over all of them; slopes weigh each with a distance. Shifted logits have an error of their size, which a column
     of keys as large then multiplies.
     """
+    longest = max(1, call.shape.seqlen_q, call.shape.seqlen_kv)
     wide = torch.finfo(torch.float64 if call.leaves["q"].dtype is torch.float64 else torch.float32)
-    errors = {"dq": oracle.ROUNDINGS * wide.eps * shift**2 * call.shape.headdim_v**0.5}
-    if call.half:
-        eps = torch.finfo(found["out"].dtype).eps
-        noise = 2 * eps * float((call.grads["out"].double() * found["out"].double()).norm())
-        names = [f"d{name}" for name in call.leaves if name not in "qkv"]
-        errors |= dict.fromkeys(names, noise)
-        errors["dalibi_slopes"] = noise * max(1, call.shape.seqlen_q, call.shape.seqlen_kv)
+    products = call.grads["out"].double() * found["out"].double()
+    noise = 2 * torch.finfo(found["out"].dtype).eps * float(products.norm())
+    errors = {f"d{name}": noise for name in call.leaves if name not in "qkv"}
+    errors["dalibi_slopes"] = noise * longest
+    errors["dq"] = oracle.ROUNDINGS * wide.eps * shift**2 * call.shape.headdim_v**0.5
     return errors
 
 
