@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtile import facts
 from flashtile.region import region
 
 
@@ -82,6 +83,7 @@ class Problem:
     """What a plan may depend on. Two calls with equal Problems run the same kernel with the same configuration.
 
     described: rows of q, k and v begin at multiples of 16 bytes, no two of them at one, as copy engines ask.
+    arch: of the GPU that the tensors lie on (see `facts.arch`): a machine may have several kinds.
     """
 
     batch: int
@@ -112,6 +114,7 @@ class Problem:
     backward: bool = False
     wanted: Wanted = field(default_factory=Wanted)
     cached: Cached | None = None
+    arch: str = ""
 
     @property
     def group(self) -> int:
@@ -195,6 +198,7 @@ def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: W
         described=all(map(described, (q, k, v))),
         backward=backward,
         wanted=wanted or Wanted(),
+        arch=facts.arch(q.device),
     )
 
 

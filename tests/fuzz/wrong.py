@@ -106,10 +106,8 @@ OBJECTS: dict[str, Any] = {
     "branches": lambda b, h, q, kv: q if q > kv else kv,
     "branching_score": lambda score, b, h, q, kv: score if score > 0 else -score,
     "text_of_it": lambda *index: "text",
-    "raises": lambda *index: 1 / 0,
     "random": lambda score, *index: score + torch.rand(()),
     "two": lambda score, *index: torch.stack((score, score)),
-    "class": torch.Tensor,
 }
 """By name, so that a drawn call can be printed and drawn again."""
 
