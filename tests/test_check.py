@@ -429,7 +429,34 @@ CONSTRUCTED = [
     masks.custom,
     masks.from_block_mask,
 ]
-TABLE = [*TENSORS, *OPTIONS, *PACKING, *EXPLAIN, *CONSTRUCTORS, *MASKS, *MODIFIERS, *DROPOUT_MASK, *MERGE, *SHARDING]
+MACHINE = [
+    Refusal(
+        RuntimeError,
+        "kernel cache",
+        r"/x, which Triton cannot use \(PermissionError: no\), need a folder .*try making it writable",
+        lambda: check.kernel_cache(PermissionError("no"), "/x"),
+    ),
+    Refusal(
+        RuntimeError,
+        "kernel cache",
+        "a damaged entry in /x .*try emptying the folder",
+        lambda: check.kernel_cache(ValueError("no"), "/x"),
+    ),
+]
+
+TABLE = [
+    *MACHINE,
+    *TENSORS,
+    *OPTIONS,
+    *PACKING,
+    *EXPLAIN,
+    *CONSTRUCTORS,
+    *MASKS,
+    *MODIFIERS,
+    *DROPOUT_MASK,
+    *MERGE,
+    *SHARDING,
+]
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{n}-{row.argument}") for n, row in enumerate(TABLE)])

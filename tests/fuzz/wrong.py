@@ -82,7 +82,6 @@ OBJECTS: dict[str, Any] = {
     "bytes": b"x",
     "complex": 1j,
     "object": object(),
-    "type": int,
     "array": np.ones((BATCH, KEYS, HEADS, WIDTH), np.float32),
     "numpy_number": np.float32(0.5),
     "numpy_integer": np.int64(3),

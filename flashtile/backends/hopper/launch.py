@@ -31,6 +31,7 @@ from flashtile.kernels.arguments import (
 )
 from flashtile.kernels.bias import bias_kernel
 from flashtile.kernels.bits import bits_kernel
+from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.scores import sink_gradient, zero_grads
@@ -55,7 +56,8 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
 
 def on_device(kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
     """Launches on the current device; returns the compiled kernel."""
-    return kernel[(programs,)](*arguments, **options)
+    with kept():
+        return kernel[(programs,)](*arguments, **options)
 
 
 class Machine(NamedTuple):
