@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal
 GPU_TESTS = $$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--ignore=tests/gpu")')
 
-.PHONY: help env demo test oldest-triton fuzz lint format types wheel check clean
+.PHONY: help env demo test oldest-triton fuzz sanitize lint format types wheel check clean
 
 help:
 	@echo "make demo    show what flashtile does on this machine"
@@ -60,6 +60,10 @@ FUZZER = OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ) $(ARGS)
 
 fuzz: $(READY)
 	@$(FUZZER) --device interpreter & interpreted=$$!; $(FUZZER) --device cpu; plain=$$?; wait $$interpreted && exit $$plain
+
+# On an NVIDIA GPU: the kernels under compute-sanitizer, which CUDA's toolkit brings.
+sanitize: $(READY)
+	$(BIN)/python tools/sanitize.py --warm $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

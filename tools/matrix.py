@@ -22,20 +22,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS = ("numpy>=1.26", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "rich>=13", "matplotlib>=3.8")
+NEEDS = ("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "rich>=13", "matplotlib>=3.8")
+NUMPY = {"3.6": "numpy>=1.26,<2.4"}
+"""Triton 3.6's interpreter makes numbers of arrays in a way that later releases of NumPy refuse."""
 SUITES: dict[str, tuple[dict[str, str], list[str]]] = {
     "cpu": ({}, ["tests/test_conformance.py", "tests/test_check.py", "tests/test_dropout.py"]),
-    "torch.compile": ({}, ["tests/test_autograd.py", "-k", "compile or export or causal"]),
+    "torch.compile": ({}, ["tests/test_autograd.py", "-k", "aot_eager or export_with"]),
     "interpreted": (
         {"TRITON_INTERPRET": "1"},
         [
             "tests/interpreted/test_lower.py",
             "tests/interpreted/test_portable.py",
             "-k",
-            "test_a or causal or varlen_mods",
+            "test_a_mask or causal or mods",
         ],
     ),
-    "compiled": ({}, ["tests/test_compile.py", "-k", "test_kernels_of_a_target and (sm_90a or sm_80 or gfx942)"]),
+    "compiled": ({}, ["tests/test_compile.py", "-k", "test_kernels_of_a_target and (sm_90a or gfx942)"]),
 }
 """The quick suite: environment and pytest's arguments."""
 
@@ -105,11 +107,12 @@ def run(cell: Cell, folder: Path | None) -> dict[str, Any]:
     base = interpreter(cell.python)
     if base is None:
         return {"missing": f"no Python {cell.python} here; try uv python install {cell.python}"}
+    numpy = NUMPY.get(cell.triton.rpartition(".")[0], "numpy>=1.26")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         python = str(Path(place) / "env" / "bin" / "python")
         steps = (
             [base, "-m", "venv", str(Path(place) / "env")],
-            [python, "-m", "pip", "install", "-q", "--no-cache-dir", f"torch=={cell.torch}", *NEEDS],
+            [python, "-m", "pip", "install", "-q", "--no-cache-dir", f"torch=={cell.torch}", numpy, *NEEDS],
             [python, "-m", "pip", "install", "-q", "--no-cache-dir", "--no-deps", f"triton=={cell.triton}"],
         )
         for step in steps:
