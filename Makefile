@@ -18,12 +18,13 @@ READY := $(VENV)/.ready
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=4 --dist=worksteal
 GPU_TESTS = $$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--ignore=tests/gpu")')
 
-.PHONY: help env demo test oldest-triton lint format types wheel check clean
+.PHONY: help env demo test oldest-triton fuzz sanitize lint format types wheel check clean
 
 help:
 	@echo "make demo    show what flashtile does on this machine"
 	@echo "make test    run the tests (those in tests/gpu only where there is a GPU)"
-	@echo "make check   lint, types, wheel and tests, with the oldest Triton too: what CI runs"
+	@echo "make fuzz    random calls of the whole library against the reference: FUZZ=3600 for so many seconds"
+	@echo "make check   lint, types, wheel and tests, with the oldest Triton too, and some fuzzing: what CI runs"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the environment and the caches"
 
@@ -42,7 +43,8 @@ test: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
 	$(PYTEST) $(GPU_TESTS) $(ARGS)
 
-# The oldest Triton that is supported, beside the newest, which the environment holds: its compiler takes all kernels.
+# The oldest Triton that is supported, beside the newest, which the environment holds: its compiler takes all kernels,
+# each once; what does not depend on the compiler is left to the newest.
 OLDEST := $(VENV)/triton-3.6
 
 $(OLDEST): | $(READY)
@@ -50,7 +52,18 @@ $(OLDEST): | $(READY)
 
 oldest-triton: $(OLDEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) tests/test_compile.py \
-		tests/test_lower.py tests/test_builds.py tests/emulated tests/ptx_emulation $(ARGS)
+		tests/test_lower.py tests/test_builds.py tests/emulated tests/ptx_emulation -m "not newest_triton" $(ARGS)
+
+# Random calls, the same ones each time: on the PyTorch backend and interpreted, side by side, for FUZZ seconds each.
+FUZZ ?= 150
+FUZZER = OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ) $(ARGS)
+
+fuzz: $(READY)
+	@$(FUZZER) --device interpreter & interpreted=$$!; $(FUZZER) --device cpu; plain=$$?; wait $$interpreted && exit $$plain
+
+# On an NVIDIA GPU: the kernels under compute-sanitizer, which CUDA's toolkit brings.
+sanitize: $(READY)
+	$(BIN)/python tools/sanitize.py --warm $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
@@ -71,6 +84,7 @@ check:
 	$(MAKE) lint
 	$(MAKE) types
 	$(MAKE) wheel
+	$(MAKE) fuzz
 	$(MAKE) oldest-triton
 	$(MAKE) test
 

@@ -234,8 +234,8 @@ def attention_kvcache(
             last page in use may be anything.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), q's dtype or float32: q and k are turned (Su et al. 2021)
             before use, each row by its place in the cache, cache_seqlens + i; without causal and window all queries
-            are turned to cache_seqlens. Needs k and v, and as many positions as a sequence may have rows; in pages
-            they may end inside of the last one.
+            are turned to cache_seqlens. Needs k and v, and as many positions as a sequence may have rows, and as
+            queries pass them that are more than the new keys; in pages they may end inside of the last one.
         k_scale, v_scale: float32, (heads_kv,), or with block_table (pages, heads_kv): what the numbers of a quantised
             cache are multiplied by. New rows are divided by them, and rounded and cut off to what the cache holds.
         rotary_interleaved: columns 2i and 2i + 1 are a pair (GPT-J); else i and i + rotary_dim / 2 (GPT-NeoX).

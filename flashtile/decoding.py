@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashtile import autograd, backends, check, masks, plan, recall
 from flashtile.plan import Plan
-from flashtile.problem import CacheTensors, Inputs, Options, capacity, describe_cached
+from flashtile.problem import CacheTensors, Inputs, Options, ahead, capacity, describe_cached
 from flashtile.request import autocast
 
 
@@ -88,13 +88,15 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) -
     page = 1 if given.block_table is None else k_cache.shape[1]
     places = (given.cache_batch_idx, given.cache_leftpad, given.block_table)
     check.places(q, k_cache, *places)
-    room = capacity(k_cache, given.block_table)
-    check.rotary(given.rotary_cos, given.rotary_sin, q, appended, room - page + 1)
-    check.seqlens(q, given.cache_seqlens, appended, capacity(k_cache, given.block_table, given.rotary_cos))
-    check.scales(given.k_scale, given.v_scale, k_cache, given.block_table)
     for name in ("rotary_interleaved", "causal", "batch_invariant", "debug", "return_lse"):
         check.flag(name, getattr(given, name))
     check.window(given.window)
+    beyond = ahead(q, appended, given.causal or any(side is not None for side in given.window or ()))
+    check.rotary(
+        given.rotary_cos, given.rotary_sin, q, appended, capacity(k_cache, given.block_table) - page + 1, beyond
+    )
+    check.seqlens(q, given.cache_seqlens, appended, capacity(k_cache, given.block_table, given.rotary_cos, beyond))
+    check.scales(given.k_scale, given.v_scale, k_cache, given.block_table)
     check.softcap(given.softcap)
     check.alibi_slopes(given.alibi_slopes, q, q.shape[0])
     check.sinks(given.sinks, q)

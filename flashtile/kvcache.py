@@ -79,19 +79,25 @@ def _rows(tensors: CacheTensors) -> Tensor:
 
 
 def gathered(
-    cache: Tensor, table: Tensor | None, row: int, begin: int, end: int, scale: Tensor | None = None
+    cache: Tensor,
+    table: Tensor | None,
+    row: int,
+    begin: int,
+    end: int,
+    scale: Tensor | None = None,
+    wide: torch.dtype = torch.float32,
 ) -> Tensor:
     """Rows [begin, end) of one sequence, (1, end - begin, heads_kv, d): a view, or a copy where they lie in pages, or
-    are quantised and get multiplied by `scale`."""
+    are quantised and get multiplied by `scale`, in the dtype `wide`."""
     if table is None:
         rows = cache[row : row + 1, begin:end]
-        return rows if scale is None else rows.float() * scale[:, None]
+        return rows if scale is None else rows.to(wide) * scale[:, None].to(wide)
     size = cache.shape[1]
     first = begin // size
     pages = table[row, first : -(-end // size)].long()
     rows = _bytes(cache)[pages].view(cache.dtype)
     if scale is not None:
-        rows = rows.float() * (scale if scale.ndim == 1 else scale[pages][:, None])[..., None]
+        rows = rows.to(wide) * (scale if scale.ndim == 1 else scale[pages][:, None])[..., None].to(wide)
     return rows.flatten(0, 1)[None, begin - first * size : end - first * size]
 
 

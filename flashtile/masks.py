@@ -59,7 +59,12 @@ def window(left: int | None, right: int | None, alignment: Alignment = "bottom_r
     check.window_side("left", left)
     check.window_side("right", right)
     check.alignment(alignment)
-    return Mask(f'["window",{-1 if left is None else left},{-1 if right is None else right},"{alignment}"]')
+    left, right = (-1 if side is None or side >= _NO_LIMIT else side for side in (left, right))
+    return Mask(f'["window",{left},{right},"{alignment}"]')
+
+
+_NO_LIMIT = 2**30
+"""No sequence is so long, and twice as much, which indices may come to, is too much for 32 bits."""
 
 
 def chunk(size: int, alignment: Alignment = "bottom_right") -> Mask:

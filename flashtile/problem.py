@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtile import facts
+from flashtile.region import region
+
 
 class Inputs(NamedTuple):
     """The tensors of one call; an absent feature is None or an empty tuple."""
@@ -80,6 +83,7 @@ class Problem:
     """What a plan may depend on. Two calls with equal Problems run the same kernel with the same configuration.
 
     described: rows of q, k and v begin at multiples of 16 bytes, no two of them at one, as copy engines ask.
+    arch: of the GPU that the tensors lie on (see `facts.arch`): a machine may have several kinds.
     """
 
     batch: int
@@ -110,6 +114,7 @@ class Problem:
     backward: bool = False
     wanted: Wanted = field(default_factory=Wanted)
     cached: Cached | None = None
+    arch: str = ""
 
     @property
     def group(self) -> int:
@@ -193,6 +198,7 @@ def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: W
         described=all(map(described, (q, k, v))),
         backward=backward,
         wanted=wanted or Wanted(),
+        arch=facts.arch(q.device),
     )
 
 
@@ -210,14 +216,21 @@ def describe_cached(
         stored=inputs.k.dtype if inputs.k.dtype is not inputs.q.dtype else None,
     )
     problem = describe(inputs, options)
-    room = capacity(inputs.k, table, cache.rotary_cos)
+    window = region(options.mask)
+    counted = window.left is not None or window.right is not None
+    room = capacity(inputs.k, table, cache.rotary_cos, ahead(inputs.q, cached.appended, counted))
     return replace(problem, seqlen_kv=room, described=False, cached=cached)
 
 
-def capacity(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None = None) -> int:
-    """Rows that a sequence may have: those of the cache for which there are angles."""
+def capacity(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None = None, ahead: int = 0) -> int:
+    """Rows that a sequence may have: those of the cache for which, and for queries so far `ahead`, there are angles."""
     rows = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    return rows if rotary_cos is None else min(rows, rotary_cos.shape[0])
+    return rows if rotary_cos is None else min(rows, rotary_cos.shape[0] - ahead)
+
+
+def ahead(q: Tensor, appended: int, counted: bool) -> int:
+    """How far past the last new row queries are turned to: of more queries than new rows, where places are counted."""
+    return max(0, q.shape[1] - appended) if counted else 0
 
 
 def described(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtile import autograd, sharding, trace
+from flashtile.forgetting import make_room
 from flashtile.masks import Mask
 from flashtile.problem import Inputs
 from flashtile.request import Arguments, Packing, build, mask_value
@@ -92,8 +93,7 @@ def _find(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packin
 
 def keep(known: dict[Any, Any], key: Any, value: Any) -> None:
     """Puts it in; the oldest make room."""
-    while len(known) >= _KEPT:
-        known.pop(next(iter(known)), None)
+    make_room(known, _KEPT)
     known[key] = value
 
 

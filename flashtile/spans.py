@@ -192,4 +192,6 @@ def _union(begin_a: Tensor, end_a: Tensor, begin_b: Tensor, end_b: Tensor) -> tu
 def _combine(
     rule: Callable[[Tensor, Tensor], Tensor], left: Spans | Layout, right: Spans | Layout, tiling: Tiling
 ) -> Layout:
-    return Layout(rule(left.to_layout(tiling).state, right.to_layout(tiling).state))
+    # Packed sequences are lowered one by one on some backends, each the last entry of a batch; tables hold all of them.
+    left, right = (Layout(part.to_layout(tiling).state[: max(1, tiling.batch)]) for part in (left, right))
+    return Layout(rule(left.state, right.state))

@@ -7,6 +7,7 @@ done with it). Graphs live in a process-wide registry under a key made of their 
 
 import functools
 import hashlib
+import os
 import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from flashtile import captures, recording
 from flashtile.check import modifiers as check
+from flashtile.forgetting import make_room
 from flashtile.scalar_graph import Kind, Traced
 
 _ROUTES_KEPT = 1024
@@ -44,8 +46,11 @@ class _Route:
 _Paths = tuple[captures.Path, ...]
 _graphs: dict[str, Traced] = {}
 _routes: dict[Any, _Route] = {}
-# torch.fx patches the whole process while it traces: one thread at a time.
+# torch.fx patches the whole process while it traces: one thread at a time, and no process is forked meanwhile, for the
+# child would keep the patches, and a lock that nobody opens.
 _tracing = RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_tracing.acquire, after_in_parent=_tracing.release, after_in_child=_tracing.release)
 _composed: dict[Any, tuple[str, tuple[int | Tensor, ...]]] = {}
 _calling: set[types.CodeType] = set()  # code of functions that call modules
 
@@ -135,8 +140,7 @@ def _route(function: Callable[..., Any], kind: Kind) -> tuple[_Route, list[captu
 
 def _remember(content: Any, route: _Route) -> None:
     """Keeps the newest routes; an evicted function is traced again and finds its graph by key."""
-    if len(_routes) >= _ROUTES_KEPT:
-        del _routes[next(iter(_routes))]
+    make_room(_routes, _ROUTES_KEPT)
     _routes[content] = route
 
 
@@ -148,15 +152,16 @@ def compose(name: str, kind: Kind, function: Callable[..., Any], tensors: Sequen
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     alike = tuple((tensor.dtype, tuple(tensor.shape), tensor.device, places[id(tensor)]) for tensor in tensors)
     known = (name, kind, alike)
-    if known not in _composed:
+    made = _composed.get(known)
+    if made is None:
         leaves = [captures.Leaf((), tensor) for tensor in tensors]
         with _tracing:
             traced, found, _ = _trace(functools.partial(function, tensors), kind, leaves, tensors)
         _graphs.setdefault(traced.key, traced)
-        while len(_composed) >= _ROUTES_KEPT:
-            del _composed[next(iter(_composed))]
-        _composed[known] = traced.key, tuple(places.get(id(tensor), tensor) for tensor in found)
-    key, order = _composed[known]
+        make_room(_composed, _ROUTES_KEPT)
+        made = traced.key, tuple(places.get(id(tensor), tensor) for tensor in found)
+        _composed[known] = made
+    key, order = made
     return Lifted(key, tuple(tensors[place] if isinstance(place, int) else place for place in order))
 
 

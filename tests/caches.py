@@ -54,7 +54,7 @@ class CacheCase:
     @property
     def turned(self) -> bool:
         """Whether queries turn with their place."""
-        return self.causal or self.window is not None
+        return self.causal or self.window not in (None, (None, None))
 
 
 EVERYTHING = CacheCase(
@@ -194,7 +194,8 @@ def make(case: CacheCase, dtype: torch.dtype, device: str = "cpu") -> CacheCall:
         for name, width in zip("kv", widths, strict=True):
             options[name] = normal(batch, case.appended, heads_kv, width)
     if case.rotary:
-        angles = draw.normal(max(case.capacity, 2 * case.page * 8), case.rotary // 2)
+        # More queries than new rows are turned to places behind all rows.
+        angles = draw.normal(max(case.capacity + case.seqlen_q, 2 * case.page * 8), case.rotary // 2)
         options |= {"rotary_cos": angles.cos().to(dtype), "rotary_sin": angles.sin().to(dtype)}
         options["rotary_interleaved"] = case.interleaved
     if case.alibi:
@@ -309,8 +310,11 @@ def _turned(call: CacheCall, rows: Tensor, first: int, moving: bool, dtype: torc
     return rows.to(call.dtype).to(dtype or call.q.dtype)
 
 
-def check(call: CacheCall, run: Callable[..., State] = CacheCall.run, **more: Any) -> State:
-    """Runs the call and asserts the oracle's tolerance rule, and that the caches gained their new rows alone."""
+def check(call: CacheCall, run: Callable[..., State] = CacheCall.run, slack: float = 1.0, **more: Any) -> State:
+    """Runs the call and asserts the oracle's tolerance rule, and that the caches gained their new rows alone.
+
+    slack: as `oracle.compare` has it.
+    """
     case = call.case
     before = call.copy()
     found = run(call, **more)
@@ -329,7 +333,7 @@ def check(call: CacheCall, run: Callable[..., State] = CacheCall.run, **more: An
         error = torch.where(exact == -torch.inf, 0.0, plain.double() - exact)
         ratios += oracle.compare_one(name, value, exact, [error], shape, share)
     worst = max(ratios, key=lambda ratio: ratio.value)
-    assert worst.value <= 1, f"{case} {worst.name}: error {worst.error:.3e}, allowed {worst.allowed:.3e}"
+    assert worst.value <= slack, f"{case} {worst.name}: error {worst.error:.3e}, allowed {worst.allowed:.3e}"
     _check_caches(call, before, gained)
     return found
 

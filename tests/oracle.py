@@ -135,17 +135,25 @@ def check(call: Call, backend: str | None = None, slack: float = 1.0, **more: An
     return compare(ours(call, backend, **more), call, slack)
 
 
-def compare(found: Tensors, call: Call, slack: float = 1.0, known: Truth | None = None) -> list[Ratio]:
+def compare(
+    found: Tensors,
+    call: Call,
+    slack: float = 1.0,
+    known: Truth | None = None,
+    inherent: dict[str, float] | None = None,
+) -> list[Ratio]:
     """Asserts that `found` (as `ours` returns it) obeys the tolerance rule.
 
     slack: how many times the allowed error still passes. Only for random searches, which look for wrong results among
     thousands of tiny problems and meet the tails of the errors' distribution on the way.
     known: the call's `truth_and_textbook`, where several ways to compute one call are compared.
+    inherent: absolute errors that results carry whatever is done, beside those of the textbook formula.
     """
     truth, textbook = known or truth_and_textbook(call)
     ratios = []
     for name, value in found.items():
         extra = LSE_SHARE * torch.finfo(call.leaves["q"].dtype).eps if name == "lse" and call.half else 0.0
+        extra += (inherent or {}).get(name, 0.0)
         ratios += compare_one(name, value, truth[name], textbook[name], call.shape, extra)
     worst = max(ratios, key=lambda ratio: ratio.value, default=Ratio("nothing", 0.0, 1.0))
     assert worst.value <= slack, f"{worst.name}: error {worst.error:.3e}, allowed {worst.allowed:.3e}"

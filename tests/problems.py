@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from flashtile import masks
 
 Tensors = dict[str, Tensor]
+EXACT_ANYWAY = ("out_dtype", "deterministic", "batch_invariant")
+"""Options that the reference has no word for: they do not change what is exact."""
 Rule = Callable[[Any, Any, Any, Any], Any]
 
 
@@ -152,7 +154,7 @@ class Call:
             merged.update(stated)
         if rules:
             merged["mask"] = partial(_all_of, tuple(rules))
-        return {key: value for key, value in merged.items() if key not in ("out_dtype", "deterministic")}
+        return {key: value for key, value in merged.items() if key not in EXACT_ANYWAY}
 
     def packing(self) -> dict[str, Tensor]:
         """cu_seqlens_* and seqused_*; empty for a dense call."""
@@ -186,7 +188,19 @@ def make(
     shift: float = 0.0,
 ) -> Call:
     """Draws the tensors of a call: standard normal, from a seed that depends on the name only."""
-    chosen = tuple(FEATURES[feature] for feature in features)
+    return compose(name, shape, tuple(FEATURES[feature] for feature in features), dtype, device, lse_grad, shift)
+
+
+def compose(
+    name: str,
+    shape: Shape,
+    chosen: tuple[Feature, ...],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    lse_grad: bool = True,
+    shift: float = 0.0,
+) -> Call:
+    """`make` of features that no table names."""
     for feature in chosen:
         shape = feature.reshape(shape)
     draw = Draw(name, device)

@@ -217,8 +217,13 @@ def _fresh_compiler() -> None:
 NOT_LIFTED = {
     "captures": "a function made in the compiled region over a tensor computed there cannot be lifted",
 }
+if torch.torch_version.TorchVersion(torch.__version__) < "2.13":
+    # Seen with 2.11; newer ones take it.
+    NOT_LIFTED["method"] = "the compiler makes no constant of a module whose method is the score function"
 NAMES = [
-    pytest.param(name, marks=pytest.mark.xfail(reason=NOT_LIFTED[name])) if name in NOT_LIFTED else name
+    pytest.param(name, marks=pytest.mark.xfail(reason=NOT_LIFTED[name], strict=name == "captures"))
+    if name in NOT_LIFTED
+    else name
     for name in COMPILED
 ]
 

@@ -111,6 +111,7 @@ OPTIONS = [
     Refusal(TypeError, r"window\[0\]", "1.5, need a count of keys", dense(window=(1.5, 0))),
     Refusal(TypeError, r"window\[1\]", "True, need a count of keys", dense(window=(1, True))),
     Refusal(ValueError, r"window\[0\]", "-1, need 0 or more; try None for no limit", dense(window=(-1, 0))),
+    Refusal(ValueError, r"window\[0\]", r"\d+, need less than 2 \*\* 62; try None", dense(window=(2**62, 0))),
     Refusal(ValueError, r"window\[1\]", "-1, need 0 or more; try None for no limit", packed(window=(0, -1))),
     Refusal(TypeError, "mask", "a torch.float32 tensor, need bool .*try bias", dense(mask=tensors(6, 8))),
     Refusal(TypeError, "mask", "a torch.sparse_coo tensor", dense(mask=tensors(6, 8).bool().to_sparse())),
@@ -148,15 +149,17 @@ OPTIONS = [
     Refusal(ValueError, "alibi_slopes", r"shape \(3, 4\), need .* = \(2, 4\)", packed(alibi_slopes=tensors(3, 4))),
     Refusal(TypeError, "softcap", "str, need a number or None", dense(softcap="30")),
     Refusal(TypeError, "softcap", "bool, need a number", dense(softcap=True)),
-    Refusal(ValueError, "softcap", "-1.0, need a finite number of 0 or more", dense(softcap=-1.0)),
-    Refusal(ValueError, "softcap", "inf, need a finite number", dense(softcap=float("inf"))),
+    Refusal(ValueError, "softcap", "-1.0, need 0 or a number from 1e-30 to ", dense(softcap=-1.0)),
+    Refusal(ValueError, "softcap", "inf, need 0 or a number from", dense(softcap=float("inf"))),
+    Refusal(ValueError, "softcap", "1e-320, need 0 or a number from", dense(softcap=1e-320)),
     Refusal(TypeError, "sinks", "float, need a torch.Tensor", dense(sinks=1.0)),
     Refusal(TypeError, "sinks", "torch.int64, need a floating-point tensor", dense(sinks=ids(4))),
     Refusal(ValueError, "sinks", f"a tensor on meta, {ELSEWHERE}", dense(sinks=tensors(4).to(META))),
     Refusal(ValueError, "sinks", r"shape \(2,\), need \(heads,\) = \(4,\)", dense(sinks=tensors(2))),
     Refusal(ValueError, "sinks", r"shape \(2, 4\), need \(heads,\) = \(4,\)", packed(sinks=tensors(2, 4))),
     Refusal(TypeError, "scale", r"Tensor, need a number or None; try float\(scale\)", dense(scale=tensors())),
-    Refusal(ValueError, "scale", "nan, need a finite number", dense(scale=float("nan"))),
+    Refusal(ValueError, "scale", "nan, need a number from -1e", dense(scale=float("nan"))),
+    Refusal(ValueError, "scale", "1e.300, need a number from -1e", dense(scale=1e300)),
     Refusal(TypeError, "dropout_p", r"NoneType, need a number in \[0, 1\)", dense(dropout_p=None)),
     Refusal(ValueError, "dropout_p", "1.0, need a probability", dense(dropout_p=1.0)),
     Refusal(ValueError, "dropout_p", "-0.1, need a probability", dense(dropout_p=-0.1)),
@@ -426,7 +429,34 @@ CONSTRUCTED = [
     masks.custom,
     masks.from_block_mask,
 ]
-TABLE = [*TENSORS, *OPTIONS, *PACKING, *EXPLAIN, *CONSTRUCTORS, *MASKS, *MODIFIERS, *DROPOUT_MASK, *MERGE, *SHARDING]
+MACHINE = [
+    Refusal(
+        RuntimeError,
+        "kernel cache",
+        r"/x, which Triton cannot use \(PermissionError: no\), need a folder .*try making it writable",
+        lambda: check.kernel_cache(PermissionError("no"), "/x"),
+    ),
+    Refusal(
+        RuntimeError,
+        "kernel cache",
+        "a damaged entry in /x .*try emptying the folder",
+        lambda: check.kernel_cache(ValueError("no"), "/x"),
+    ),
+]
+
+TABLE = [
+    *MACHINE,
+    *TENSORS,
+    *OPTIONS,
+    *PACKING,
+    *EXPLAIN,
+    *CONSTRUCTORS,
+    *MASKS,
+    *MODIFIERS,
+    *DROPOUT_MASK,
+    *MERGE,
+    *SHARDING,
+]
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{n}-{row.argument}") for n, row in enumerate(TABLE)])

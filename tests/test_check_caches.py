@@ -116,6 +116,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rotary_cos": torch.zeros(48, 5), "rotary_sin": torch.zeros(48, 5)}, ValueError, "got 5 columns, need 1 to 4"),
     ({"rotary_cos": COS[:47], "rotary_sin": COS[:47]}, ValueError, "rotary_cos: got 47 positions, need 48"),
     (
+        {"rotary_cos": COS, "rotary_sin": COS, "q": torch.zeros(2, 4, 4, 8)},
+        ValueError,
+        "rotary_cos: got 48 positions, need 51, for the rows .* and 3 queries more than new keys",
+    ),
+    (
         {"rotary_cos": torch.zeros(32, 4), "rotary_sin": torch.zeros(32, 4), "block_table": TABLE},
         ValueError,
         "rotary_cos: got 32 positions, need 33",

@@ -18,7 +18,10 @@ import flashtile
 from flashtile import masks
 from flashtile.mask_nodes import At, parse
 from flashtile.masks import Mask
+from tests import oracle
+from tests.fuzz.problems import Problem
 from tests.oracle import dense_mask
+from tests.problems import packed
 
 Sizes = tuple[int, int, int, int]
 SIZES: Sizes = (2, 2, 39, 50)
@@ -70,6 +73,7 @@ KINDS = [
     Kind("window_no_limit", lambda: masks.window(None, None), lambda b, h, i, j: True),
     Kind("window_top_left", lambda: masks.window(4, 9, "top_left"), lambda b, h, i, j: i - 4 <= j <= i + 9),
     Kind("window_past_the_end", lambda: masks.window(10**6, 10**6), lambda b, h, i, j: True),
+    Kind("window_without_end", lambda: masks.window(2**31, 2**61), lambda b, h, i, j: True),
     Kind("window_few_keys", lambda: masks.window(2, 1), lambda b, h, i, j: i - 22 <= j <= i - 19, (1, 1, 50, 30)),
     Kind("chunk", lambda: masks.chunk(8), lambda b, h, i, j: (i + SHIFT) // 8 == j // 8),
     Kind("chunk_one", lambda: masks.chunk(1), lambda b, h, i, j: i + SHIFT == j),
@@ -123,6 +127,14 @@ def test_predicate(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_attention_sees_the_rule(kind: Kind, small_tiles: None) -> None:
     assert torch.equal(_visible(kind.sizes, mask=kind.mask()), _expected(kind))
+
+
+@pytest.mark.parametrize("joined", ["and", "or"])
+@pytest.mark.parametrize("table", [("padding",), ("document", True, 3), ("dense", 0.5, True, True)], ids=str)
+def test_tables_beside_functions_of_packed_sequences(joined: str, table: tuple[Any, ...], small_tiles: None) -> None:
+    """A function of the batch index has a layout for each sequence up to the one at hand, a table for all of them."""
+    shape = packed((40, 7, 33), (50, 20, 33))
+    oracle.check(Problem(shape, torch.float32, mask=(joined, table, ("function", "band"))).call("cpu"))
 
 
 # Masks as users of FlexAttention write them. Each works on Python integers and on tensors alike.

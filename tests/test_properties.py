@@ -16,6 +16,7 @@ from flashtile import State, masks
 from tests import oracle
 from tests.oracle import assert_equal_bits
 from tests.problems import Call, Shape, Tensors, make, offsets, packed
+from tests.views import VIEWS
 
 SLACK = 4.0
 LENGTH = st.integers(0, 80)
@@ -79,35 +80,9 @@ def test_any_packing(
     oracle.check(make("packing", shape, features, torch.float32), slack=SLACK)
 
 
-# Strides. Each view holds the values of a contiguous tensor in other memory.
+# Strides.
 
 
-def _sliced(tensor: Tensor) -> Tensor:
-    padded = torch.full([size + 3 for size in tensor.shape], torch.nan, dtype=tensor.dtype)
-    window = padded[tuple(slice(1, 1 + size) for size in tensor.shape)]
-    return window.copy_(tensor)
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _last_strided(tensor: Tensor) -> Tensor:
-    padded = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan, dtype=tensor.dtype)
-    return padded[..., ::2].copy_(tensor)
-
-
-def _last_outermost(tensor: Tensor) -> Tensor:
-    return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
-
-
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda tensor: tensor,
-    "sliced": _sliced,
-    "transposed": _transposed,
-    "last_strided": _last_strided,
-    "last_outermost": _last_outermost,
-}
 VIEW = st.sampled_from(list(VIEWS))
 STRIDED_OPTIONS = ((), ("causal",), ("causal", "bias", "sinks"), ("gqa", "softcap"))
 

@@ -24,6 +24,7 @@ from flashtile.check.caches import (
     table_width,
     tokens,
 )
+from flashtile.check.machine import kernel_cache
 from flashtile.check.options import (
     alibi_slopes,
     alignment,
@@ -81,6 +82,7 @@ __all__ = [
     "enough_pages",
     "flag",
     "inference",
+    "kernel_cache",
     "known_sequence",
     "known_sharding",
     "mask",

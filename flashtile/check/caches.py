@@ -150,8 +150,11 @@ def scales(k_scale: Any, v_scale: Any, k_cache: Tensor, block_table: Any) -> Non
         raise ValueError(f"v_scale: got shape {shape_of(v_scale)}, need {shape_of(k_scale)} as k_scale")
 
 
-def rotary(cos: Any, sin: Any, q: Tensor, appended: int, positions: int) -> None:
-    """The tables of rotary embedding, which need so many `positions`; those of pages may end inside of the last."""
+def rotary(cos: Any, sin: Any, q: Tensor, appended: int, positions: int, beyond: int) -> None:
+    """The tables of rotary embedding, which need so many `positions`; those of pages may end inside of the last.
+
+    beyond: of more queries than new rows the last ones are turned to places behind all rows.
+    """
     if (cos is None) != (sin is None):
         missing, given = ("rotary_cos", "rotary_sin") if cos is None else ("rotary_sin", "rotary_cos")
         raise ValueError(f"{missing}: got None beside {given}, need both or neither")
@@ -177,10 +180,11 @@ def rotary(cos: Any, sin: Any, q: Tensor, appended: int, positions: int) -> None
         raise ValueError(
             f"rotary_cos: got {cos.shape[1]} columns, need 1 to {q.shape[-1] // 2}, half of the columns of q that turn"
         )
-    if cos.shape[0] < positions:
+    if cos.shape[0] < positions + beyond:
+        more = f" and {beyond} queries more than new keys" if beyond else ""
         raise ValueError(
-            f"rotary_cos: got {cos.shape[0]} positions, need {positions}, for the rows that a sequence may have; "
-            "try longer tables"
+            f"rotary_cos: got {cos.shape[0]} positions, need {positions + beyond}, for the rows that a sequence may "
+            f"have{more}; try longer tables"
         )
 
 

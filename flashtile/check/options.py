@@ -139,25 +139,28 @@ def _number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, need a number or None; try float({name})")
 
 
-def _finite(value: Any) -> bool:
-    """In arithmetic that a compiler follows where the number is a symbol: neither nan nor infinity gives 0."""
-    return bool(value - value == 0)
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Numbers that kernels multiply by others in float32; in comparisons that a compiler follows where they are symbols."""
 
 
 def softcap(value: Any) -> None:
     if value is None:
         return
     _number("softcap", value)
-    if not (_finite(value) and value >= 0):
-        raise ValueError(f"softcap: got {value!r}, need a finite number of 0 or more; try None for no cap")
+    if not (value == 0 or SMALLEST <= value <= LARGEST):
+        raise ValueError(
+            f"softcap: got {value!r}, need 0 or a number from {SMALLEST} to {LARGEST}; try None for no cap"
+        )
 
 
 def scale(value: Any) -> None:
     if value is None:
         return
     _number("scale", value)
-    if not _finite(value):
-        raise ValueError(f"scale: got {value!r}, need a finite number; try None for headdim ** -0.5")
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(
+            f"scale: got {value!r}, need a number from -{LARGEST} to {LARGEST}; try None for headdim ** -0.5"
+        )
 
 
 def dropout(probability: Any, seed: Any, q: Tensor) -> None:

@@ -16,6 +16,8 @@ def window_side(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {value!r}, need a count of keys, or None for no limit; try (128, 0)")
     if value is not None and value < 0:
         raise ValueError(f"{name}: got {value}, need 0 or more; try None for no limit")
+    if value is not None and value >= 2**62:
+        raise ValueError(f"{name}: got {value}, need less than 2 ** 62; try None for no limit")
 
 
 def chunk_size(value: Any) -> None:

@@ -52,7 +52,8 @@ def evoformer_attention(q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor
     if len(outs) == 1:
         return outs[0].expand(*leading, *outs[0].shape)
     if not outs:
-        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+        # No batch entry: nothing to compute, and gradients of zero for whoever asks.
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * sum(tensor.sum() for tensor in (q, k, v))
     return torch.stack(outs).unflatten(0, leading)
 
 

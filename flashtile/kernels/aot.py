@@ -10,6 +10,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashtile.kernels.storage import kept
+
 Path = tuple[int, ...]
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -88,4 +90,5 @@ def leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 def build(kernel: Any, arguments: dict[str, Any], target: GPUTarget, **options: Any) -> Any:
     """The compiled kernel."""
-    return triton.compile(source(kernel, arguments), target=target, options=options)
+    with kept():
+        return triton.compile(source(kernel, arguments), target=target, options=options)

@@ -115,8 +115,17 @@ def _dropout(inputs: Inputs, problem: Problem) -> Dropout | None:
 
 
 def modified(problem: Problem) -> bool:
-    """Whether anything changes scores between the dot product and the mask."""
-    return bool(set(problem.modified) - {"sinks", "dropout_p"})
+    """Whether anything changes scores between the dot product and the mask; a scale that turns their order does too,
+    for the largest dot product then has not the largest score."""
+    return problem.scale <= 0 or bool(set(problem.modified) - {"sinks", "dropout_p"})
+
+
+_LARGE_SOFTCAP = 1000.0
+
+
+def exact(problem: Problem) -> bool:
+    """Whether softcap is computed to the last bit: for float32 inputs, and where 1e-7 of it would show in scores."""
+    return problem.dtype is torch.float32 or problem.softcap > _LARGE_SOFTCAP
 
 
 def functions_of(

@@ -22,6 +22,8 @@ def add_gradient(
 ) -> None:
     """Adds the gradient to `total`. `launch`: runs `bias_kernel`, as many programs, with what is said here of its
     arguments."""
+    if not problem.batch:
+        return
     total = four_dimensions(total)
     rows, columns = total.shape[2:]
     longest_q = rows if rows > 1 else problem.max_seqlen_q or problem.seqlen_q
@@ -48,8 +50,7 @@ def add_gradient(
     }
     launch(count * partial.shape[0] * partial.shape[1], given)
     if partial is not total:
-        kept_dims = [dim for dim in range(4) if total.shape[dim] == 1 and partial.shape[dim] > 1]
-        total += partial.sum(kept_dims, keepdim=True)
+        total += partial.sum_to_size(total.shape)
 
 
 @triton.jit

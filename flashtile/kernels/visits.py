@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flashtile import mask_nodes
+from flashtile.forgetting import make_room
 from flashtile.kernels import bits
 from flashtile.kernels.words import Visits, odd
 from flashtile.problem import Inputs, Problem
@@ -48,9 +49,10 @@ def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, 
             made = made._replace(bits=bits.of(made, tile_kv if keys else tile_q, maker.launch))
         # The lists of a mask whose tensors are gone are gone with them.
         found = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in inputs.mask], made
+        make_room(_known, _KEPT)
         _known[key] = found
-        while len(_known) > _KEPT or (len(_known) > 1 and _bytes() > _KEPT_BYTES):
-            _known.pop(next(iter(_known)), None)
+        while len(_known) > 1 and _bytes() > _KEPT_BYTES:
+            make_room(_known, len(_known))
     return found[1]
 
 
@@ -61,7 +63,7 @@ def _queue(device: torch.device) -> Any:
 
 def _bytes() -> int:
     """Of all bits that are kept."""
-    return sum(known.bits.nbytes for _, known in [*_known.values()] if known.bits is not None)
+    return sum(known.bits.nbytes for _, known in list(_known.values()) if known.bits is not None)
 
 
 def tensors_of(

@@ -117,8 +117,11 @@ class TestOperator:
         assert len(biases) == 1
 
     def test_no_batch_at_all(self) -> None:
-        leaves = _leaves(0)
-        assert evoformer_attention(leaves["q"], leaves["k"], leaves["v"]).shape == leaves["q"].shape
+        leaves = {name: leaf.requires_grad_() for name, leaf in _leaves(0).items() if name in "qkv"}
+        out = evoformer_attention(leaves["q"], leaves["k"], leaves["v"])
+        assert out.shape == leaves["q"].shape
+        grads = torch.autograd.grad(out.sum(), list(leaves.values()))
+        assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves.values()]
 
 
 class TestTriangle:

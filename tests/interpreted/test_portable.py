@@ -1,6 +1,7 @@
 """The portable kernels against the reference, interpreted, with tiles so small that every problem has many."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import flashtile
 from flashtile import plan
 from flashtile.tuning import portable
 from tests import conformance, oracle
-from tests.problems import CASES, Case, dense, make
+from tests.fuzz.problems import Problem
+from tests.problems import CASES, Case, Shape, dense, make
 
+# An interpreted step costs the same whatever its tile holds: these are as large as leaves two or three along each side.
 TILES = portable.PortableConfig(
-    portable.Tiles(32, 16, 4, 1), portable.Tiles(32, 16, 4, 1), portable.Tiles(16, 32, 4, 1)
+    portable.Tiles(64, 32, 4, 1), portable.Tiles(64, 32, 4, 1), portable.Tiles(32, 64, 4, 1)
 )
 # What the kernels do not take, with the reason that a user is told.
 REFUSED = {"headdim_576_v_512": "it takes up to 512"}
@@ -46,7 +49,7 @@ def test_matches_reference(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["gqa", "dropout", "score_mod", "varlen"])
 def test_dk_and_dv_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    apart = TILES._replace(value=portable.Tiles(32, 16, 4, 1))
+    apart = TILES._replace(value=portable.Tiles(64, 32, 4, 1))
     monkeypatch.setattr(portable, "TABLES", {"hopper": dict.fromkeys(portable.KINDS, ((10**6, apart),))})
     plan.choose.cache_clear()
     conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
@@ -58,6 +61,24 @@ def test_awkward_lengths_with_shifted_logits(length: int, shift: float) -> None:
     """Weights exp(s - lse) of keys that do not exist must not overflow, whatever the size of the scores."""
     shape = dense(1, length, length + 3, 2, 1, 16)
     oracle.check(make("lengths", shape, ("causal", "bias"), torch.float32, shift=shift), "portable")
+
+
+@pytest.mark.parametrize("options", [{"scale": -0.5, "causal": True}, {"scale": 0.0}, {"softcap": 1e4}], ids=str)
+def test_unusual_numbers(options: dict[str, Any]) -> None:
+    """A negative scale turns the largest dot product into the smallest score; a large cap hides none of it."""
+    shape = dense(1, 33, 50, 2, 1, 16)
+    oracle.check(Problem(shape, torch.float16, options=tuple(options.items())).call("cpu"), "portable")
+
+
+@pytest.mark.parametrize("full", [(True, True, False, True), (True, True, True, False)])
+@pytest.mark.parametrize("shape", [dense(1, 20, 39, 1, 1, 16), dense(2, 39, 20, 2, 1, 16)], ids=str)
+def test_a_bias_of_rows_for_each_head(full: tuple[bool, ...], shape: Shape) -> None:
+    """Its gradient has a row for each head and entry, which no sum over heads joins."""
+    oracle.check(Problem(shape, torch.float32, bias=full).call("cpu"), "portable")
+
+
+def test_a_bias_of_no_batch_entries() -> None:
+    oracle.check(make("no_batch_bias", dense(0, 5, 35, 2, 1, 16), ("bias", "softcap"), torch.float32), "portable")
 
 
 def test_nan_beyond_the_end_stays_there() -> None:

@@ -3,7 +3,6 @@
 Half precision: every mask, score_mod, softcap, ALiBi, bias, sinks, packed sequences; head dimensions up to 256.
 """
 
-import importlib.util
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import backends
+from flashtile import backends, facts
 from flashtile.backends import Decoder, Gradients, Kernel, Memory
 from flashtile.problem import Inputs, Problem
 from flashtile.region import region
@@ -25,17 +24,17 @@ from flashtile.tuning.hopper import (
 
 DEVICE = "cuda"
 """Where tensors must be; an emulator takes them elsewhere."""
+ARCH = "sm_90"
 
 
 def unavailable() -> str | None:
-    """Triton is installed, and there is a GPU of compute capability 9.0."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available() or torch.version.hip:
-        return "there is no NVIDIA GPU"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return "the GPU is not a Hopper"
-    return None
+    """A Triton that is supported is installed, and there is a GPU of compute capability 9.0."""
+    missing = facts.no_gpu()
+    if missing is not None:
+        return missing
+    if ARCH not in facts.architectures():
+        return f"there is no Hopper ({ARCH}), but {', '.join(sorted(set(facts.architectures())))}"
+    return facts.no_triton()
 
 
 def builds() -> int:
@@ -47,6 +46,7 @@ def refuses(problem: Problem) -> str | None:
     wanted = problem.wanted
     checks = (
         (problem.device != DEVICE, f"it runs on {DEVICE}, the tensors are on {problem.device}"),
+        (problem.arch not in ("", ARCH), f"it runs on {ARCH}, the tensors are on a GPU of {problem.arch}"),
         (
             problem.backward and problem.deterministic and any(wanted.score),
             "it adds gradients of captured tensors in any order",

@@ -33,6 +33,7 @@ from flashtile.kernels.arguments import (
 )
 from flashtile.kernels.bias import bias_kernel
 from flashtile.kernels.bits import bits_kernel
+from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.scores import sink_gradient, zero_grads
@@ -64,7 +65,8 @@ def piece_descriptor(sums: Tensor) -> Any:
 
 def on_device(kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
     """Launches on the current device; returns the compiled kernel."""
-    return kernel[(programs,)](*arguments, **options)
+    with kept():
+        return kernel[(programs,)](*arguments, **options)
 
 
 class Machine(NamedTuple):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from flashtile.kernels.arguments import modified
+from flashtile.kernels.arguments import exact, modified
 from flashtile.problem import Problem
 from flashtile.region import region
 from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig, QueryConfig
@@ -80,7 +80,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         block_dv=block(problem.headdim_v),
         group=problem.group,
         modified=modified(problem),
-        exact=False,
+        exact=exact(problem),
         precision="ieee",
         reversed=right is not None and not listed,
         sections=right is not None or listed,

@@ -1,6 +1,5 @@
 """The portable backend: Triton kernels for NVIDIA and AMD GPUs, and for Triton's interpreter on the CPU."""
 
-import importlib.util
 import os
 from functools import cache
 from types import ModuleType
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashtile import facts
 from flashtile.backends import Decoder, Gradients, Kernel, Memory, compiled
 from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
@@ -23,12 +23,8 @@ def interpreted() -> bool:
 
 
 def unavailable() -> str | None:
-    """Triton is installed, and there is a GPU or its interpreter."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available() and not interpreted():
-        return "there is no GPU"
-    return None
+    """A Triton that is supported is installed, and there is a GPU or its interpreter."""
+    return (None if interpreted() else facts.no_gpu()) or facts.no_triton()
 
 
 def builds() -> int:
@@ -74,14 +70,14 @@ def refuses_cached(problem: Problem) -> str | None:
         return reason
     if interpreted():
         return "Triton's interpreter rounds nothing to 8-bit floats" if cached.appended else None
-    if stored is torch.float8_e4m3fn and not torch.version.hip and torch.cuda.get_device_capability() < (8, 9):
+    if stored is torch.float8_e4m3fn and problem.arch.startswith("sm_") and int(problem.arch[3:]) < 89:
         return "the GPU converts no float8_e4m3fn; float8_e5m2 or int8 would do"
     return None
 
 
 def configure(problem: Problem, family: str | None = None) -> PortableConfig:
     """The row of the tuning table; `family`: of another GPU than the current one."""
-    family = family or _family(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    family = family or family_of(problem.arch)
     return portable_config(max(problem.headdim, problem.headdim_v), kind_of(problem), family)
 
 
@@ -90,7 +86,7 @@ def configure_decoding(problem: Problem, family: str | None = None) -> DecodeCon
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     rows, headdim = problem.seqlen_q * problem.group, min(_LARGEST, max(problem.headdim, problem.headdim_v))
     half = problem.dtype is not torch.float32
-    tiles = decode_tiles(headdim, rows, half, kind_of(problem), family or _family(device))
+    tiles = decode_tiles(headdim, rows, half, kind_of(problem), family or family_of(problem.arch))
     longest = -(-problem.seqlen_kv // tiles.tile_kv)
     if problem.batch_invariant:
         part = decoding.PART // tiles.tile_kv
@@ -117,14 +113,13 @@ def kind_of(problem: Problem) -> str:
     return "masked" if packed or region(problem.mask).rest else "half"
 
 
-@cache
-def _family(device: int | None) -> str:
-    """Which tables hold for a GPU; None: the interpreter, which takes any."""
-    if device is None:
+def family_of(arch: str) -> str:
+    """Which tables hold for an architecture; "" is the interpreter, which takes any."""
+    if not arch:
         return "hopper"
-    if torch.version.hip:
-        return "cdna" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "rdna"
-    return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "ampere")
+    if arch.startswith("gfx"):
+        return "cdna" if arch.startswith("gfx9") else "rdna"
+    return {"9": "hopper", "10": "blackwell"}.get(arch.removeprefix("sm_")[:-1], "ampere")
 
 
 @cache

@@ -27,6 +27,7 @@ from flashtile.kernels.arguments import (
     stats_of,
 )
 from flashtile.kernels.bias import bias_kernel
+from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.kernels.words import Packing, Rules
 from flashtile.problem import Inputs, Problem
@@ -45,7 +46,7 @@ def forget_fitting() -> None:
 
 def on_device(kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Launches on the device of the first tensor; returns the compiled kernel."""
-    with prepared(arguments[0].pointer.device):
+    with prepared(arguments[0].pointer.device), kept():
         return kernel[(programs,)](*arguments, **options, **tiles.options())
 
 
@@ -127,7 +128,7 @@ class Call:
 
     def fit(self, kernel: Any, tiles: Tiles, attempt: Callable[[Tiles], None], *compiled_for: Any) -> None:
         """Launches with these tiles, or the largest smaller ones that fit into the device's shared memory."""
-        key = (kernel, tiles, self.problem.device, *self.functions.values(), *compiled_for)
+        key = (kernel, tiles, self.problem.device, self.problem.arch, *self.functions.values(), *compiled_for)
         for candidate in smaller(_fitting.get(key, tiles)):
             try:
                 attempt(candidate)

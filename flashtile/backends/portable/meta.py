@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from flashtile.kernels.arguments import modified
+from flashtile.kernels.arguments import exact, modified
 from flashtile.kernels.words import Rows
 from flashtile.problem import Problem
 from flashtile.region import region
@@ -21,7 +21,7 @@ class Meta:
     tma: tiles come through NVIDIA's tensor memory accelerator.
     gives: what the kernel of key tiles computes, "dk", "dv" or "both".
     repeats: a tile whose sums hold NaN is done again with care: it may come from what the mask hides.
-    exact: the inputs are float32, so that what is cheap for half precision is too coarse.
+    exact: what is cheap for half precision is too coarse, mostly because the inputs are float32.
     packed: sequences lie side by side, so that another one's numbers follow the end of one.
     page: rows of a page of the cache that keys lie in, 0: they lie in one piece.
     quantized: keys and values are of fewer bits than queries, and have scales.
@@ -74,7 +74,7 @@ def meta_of(
         group=problem.group,
         precision="ieee",  # for float32; AMD's compiler refuses others whatever the dtype
         modified=modified(problem),
-        exact=problem.dtype is torch.float32,
+        exact=exact(problem),
         reversed=place.right is not None and not keys and not listed,
         window_top_left=place.top_left,
         alibi_top_left=problem.alignment == "top_left",

@@ -33,7 +33,10 @@ def decode(
     for index, (row, pad, length) in enumerate(zip(rows, pads, cache.seqlens.tolist(), strict=True)):
         end = length + appended
         stores = ((inputs.k, cache.k_scale), (inputs.v, cache.v_scale))
-        k, v = (kvcache.gathered(store, cache.block_table, row, pad, end, scale) for store, scale in stores)
+        k, v = (
+            kvcache.gathered(store, cache.block_table, row, pad, end, scale, problem.accumulator)
+            for store, scale in stores
+        )
         one, here = inputs._replace(q=q[index : index + 1], k=k, v=v), slice(index, index + 1)
         # Tiles for this length alone: bits do not depend on the cache's capacity.
         part = problem.one_sequence(problem.seqlen_q, end - pad)

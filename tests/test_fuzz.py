@@ -1,0 +1,82 @@
+"""The fuzzer finds mistakes that are planted, notes them once, and finds none where there are none."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashtile import check
+from flashtile.backends.pytorch import sweep
+from tests.fuzz import __main__ as fuzz
+from tests.fuzz.doors import DOORS, INTERPRETED
+from tests.fuzz.where import DTYPES, Where
+from tests.fuzz.wrong import ARGUMENTS, WrongCall
+from tests.fuzz.wrong import check as check_wrong
+
+CPU = Where("cpu")
+
+
+def _tally(door: str, monkeypatch: pytest.MonkeyPatch, cases: int = 8) -> fuzz.Tally:
+    monkeypatch.setattr(fuzz, "BATCH", cases)
+    tally = fuzz.Tally()
+    fuzz._batch(door, 3, CPU, time.monotonic() + 600, tally, shrink=False)
+    return tally
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_sound_calls_pass(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tally = _tally(door, monkeypatch)
+    assert tally.cases == 8
+    assert tally.failures == {}
+    assert tally.refused < 8
+
+
+@pytest.mark.parametrize("door", INTERPRETED)
+def test_a_wrong_number_is_found(
+    door: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = sweep._forward_rows
+
+    def off(*arguments: Any, **more: Any) -> Any:
+        out, lse = original(*arguments, **more)
+        return out * 1.001, lse
+
+    monkeypatch.setattr(sweep, "_forward_rows", off)
+    tally = _tally(door, monkeypatch, cases=20)
+    assert tally.failed > 0
+    assert any("out" in kind and "error #, allowed #" in kind for kind in tally.failures)
+    assert len(tally.failures) <= tally.failed
+    assert "FAILED (seed 3)" in capsys.readouterr().out
+
+
+def test_an_error_that_is_not_ours_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = WrongCall(packed=False, changed=(("softcap", ("object", "text")),))
+    assert not check_wrong(call, CPU)
+    monkeypatch.setattr(check, "softcap", lambda value: None)
+    with pytest.raises(AssertionError, match=r"ValueError from request\.py"):
+        check_wrong(call, CPU)
+
+
+def test_every_argument_may_be_wrong() -> None:
+    from flashtile.request import Arguments, Packing
+
+    of_calls = {*Arguments._fields, *Packing._fields} - {"sharding"}
+    assert set(ARGUMENTS) == of_calls | {"q", "k", "v"}
+
+
+def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "fuzz.json"
+    monkeypatch.setattr(fuzz, "BATCH", 5)
+    options = ["--seconds", "60", "--door", "evoformer", "--shrink", "--record", str(record)]
+    monkeypatch.setattr(sys, "argv", ["fuzz", *options])
+    assert fuzz.main() == 0
+    found = json.loads(record.read_text())
+    assert found["device"] == "cpu"
+    assert found["doors"]["evoformer"] == {"cases": 5, "refused": 0, "failed": 0, "failures": {}}
+
+
+def test_devices_are_described() -> None:
+    assert set(DTYPES) == set(fuzz.DEVICES)
