@@ -2,9 +2,10 @@
 
 import gc
 import importlib.util
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,17 @@ class Setting:
     @property
     def cuda(self) -> bool:
         return self.device.startswith("cuda")
+
+
+def dumped(setting: Setting) -> str:
+    """The setting as JSON."""
+    return json.dumps({**asdict(setting), "dtype": name_of(setting.dtype)})
+
+
+def loaded(text: str) -> Setting:
+    """The setting that `dumped` wrote."""
+    found = json.loads(text)
+    return Setting(**{**found, "dtype": getattr(torch, found["dtype"])})
 
 
 class Figures(NamedTuple):
@@ -164,21 +176,32 @@ def _burst(call: Call, repeats: int, setting: Setting) -> float:
 
 def run(row: Row, setting: Setting, note: Note = lambda text: None) -> dict[str, Any]:
     """What the row is, its status ("ok", "absent", "wrong" or "failed"), and its figures if it is ok."""
-    said = {name: getattr(row, name) for name in ("name", "title", "claim", "claimed", "baseline", "share")}
     missing = [module for module in row.needs if importlib.util.find_spec(module) is None]
     if missing:
-        return {**said, "status": "absent", "reason": f"{' and '.join(missing)} not installed"}
+        return _entry(row, "absent", f"{' and '.join(missing)} not installed")
+    begin = time.monotonic()
     try:
-        return {**said, "status": "ok", "reason": "", "figures": row.measure(setting, note)._asdict()}
+        figures = row.measure(setting, note)._asdict()
+        return {**_entry(row, "ok"), "seconds": round(time.monotonic() - begin, 1), "figures": figures}
     except Wrong as error:
-        return {**said, "status": "wrong", "reason": str(error)}
+        return _entry(row, "wrong", str(error))
     except Exception as error:  # one row's crash must not take the others with it
-        return {**said, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+        return failed(row, f"{type(error).__name__}: {error}")
     finally:
         # Models refer to themselves; the next row needs their memory.
         gc.collect()
         if setting.cuda:
             torch.cuda.empty_cache()
+
+
+def failed(row: Row, reason: str) -> dict[str, Any]:
+    """The entry of a row that has no figures for this reason."""
+    return _entry(row, "failed", reason[:500])
+
+
+def _entry(row: Row, status: str, reason: str = "") -> dict[str, Any]:
+    said = {name: getattr(row, name) for name in ("name", "title", "claim", "claimed", "baseline", "share")}
+    return {**said, "status": status, "reason": reason}
 
 
 def record(entries: list[dict[str, Any]], setting: Setting, seconds: float) -> dict[str, Any]:

@@ -67,6 +67,6 @@ ROWS = tuple(
         "the claims are of whole models; this is one block of them, projections and gate included",
         _row(residues, sequences, training),
     )
-    for residues, sequences in ((256, 128), (384, 512))
+    for residues, sequences in ((256, 128), (384, 512), (768, 128))
     for training in (False, True)
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashtile
-from flashtile.bench import cases
+from flashtile.bench import cases, peers
 from flashtile.bench.cases import Case
 from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, name_of, peaks, timed
 
@@ -87,6 +87,18 @@ def _documents_over_dense(seqlen: int) -> Any:
     def measure(setting: Setting, note: Note) -> Figures:
         case = _case("causal document", 1, seqlen, 16, 128, setting)
         return timed(_variants(case, True, _flash(case))._replace(same=False), setting, note)
+
+    return measure
+
+
+def _over_flex(seqlen: int) -> Any:
+    """FlexAttention, compiled, its block mask made before; on the CPU, where it does not train, a mask tensor."""
+
+    def measure(setting: Setting, note: Note) -> Figures:
+        case = _case("causal document", 1, seqlen, 16, 128, setting)
+        note("compiling FlexAttention")
+        flex = peers.PEERS["flex" if setting.cuda else "sdpa"].prepare(case)
+        return timed(_variants(case, True, flex), setting, note)
 
     return measure
 
@@ -170,5 +182,14 @@ ROWS = (
             _documents_over_dense(seqlen),
         )
         for seqlen in (32768, 131072)
+    ),
+    Row(
+        "documents-flex",
+        "Causal document masks at 32k tokens over FlexAttention, forward and backward",
+        "document masks at long context (Kvax)",
+        None,
+        "FlexAttention, compiled, its block mask made before",
+        ALONE,
+        _over_flex(32768),
     ),
 )
