@@ -15,6 +15,13 @@ T = torch.zeros(1, 2, 3, 4, 5)
 PAIRS = torch.zeros(1, 1, 4, 3, 3)
 PAGED = type("PagedAttentionCache", (), {})()
 NONE = NotImplementedError
+F = ("f32",)
+FLAT = dict.fromkeys("qkv", ((1, 3, 4, 5), "f32"))
+
+
+def _with(name: str, *shape: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {**FLAT, name: (shape, "f32")}
+
 
 TABLE = [
     Refusal(
@@ -56,6 +63,13 @@ TABLE = [
     Refusal(NONE, "diffusers", "version 0.1, need 0.2", lambda: guests.diffusers_tested("0.1", ("0.2",), 1)),
     Refusal(NONE, "return_lse", "True, need False", lambda: guests.diffusers_options(True, None)),
     Refusal(NONE, "parallel_config", "diffusers' context", lambda: guests.diffusers_options(False, 1)),
+    Refusal(ValueError, "segment_ids", "a tuple of 3, need the ids", lambda: guests.jax_pair((T, T, T))),
+    Refusal(TypeError, "k", "dtype int8, need one of f32", lambda: guests.jax_arrays({**FLAT, "k": ((), "int8")}, F)),
+    Refusal(ValueError, "v", r"shape \(4, 5\), need \(", lambda: guests.jax_arrays({**FLAT, "v": ((4, 5), "f32")}, F)),
+    Refusal(ValueError, "bias", r"shape \(5,\), need .*\(1, 4, 3, 3\)", lambda: guests.jax_arrays(_with("bias", 5), F)),
+    Refusal(ValueError, "segment_ids", r"shape \(1,\), need", lambda: guests.jax_arrays(_with("key_ids", 1), F)),
+    Refusal(ValueError, "sinks", r"shape \(1, 4\), need", lambda: guests.jax_arrays(_with("sinks", 1, 4), F)),
+    Refusal(ValueError, "constant", r"\('q',\), need some of", lambda: guests.jax_constants(("q",))),
     Refusal(RuntimeError, "attention_mask", "packed sequences with blocks", lambda: guests.no_later_key(T == 0)),
 ]
 
@@ -88,3 +102,6 @@ def test_what_is_sound_passes() -> None:
     guests.evoformer(T, T, T, [None, torch.zeros(1, 1, 4, 3, 3), torch.zeros(1, 2, 1, 1, 3)])
     guests.triangle(T, T, T, torch.zeros(1, 1, 3, 4, 4), torch.zeros(1, 2, 1, 1, 4))
     guests.no_later_key(T == 1)
+    guests.jax_pair((T, T))
+    guests.jax_arrays({**_with("mask", 3), **_with("bias", 1, 3, 1), **_with("query_ids", 3)}, F)
+    guests.jax_constants({"bias", "sinks"})

@@ -1,6 +1,6 @@
 """What the integrations refuse: the versions and arguments of other libraries' doors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -190,3 +190,47 @@ def diffusers_options(return_lse: Any, parallel_config: Any) -> None:
             "parallel_config: got diffusers' context parallelism, need None in its backend 'flashtile'; try the "
             "backend 'native'"
         )
+
+
+def jax_pair(ids: tuple[Any, ...]) -> None:
+    """segment_ids as two arrays."""
+    if len(ids) != 2:
+        raise ValueError(f"segment_ids: got a tuple of {len(ids)}, need the ids of queries and of keys; try one array")
+
+
+def jax_arrays(arrays: Mapping[str, tuple[tuple[int, ...], str]], dtypes: Collection[str]) -> None:
+    """The shapes and dtypes of JAX arrays by the names of arguments; `attention` checks the rest once they are flat."""
+    for name, (_, dtype) in arrays.items():
+        if dtype not in dtypes:
+            raise TypeError(f"{name}: got dtype {dtype}, need one of {', '.join(dtypes)}; try .astype(...)")
+    shape_q, shape_k = arrays["q"][0], arrays["k"][0]
+    for name in "qkv":
+        shape = arrays[name][0]
+        if len(shape) < 3 or shape[:-3] != shape_q[:-3]:
+            raise ValueError(
+                f"{name}: got shape {shape}, need (..., seqlen, heads, headdim), leading dimensions as q's; "
+                "try jnp.broadcast_to"
+            )
+    leading, heads, lengths = shape_q[:-3], shape_q[-2], (shape_q[-3], shape_k[-3])
+    table = (*leading, heads, *lengths)
+    wanted = {
+        "bias": table,
+        "mask": table,
+        "query_ids": (*leading, lengths[0]),
+        "key_ids": (*leading, lengths[1]),
+        "alibi_slopes": (heads,),
+        "sinks": (heads,),
+    }
+    for name, shape in wanted.items():
+        got = arrays[name][0] if name in arrays else shape
+        exact = name not in ("bias", "mask")
+        ends = len(got) <= len(shape) and all(g in (w, 1) for g, w in zip(got[::-1], shape[::-1], strict=False))
+        if not ends or (exact and got[-1:] != shape[-1:]):
+            said = "segment_ids" if name.endswith("_ids") else name
+            raise ValueError(f"{said}: got shape {got}, need one that broadcasts to {shape}; try .reshape(...)")
+
+
+def jax_constants(names: Any) -> None:
+    known = ("bias", "alibi_slopes", "sinks")
+    if isinstance(names, str) or not set(names) <= set(known):
+        raise ValueError(f"constant: got {names!r}, need some of {known}; try ('bias',)")
