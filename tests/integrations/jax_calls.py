@@ -88,7 +88,7 @@ def compare(
 ) -> list[Any]:
     """Asserts that output and gradients err at most as the rule allows; returns the plans that ran.
 
-    function: of JAX arrays, by the names of leaves. where: the device, or sharding, of the leaves. rule: for `textbook`.
+    function: of JAX arrays, by the names of leaves. where: their device or sharding. rule: what `textbook` takes.
     """
     shape = (*given["q"].shape[:-1], given["v"].shape[-1])
     grad = torch.linspace(-1, 1, given["q"].numel()).sin().reshape(shape).to(given["q"].dtype)
