@@ -33,7 +33,7 @@ class Worker:
 
     def __init__(self, setting: Setting, limit: float, rows: str = ROWS) -> None:
         self.setting, self.limit, self.rows = setting, limit, rows
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Any = None  # a Popen with pipes, or None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the worker
 
@@ -52,9 +52,8 @@ class Worker:
         limit = self.limit if seconds is None else min(self.limit, seconds)
         end = time.monotonic() + limit
         asked = self._running()
-        assert asked.stdin is not None
-        asked.stdin.write(f"{row.name}\n")
-        asked.stdin.flush()
+        asked.write(f"{row.name}\n")
+        asked.flush()
         while True:
             try:
                 line = self._lines.get(timeout=max(0.0, end - time.monotonic()))
@@ -71,18 +70,19 @@ class Worker:
                 return entry
             note(told["note"])
 
-    def _running(self) -> subprocess.Popen[str]:
+    def _running(self) -> IO[str]:
+        """Where the process reads names."""
         if self._process is None:
             self._lines = queue.Queue()
             command = [sys.executable, "-m", __name__, experiment.dumped(self.setting), self.rows]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
             threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
-        return self._process
+        found: IO[str] = self._process.stdin
+        return found
 
     def _end(self) -> str:
         """Why the process is gone."""
-        assert self._process is not None
         code = self._process.wait()
         self._process = None
         self._errors.seek(0)
