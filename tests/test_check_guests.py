@@ -70,6 +70,11 @@ TABLE = [
     Refusal(ValueError, "segment_ids", r"shape \(1,\), need", lambda: guests.jax_arrays(_with("key_ids", 1), F)),
     Refusal(ValueError, "sinks", r"shape \(1, 4\), need", lambda: guests.jax_arrays(_with("sinks", 1, 4), F)),
     Refusal(ValueError, "constant", r"\('q',\), need some of", lambda: guests.jax_constants(("q",))),
+    Refusal(ImportError, "vLLM", "one without .*that of 0.14", lambda: guests.engine_interface("vLLM", "0.14", False)),
+    Refusal(ValueError, "page_size", "1, need a multiple of 16; try x", lambda: guests.page_size(1, 16, "x")),
+    Refusal(NONE, "attention", "cross attention, need decoder", lambda: guests.engine_layer("cross attention", False)),
+    Refusal(NONE, "causal", "other than True, need a causal", lambda: guests.causal_batch(T)),
+    Refusal(NONE, "output_scale", "one, need None", lambda: guests.no_quantised_output(None, T)),
     Refusal(RuntimeError, "attention_mask", "packed sequences with blocks", lambda: guests.no_later_key(T == 0)),
 ]
 
@@ -102,6 +107,11 @@ def test_what_is_sound_passes() -> None:
     guests.evoformer(T, T, T, [None, torch.zeros(1, 1, 4, 3, 3), torch.zeros(1, 2, 1, 1, 3)])
     guests.triangle(T, T, T, torch.zeros(1, 1, 3, 4, 4), torch.zeros(1, 2, 1, 1, 4))
     guests.no_later_key(T == 1)
+    guests.engine_interface("vLLM", "0.14", True)
+    guests.page_size(32, 16, "x")
+    guests.engine_layer("cross attention", True)
+    guests.causal_batch(True)
+    guests.no_quantised_output(None, None)
     guests.jax_pair((T, T))
     guests.jax_arrays({**_with("mask", 3), **_with("bias", 1, 3, 1), **_with("query_ids", 3)}, F)
     guests.jax_constants({"bias", "sinks"})

@@ -234,3 +234,36 @@ def jax_constants(names: Any) -> None:
     known = ("bias", "alibi_slopes", "sinks")
     if isinstance(names, str) or not set(names) <= set(known):
         raise ValueError(f"constant: got {names!r}, need some of {known}; try ('bias',)")
+
+
+def engine_interface(engine: str, version: str, found: bool) -> None:
+    """`found`: the engine's base classes are where its public code has them."""
+    if not found:
+        raise ImportError(
+            f"{engine}: got one without the interface of attention backends, need that of {version}; try that version"
+        )
+
+
+def page_size(size: int, smallest: int, way: str) -> None:
+    if size % smallest:
+        raise ValueError(f"page_size: got {size}, need a multiple of {smallest}; try {way}")
+
+
+def engine_layer(kind: str, taken: bool) -> None:
+    """`kind`: of a layer, or of how a model is served."""
+    if not taken:
+        raise NotImplementedError(
+            f"attention: got {kind}, need decoder layers over a plain cache; try another backend of the engine for it"
+        )
+
+
+def causal_batch(causal: Any) -> None:
+    if causal is not True:
+        raise NotImplementedError("causal: got other than True, need a causal batch; try another backend of the engine")
+
+
+def no_quantised_output(*scales: Any) -> None:
+    if any(scale is not None for scale in scales):
+        raise NotImplementedError(
+            "output_scale: got one, need None: flashtile writes no FP8 outputs; try without fused quantisation"
+        )
