@@ -378,8 +378,12 @@ class TestFlashName:
         finally:
             transformers.GptOssPreTrainedModel._compatible_flash_implementations = before
 
-    def test_generation(self) -> None:
-        same_tokens(MODELS["Gemma3ForCausalLM"], use_flash_name(), _padded("left"))
+    @pytest.mark.parametrize("cache", ["static", "dynamic"])
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+    def test_generation(self, name: str, cache: str, padded: bool) -> None:
+        inputs = _padded("left") if padded else None
+        same_tokens(MODELS[name], use_flash_name(), inputs, cache_implementation=cache, disable_compile=True)
 
     def test_vision_towers_hand_over_offsets(self) -> None:
         """Qwen 2.5 VL's packs its images only for a flash name; others get one call an image."""
