@@ -37,6 +37,24 @@ def not_beside_caches(given: Mapping[str, Any]) -> None:
             )
 
 
+def packed_queries(table: Any, lengths: Any, beside: Mapping[str, Any]) -> None:
+    """What goes with packed queries over a cache: pages, a tensor of lengths, and nothing new."""
+    if table is None or not isinstance(lengths, Tensor):
+        raise NotImplementedError(
+            "cu_seqlens_q: got one without page_table and a tensor cache_seqlens, need both; try flash_attn_varlen_func"
+        )
+    for name, value in beside.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name}: got {type(value).__name__} beside cu_seqlens_q, need None; try one call a sequence"
+            )
+
+
+def no_paged_dropout(dropout_p: float) -> None:
+    if dropout_p:
+        raise NotImplementedError(f"dropout_p: got {dropout_p} beside block_table, need 0; try gathering the pages")
+
+
 def no_paging(value: Any, name: str) -> None:
     if value is not None:
         raise NotImplementedError(

@@ -47,18 +47,28 @@ def grouped(starts: Sequence[int], lengths: Tensor, table: Tensor) -> list[Group
 
 
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: Sequence[Group], out: Tensor, **options: Any
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    groups: Sequence[Group],
+    out: Tensor,
+    lse: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Causal attention of every token to the keys of its request; writes to `out` and returns it.
+    """Attention of every token to the keys of its request, causal by default; writes to `out` and returns it.
 
     Args:
         q: (tokens, heads, headdim). k_cache, v_cache: (pages, page_size, heads_kv, headdim or headdim_v), which hold
             the new keys and values already.
         out: (tokens, heads, headdim_v); rows of no request stay as they are.
+        lse: (heads, tokens), float32: is written too, if given.
         options: what `attention_kvcache` takes.
     """
     for rows, lengths, table in groups:
-        queries = q[rows.flatten()].unflatten(0, rows.shape)
-        found = attention_kvcache(queries, k_cache, v_cache, cache_seqlens=lengths, block_table=table, **options)
-        out[rows.flatten()] = found.flatten(0, 1)
+        places = rows.flatten()
+        where: Any = {"cache_seqlens": lengths, "block_table": table, "return_lse": True}
+        found = attention_kvcache(q[places].unflatten(0, rows.shape), k_cache, v_cache, **where, **options)
+        out[places] = found.out.flatten(0, 1)
+        if lse is not None:
+            lse[:, places] = found.lse.transpose(0, 1).flatten(1)
     return out
