@@ -48,7 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Pa
         sharded = sharding.current(q, k, v, arguments, packing)
         if sharded is not None:
             return sharded
-    if hasattr(q, "device_mesh"):
+    if type(q) not in autograd.PLAIN and hasattr(q, "device_mesh"):
         from flashtile import dtensors
 
         return dtensors.attention(q, k, v, arguments, packing)

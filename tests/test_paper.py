@@ -104,14 +104,18 @@ class TestWorker:
         """One that ends its process or hangs costs its own figures; the next one gets a new process."""
         said: list[str] = []
         with Worker(QUICK, 60.0, f"{__name__}:BREAKING") as worker:
-            first, second, third, fourth = (
-                worker.measure(BREAKING[name], said.append) for name in ("raises", "works", "ends", "works")
-            )
-            hung = worker.measure(BREAKING["hangs"], said.append, seconds=0.5)
+            names = ("raises", "works", "ends", "works")
+            first, second, third, fourth = (worker.measure(BREAKING[name], said.append) for name in names)
+            assert worker.measure(BREAKING["hangs"], said.append, seconds=0.5) is None
+            worker.limit = 0.5
+            hung = worker.measure(BREAKING["hangs"], said.append)
+        assert first is not None
         assert (first["status"], first["reason"]) == ("failed", "OutOfMemoryError: no memory")
-        assert second["figures"]["ratio"] == fourth["figures"]["ratio"] == 2.0
+        assert [each["figures"]["ratio"] for each in (second, fourth) if each] == [2.0, 2.0]
+        assert third is not None
         assert third["status"] == "failed"
         assert third["reason"].startswith("the measuring process ended with 3: ")
+        assert hung is not None
         assert (hung["status"], hung["reason"]) == ("failed", "took longer than 0 s")
         assert said[:4] == ["begun"] * 4
 

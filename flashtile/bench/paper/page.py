@@ -57,7 +57,10 @@ def run(
                 break
             note = partial(_tell, progress, task, name)
             measure = partial(worker.measure, seconds=left) if apart else partial(_here, setting)
-            measured[name] = measure(ROWS[name], note)
+            entry = measure(ROWS[name], note)
+            if entry is None:
+                break
+            measured[name] = entry
             entries = {**earlier, **measured}
             found = [entries[known] for known in ROWS if known in entries]
             _keep(path, experiment.record(found, setting, time.monotonic() - begin))

@@ -44,10 +44,10 @@ class Worker:
         self._stop()
         self._errors.close()
 
-    def measure(self, row: Row, note: Note, seconds: float | None = None) -> dict[str, Any]:
-        """What `experiment.run` returns; a process that ended or took too long is a row that failed.
+    def measure(self, row: Row, note: Note, seconds: float | None = None) -> dict[str, Any] | None:
+        """What `experiment.run` returns; a process that ended or took longer than the limit is a row that failed.
 
-        seconds: that the row may take, where less than the limit is left.
+        seconds: what is left for all rows; None is returned where that is less than the limit and was not enough.
         """
         limit = self.limit if seconds is None else min(self.limit, seconds)
         end = time.monotonic() + limit
@@ -59,7 +59,7 @@ class Worker:
                 line = self._lines.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 self._stop()
-                return experiment.failed(row, f"took longer than {limit:.0f} s")
+                return None if limit < self.limit else experiment.failed(row, f"took longer than {limit:.0f} s")
             if line is None:
                 return experiment.failed(row, self._end())
             told = json.loads(line)
@@ -72,7 +72,7 @@ class Worker:
 
     def _running(self) -> IO[str]:
         """Where the process reads names."""
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
             self._lines = queue.Queue()
             command = [sys.executable, "-m", __name__, experiment.dumped(self.setting), self.rows]
             pipe = subprocess.PIPE
