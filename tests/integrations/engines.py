@@ -59,6 +59,7 @@ class Step:
 class Server:
     """Requests by number: their pages, and the rows of keys and values that they have had."""
 
+    dtype: torch.dtype = torch.float32
     pages: dict[int, list[int]] = field(default_factory=dict)
     rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # The first page is nobody's.
@@ -68,11 +69,11 @@ class Server:
         """The next step, in which request r brings `news[r]` tokens."""
         requests, counts = list(news), list(news.values())
         total = sum(counts)
-        q = torch.randn(total, HEADS, HEADDIM)
-        k, v = (torch.randn(total, HEADS_KV, HEADDIM) for _ in range(2))
+        q = torch.randn(total, HEADS, HEADDIM).to(self.dtype)
+        k, v = (torch.randn(total, HEADS_KV, HEADDIM).to(self.dtype) for _ in range(2))
         slots, lengths, begin = [], [], 0
         for request, count in news.items():
-            empty = torch.empty(0, HEADS_KV, HEADDIM)
+            empty = k[:0]
             old = self.rows.get(request, (empty, empty))
             new = (k[begin : begin + count], v[begin : begin + count])
             self.rows[request] = tuple(torch.cat(pair) for pair in zip(old, new, strict=True))  # type: ignore[assignment]
@@ -92,7 +93,7 @@ class Server:
     def expected(self, step: Step, **options: Any) -> list[Tensor]:
         """(textbook, truth) of a step's outputs, (tokens, heads, headdim)."""
         found = []
-        for dtype in (torch.float32, torch.float64):
+        for dtype in (self.dtype, torch.float64):
             outs = []
             for place, request in enumerate(step.requests):
                 q = step.q[step.starts[place] : step.starts[place + 1]].to(dtype)

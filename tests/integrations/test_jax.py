@@ -163,6 +163,11 @@ class TestTransformations:
         assert len(plans) == 8
         assert {(plan.problem.batch, plan.problem.heads, plan.problem.heads_kv) for plan in plans} == {(1, 2, 1)}
 
+    def test_sharded_arguments(self) -> None:
+        """Without shard_map XLA gathers what a call needs."""
+        mesh = Mesh(np.array(jax.devices("cpu")[:4]).reshape(2, 2), ("batch", "heads"))
+        compare(causal, leaves(), NamedSharding(mesh, Spec("batch", None, "heads")), causal=True)
+
     def test_scan(self) -> None:
         given = leaves(lengths=(13, 13))
 
