@@ -112,8 +112,8 @@ def no_paged_batching(options: Mapping[str, Any]) -> None:
     for name in ("cache",) if paged else ("block_table", "k_cache"):
         if options.get(name) is not None:
             raise NotImplementedError(
-                f"{name}: got transformers' paged cache (continuous batching), need none: flashtile serves no paged "
-                "cache there yet; try attn_implementation='sdpa' for it"
+                f"{name}: got transformers' paged cache (continuous batching), need none under this name; "
+                "try attn_implementation=use_flash_name(), which serves it"
             )
 
 
