@@ -44,6 +44,8 @@ def test_rows_run(name: str) -> None:
         assert figures["difference"] is None
     else:
         assert figures["difference"] < 1e-3
+    if name.startswith(("bert", "gpt2", "evoformer", "unet")) and name not in ("gpt2-longest", "unet-training"):
+        assert figures["details"]["ceiling"] > 0
     json.dumps(entry)
 
 
@@ -167,6 +169,13 @@ class TestPage:
         assert page.run(["slow", "any"], QUICK, *folders, console, budget=1e-9) == 0
         assert "no time left for --rows slow any" in console.file.getvalue()
         assert not list((tmp_path / "results").glob("*/paper/rows.json"))
+
+    def test_what_no_attention_would_come_to(self) -> None:
+        entry = experiment.run(_row(claimed=3.0), QUICK)
+        entry["figures"] |= {"ratio": 1.5, "details": {"ceiling": 2.25}}
+        assert page.table([entry]).rows[0][2] == "1.50x, not met: 2.25x if attention took no time"
+        entry["figures"]["ratio"] = 3.5
+        assert page.table([entry]).rows[0][2] == "3.50x"
 
     @pytest.mark.usefixtures("rows")
     def test_quick_runs_make_no_page(self, tmp_path: Path) -> None:

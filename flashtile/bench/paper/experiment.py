@@ -91,7 +91,8 @@ class Row:
 class Pair(NamedTuple):
     """Two ways of doing the same. `work`: what a call of each gets done, in one unit; `same`: results are comparable.
 
-    probes: calls whose results are compared, where those of the timed calls say too little.
+    probes: calls whose results are compared, where those of the timed calls say too little. without: the same with no
+    attention in it but sums, which no attention can beat.
     """
 
     baseline: Call
@@ -99,6 +100,7 @@ class Pair(NamedTuple):
     work: tuple[float, float] = (1.0, 1.0)
     probes: tuple[Call, Call] | None = None
     same: bool = True
+    without: Call | None = None
 
 
 def timed(pair: Pair, setting: Setting, note: Note) -> Figures:
@@ -115,7 +117,23 @@ def timed(pair: Pair, setting: Setting, note: Note) -> Figures:
             samples[name].append(_burst(call, repeats[name], setting))
     baseline, ours = (timing.summary(samples[name])["median"] for name in ("baseline", "ours"))
     ratio = (baseline / pair.work[0]) / (ours / pair.work[1])
-    return Figures(baseline, ours, "ms", ratio, difference, {"rounds": len(samples["ours"])})
+    details: dict[str, Any] = {"rounds": len(samples["ours"])}
+    if pair.without is not None:
+        note("without attention")
+        rest = _alone(pair.without, setting)
+        details |= {"without_attention_ms": rest, "ceiling": (baseline / pair.work[0]) / (rest / pair.work[1])}
+    return Figures(baseline, ours, "ms", ratio, difference, details)
+
+
+def _alone(call: Call, setting: Setting) -> float:
+    """Milliseconds a call, the median of five rounds."""
+    repeats = _repeats(call, setting)
+    return float(timing.summary([_burst(call, repeats, setting) for _ in range(5)])["median"])
+
+
+def no_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What stands for attention where its share is to be known: sums, so that every gradient is still there."""
+    return query + key.mean(dim=-2, keepdim=True) + value.mean(dim=-2, keepdim=True)
 
 
 def peaks(pair: Pair, setting: Setting) -> tuple[int, int]:

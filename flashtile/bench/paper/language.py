@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from flashtile.bench import memory
-from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, captured, timed
+from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, captured, no_attention, timed
 
 NAME = "tile_attention"
+NOTHING = "without_attention"
+"""What transformers is told to use where attention's share of a step is to be known."""
+
 WHOLE = "the whole step: attention is a part of it, and only attention differs"
 _NEEDS = ("transformers",)
 _VOCABULARY = {"bert": 30522, "gpt2": 50257}
@@ -36,6 +39,8 @@ def _model(kind: str, sizes: Sizes, length: int, setting: Setting) -> Any:
 
     import flashtile.integrations.transformers  # noqa: F401
 
+    transformers.AttentionInterface.register(NOTHING, _nothing)
+    transformers.AttentionMaskInterface.register(NOTHING, _no_mask)
     layers, width, heads = setting.pick(sizes, TOY)
     words = setting.pick(_VOCABULARY[kind], 101)
     common: dict[str, Any] = {"vocab_size": words, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -54,6 +59,14 @@ def _model(kind: str, sizes: Sizes, length: int, setting: Setting) -> Any:
         model_class = transformers.GPT2LMHeadModel
     with torch.device(setting.device):
         return model_class._from_config(config, dtype=setting.dtype, attn_implementation="eager")
+
+
+def _nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return no_attention(query, key, value).transpose(1, 2), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
 
 
 def _tokens(model: Any, batch: int, length: int) -> Tensor:
@@ -105,7 +118,8 @@ def _training_row(
             _training(model, tokens, name, optimizer) for tokens, name in ((theirs, baseline), (ids, NAME))
         )
         work = float(ids.numel())
-        pair = Pair(first, second, (work, work), (first_probe, second_probe), same=ours_at == theirs_at)
+        rest, _ = _training(model, ids, NOTHING, optimizer)
+        pair = Pair(first, second, (work, work), (first_probe, second_probe), same=ours_at == theirs_at, without=rest)
         found = timed(pair, setting, note)
         tokens = {name: round(work / ms * 1e3) for name, ms in (("baseline", found.baseline), ("ours", found.ours))}
         return found._replace(details={**found.details, "tokens_a_second": tokens})
@@ -139,7 +153,8 @@ def _inference_row(kind: str, sizes: Sizes, batch: int, length: int) -> Any:
             return forward
 
         plain = variant("eager", **masked)
-        found = timed(Pair(captured(plain, setting), captured(variant(NAME), setting)), setting, note)
+        graphs = [captured(call, setting) for call in (plain, variant(NAME), variant(NOTHING))]
+        found = timed(Pair(graphs[0], graphs[1], without=graphs[2]), setting, note)
         alone = timed(Pair(plain, plain), setting, note).baseline
         return found._replace(details={**found.details, "eager_without_graph_ms": alone})
 
