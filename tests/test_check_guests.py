@@ -73,7 +73,6 @@ TABLE = [
     Refusal(ValueError, "segment_ids", r"shape \(1,\), need", lambda: guests.jax_arrays(_with("key_ids", 1), F)),
     Refusal(ValueError, "sinks", r"shape \(1, 4\), need", lambda: guests.jax_arrays(_with("sinks", 1, 4), F)),
     Refusal(ValueError, "constant", r"\('q',\), need some of", lambda: guests.jax_constants(("q",))),
-    Refusal(ImportError, "vLLM", "one without .*that of 0.14", lambda: guests.engine_interface("vLLM", "0.14", False)),
     Refusal(ValueError, "page_size", "1, need a multiple of 16; try x", lambda: guests.page_size(1, 16, "x")),
     Refusal(NONE, "attention", "cross attention, need decoder", lambda: guests.engine_layer("cross attention", False)),
     Refusal(NONE, "causal", "other than True, need a causal", lambda: guests.causal_batch(T)),
@@ -112,7 +111,6 @@ def test_what_is_sound_passes() -> None:
     guests.no_later_key(T == 1)
     guests.packed_queries(T, T, {"k": None})
     guests.no_paged_dropout(0.0)
-    guests.engine_interface("vLLM", "0.14", True)
     guests.page_size(32, 16, "x")
     guests.engine_layer("cross attention", True)
     guests.causal_batch(True)

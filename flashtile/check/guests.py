@@ -254,14 +254,6 @@ def jax_constants(names: Any) -> None:
         raise ValueError(f"constant: got {names!r}, need some of {known}; try ('bias',)")
 
 
-def engine_interface(engine: str, version: str, found: bool) -> None:
-    """`found`: the engine's base classes are where its public code has them."""
-    if not found:
-        raise ImportError(
-            f"{engine}: got one without the interface of attention backends, need that of {version}; try that version"
-        )
-
-
 def page_size(size: int, smallest: int, way: str) -> None:
     if size % smallest:
         raise ValueError(f"page_size: got {size}, need a multiple of {smallest}; try {way}")

@@ -46,12 +46,13 @@ def sglang() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("group", "module"), [("vllm.general_plugins", VLLM), ("sglang.srt.plugins", SGLANG)])
-def test_entry_points(group: str, module: str) -> None:
-    """What is installed names functions that are there; run without the engine they say what is missing."""
+def test_entry_points(group: str, module: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What is installed names functions that are there; without the engine they do nothing, and raise nothing."""
     (found,) = (point for point in metadata.entry_points(group=group) if point.name == "flashtile")
     assert found.value == f"{module}:register"
-    with pytest.raises(ImportError, match=group.split(".")[0]):
+    with caplog.at_level("INFO", "flashtile"):
         found.load()()
+    assert f"No module named '{group.split('.')[0]}'" in caplog.text
 
 
 class TestVllm:
@@ -219,12 +220,11 @@ class TestSglang:
             backend.init_forward_metadata(batch)
 
 
-def test_without_an_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that has a registry and keeps its classes elsewhere."""
+def test_without_the_interface(caplog: pytest.LogCaptureFixture) -> None:
+    """A vLLM that has a registry and keeps its classes elsewhere is left alone."""
     modules = engines.vllm_modules()
     del modules["vllm.v1.attention.backend"]
-    with (
-        engines.installed(modules, VLLM),
-        pytest.raises(ImportError, match=r"vLLM: got one without.*0\.14"),
-    ):
+    with engines.installed(modules, VLLM), caplog.at_level("INFO", "flashtile"):
         importlib.import_module(VLLM).register()
+    assert modules["vllm.v1.attention.backends.registry"]["paths"] == {}
+    assert "flashtile is no backend of this vLLM" in caplog.text

@@ -5,6 +5,7 @@ over a plain pool of keys and values: grouped heads, windows, softcap, sinks, va
 slot for every token and gives slots out in whole pages, of which the kernels need 16 slots or more.
 """
 
+import logging
 from typing import Any
 
 from torch import Tensor
@@ -14,19 +15,27 @@ from flashtile.integrations.serving import ragged
 
 try:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-except ImportError:  # none installed, or one without the interface: `register` says so
+except ImportError:  # none, or one with another interface: `register` does nothing then
     AttentionBackend = object
+
+logger = logging.getLogger("flashtile")
 
 NAME = "flashtile"
 _PAGE = 16
 
 
 def register() -> None:
-    """Makes the backend known by its name, to SGLang and to its command line."""
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
-    from sglang.srt.server_args import add_attention_backend_choices
+    """Makes the backend known by its name, to SGLang and to its command line.
 
-    check.engine_interface("SGLang", "0.5.23", AttentionBackend is not object)
+    Where SGLang has another interface, the log says so at level INFO and nothing changes, as in `vllm`.
+    """
+    try:
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang.srt.layers.attention.base_attn_backend import AttentionBackend as needed  # noqa: F401
+        from sglang.srt.server_args import add_attention_backend_choices
+    except ImportError as error:
+        logger.info("flashtile is no backend of this SGLang, whose interface is another than 0.5.23's: %s", error)
+        return
     register_attention_backend(NAME)(create)
     add_attention_backend_choices([NAME])
 
@@ -53,7 +62,8 @@ class TileBackend(AttentionBackend):
         mode = forward_batch.forward_mode
         check.engine_layer("speculative decoding", not (mode.is_target_verify() or mode.is_draft_extend()))
         requests = len(forward_batch.seq_lens)
-        counts = [1] * requests if mode.is_decode() else list(forward_batch.extend_seq_lens_cpu)
+        extended = forward_batch.extend_seq_lens_cpu or []
+        counts = [1] * requests if mode.is_decode() else list(extended)
         starts = [0]
         for count in counts:
             starts.append(starts[-1] + int(count))

@@ -7,6 +7,7 @@ outside of CUDA graphs. Chunked prompts, prefix caching and preemption are the s
 pages.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,19 +19,28 @@ from flashtile.integrations.serving import ragged
 
 try:
     from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, MultipleOf
-except ImportError:  # vLLM before 0.14, or none: `register` says so
+except ImportError:  # vLLM before 0.14, or none: `register` does nothing then
     AttentionBackend = AttentionImpl = AttentionMetadataBuilder = object
     MultipleOf = int
+
+logger = logging.getLogger("flashtile")
 
 _PAGE = 16
 _DECODER = "decoder"
 
 
 def register() -> None:
-    """Makes the backend known as CUSTOM, if nobody else has that name."""
-    from vllm.v1.attention.backends import registry
+    """Makes the backend known as CUSTOM, if nobody else has that name.
 
-    check.engine_interface("vLLM", "0.14", AttentionBackend is not object)
+    Where vLLM keeps its interface elsewhere, the log says so at level INFO and nothing changes: a plug-in that raises
+    would stop a server that never asked for it.
+    """
+    try:
+        from vllm.v1.attention.backend import AttentionBackend as needed  # noqa: F401
+        from vllm.v1.attention.backends import registry
+    except ImportError as error:
+        logger.info("flashtile is no backend of this vLLM, whose interface is another than that of 0.14: %s", error)
+        return
     custom = registry.AttentionBackendEnum.CUSTOM
     if not custom.is_overridden():
         registry.register_backend(custom, f"{__name__}.{TileBackend.__qualname__}")
