@@ -77,7 +77,8 @@ ROWS = tuple(
         "3x (OpenFold), 2.6x (Uni-Fold)",
         2.6,
         "the formula in PyTorch, as OpenFold has it",
-        "the claims are of whole models; this is one block of them, projections and gate included",
+        "the claims are of whole models; this is one block of them, projections and gate included. In training the "
+        "scores are computed again for the gradient of the pair bias, which the formula has kept",
         _row(residues, sequences, training),
     )
     for residues, sequences in ((256, 128), (384, 512), (768, 128))

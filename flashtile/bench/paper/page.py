@@ -102,7 +102,7 @@ def _earlier(path: Path, setting: Setting) -> dict[str, dict[str, Any]]:
 
 def table(entries: list[dict[str, Any]], brief: bool = False) -> Table:
     """Claimed beside measured; `brief`: without the columns of prose."""
-    prose = [] if brief else ["over", "of what"]
+    prose = [] if brief else ["over", "of what, and why it may miss"]
     found = Table("Claimed and measured", ["row", "claimed", "measured", "baseline", "flashtile", *prose])
     for entry in entries:
         claimed = "–" if entry["claimed"] is None else f"{entry['claimed']:g}x"
@@ -116,7 +116,7 @@ def _measured(entry: dict[str, Any]) -> list[str]:
     if entry["status"] != "ok":
         return [f"{entry['status']}: {entry['reason']}", "–", "–"]
     figures = entry["figures"]
-    missed = entry["claimed"] is not None and figures["ratio"] < entry["claimed"]
+    missed = entry["claimed"] is not None and round(figures["ratio"], 2) < entry["claimed"]
     ratio = f"{figures['ratio']:.2f}x{', not met' if missed else ''}"
     ceiling = figures["details"].get("ceiling")
     if missed and ceiling is not None:
