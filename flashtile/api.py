@@ -46,7 +46,8 @@ def attention(
 
     FlashAttention (Dao et al. 2022): tiling, online softmax, recomputation in the backward pass. Gradients flow to q,
     k, v, bias, alibi_slopes, sinks, the tensors that score_mod captures, and from out and lse alike. A query that sees
-    no key gets out 0, lse -inf and gradients 0. NaN in gives NaN out.
+    no key gets out 0, lse -inf and gradients 0. NaN in gives NaN out. DTensors that shard the batch or the heads stay
+    sharded.
 
     Args:
         q: (batch, seqlen_q, heads, headdim), float16, bfloat16, float32 or float64.

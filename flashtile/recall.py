@@ -49,6 +49,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Pa
         sharded = sharding.current.attend(q, k, v, arguments, packing)
         if sharded is not None:
             return sharded
+    if type(q) not in autograd.PLAIN and hasattr(q, "device_mesh"):
+        from flashtile import dtensors
+
+        return dtensors.attention(q, k, v, arguments, packing)
     found = _find(q, k, v, arguments, packing)
     if found is not None and (call := _known.get(found.key)) is not None:
         return autograd.eager(found.inputs, call)

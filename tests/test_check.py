@@ -407,6 +407,10 @@ SHARDING = [
     Refusal(TypeError, "options", "'cauzal', need keyword", lambda: sharded.no_options(["cauzal"])),
     Refusal(ValueError, "k", r"placements .*need Shard\(1\)", lambda: sharded.sequence_sharded("k", [None], 1)),
     Refusal(TypeError, "q, k, v", "plain tensors, need all", lambda: sharded.all_distributed([True, False])),
+    Refusal(
+        NotImplementedError, "q", "cu_seqlens_q, need plain .*try flashtile", lambda: sharded.dtensors([True] * 3, True)
+    ),
+    Refusal(ValueError, "seed", "None beside dropout on DTensors", lambda: sharded.seed_of_all(0.1, None)),
     Refusal(ValueError, "buffer_seq_dims", "1 numbers for 0 buffers", lambda: sharded.buffers([], [1])),
     Refusal(TypeError, "buffers", "int at place 0, need tensors", lambda: sharded.buffers([3], [0])),
     Refusal(ValueError, "context_parallel", "inside of another, need one", sharded.inside_context),

@@ -15,6 +15,13 @@ T = torch.zeros(1, 2, 3, 4, 5)
 PAIRS = torch.zeros(1, 1, 4, 3, 3)
 PAGED = type("PagedAttentionCache", (), {})()
 NONE = NotImplementedError
+F = ("f32",)
+FLAT = dict.fromkeys("qkv", ((1, 3, 4, 5), "f32"))
+
+
+def _with(name: str, *shape: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {**FLAT, name: (shape, "f32")}
+
 
 TABLE = [
     Refusal(
@@ -23,6 +30,9 @@ TABLE = [
     Refusal(NONE, "activate_sdpa", "a PyTorch without", lambda: guests.has_flash_registry(SimpleNamespace())),
     Refusal(ValueError, "cache_seqlens", "None beside k, need the place", lambda: guests.needs_cache_seqlens(T)),
     Refusal(NONE, "qv", "Tensor, need None in flash_attn_with_kvcache", lambda: guests.not_beside_caches({"qv": T})),
+    Refusal(NONE, "cu_seqlens_q", "one without page_table", lambda: guests.packed_queries(None, T, {})),
+    Refusal(NONE, "k", "Tensor beside cu_seqlens_q, need None", lambda: guests.packed_queries(T, T, {"k": T})),
+    Refusal(NONE, "dropout_p", "0.1 beside block_table, need 0", lambda: guests.no_paged_dropout(0.1)),
     Refusal(NONE, "block_table", "Tensor, need None: .* no paged", lambda: guests.no_paging(T, "block_table")),
     Refusal(NONE, "k_descale", "Tensor, need None: .* no FP8", lambda: guests.no_descales({"k_descale": T})),
     Refusal(ValueError, "qkv", r"shape \(1, 2, 3, 4\), need", lambda: guests.packed_heads(T[0][None, ..., 0], None)),
@@ -58,6 +68,17 @@ TABLE = [
     Refusal(NONE, "diffusers", "version 0.1, need 0.2", lambda: guests.diffusers_tested("0.1", ("0.2",), 1)),
     Refusal(NONE, "return_lse", "True, need False", lambda: guests.diffusers_options(True, None)),
     Refusal(NONE, "parallel_config", "diffusers' context", lambda: guests.diffusers_options(False, 1)),
+    Refusal(ValueError, "segment_ids", "a tuple of 3, need the ids", lambda: guests.jax_pair((T, T, T))),
+    Refusal(TypeError, "k", "dtype int8, need one of f32", lambda: guests.jax_arrays({**FLAT, "k": ((), "int8")}, F)),
+    Refusal(ValueError, "v", r"shape \(4, 5\), need \(", lambda: guests.jax_arrays({**FLAT, "v": ((4, 5), "f32")}, F)),
+    Refusal(ValueError, "bias", r"shape \(5,\), need .*\(1, 4, 3, 3\)", lambda: guests.jax_arrays(_with("bias", 5), F)),
+    Refusal(ValueError, "segment_ids", r"shape \(1,\), need", lambda: guests.jax_arrays(_with("key_ids", 1), F)),
+    Refusal(ValueError, "sinks", r"shape \(1, 4\), need", lambda: guests.jax_arrays(_with("sinks", 1, 4), F)),
+    Refusal(ValueError, "constant", r"\('q',\), need some of", lambda: guests.jax_constants(("q",))),
+    Refusal(ValueError, "page_size", "1, need a multiple of 16; try x", lambda: guests.page_size(1, 16, "x")),
+    Refusal(NONE, "attention", "cross attention, need decoder", lambda: guests.engine_layer("cross attention", False)),
+    Refusal(NONE, "causal", "other than True, need a causal", lambda: guests.causal_batch(T)),
+    Refusal(NONE, "output_scale", "one, need None", lambda: guests.no_quantised_output(None, T)),
     Refusal(RuntimeError, "attention_mask", "packed sequences with blocks", lambda: guests.no_later_key(T == 0)),
 ]
 
@@ -90,3 +111,12 @@ def test_what_is_sound_passes() -> None:
     guests.evoformer(T, T, T, [None, torch.zeros(1, 1, 4, 3, 3), torch.zeros(1, 2, 1, 1, 3)])
     guests.triangle(T, T, T, torch.zeros(1, 1, 3, 4, 4), torch.zeros(1, 2, 1, 1, 4))
     guests.no_later_key(T == 1)
+    guests.packed_queries(T, T, {"k": None})
+    guests.no_paged_dropout(0.0)
+    guests.page_size(32, 16, "x")
+    guests.engine_layer("cross attention", True)
+    guests.causal_batch(True)
+    guests.no_quantised_output(None, None)
+    guests.jax_pair((T, T))
+    guests.jax_arrays({**_with("mask", 3), **_with("bias", 1, 3, 1), **_with("query_ids", 3)}, F)
+    guests.jax_constants({"bias", "sinks"})

@@ -38,7 +38,7 @@ WITH_CODE = [page for page in PAGES if _blocks(page)]
 @pytest.mark.parametrize("page", WITH_CODE, ids=_name)
 def test_code_blocks_run(page: Path) -> None:
     """Every python block, in order, in one namespace a page."""
-    for guest in ("transformers", "diffusers"):
+    for guest in ("transformers", "diffusers", "jax"):
         if f"import {guest}" in page.read_text():
             pytest.importorskip(guest, reason=f"{guest} is not installed")
     namespace: dict[str, Any] = {"__name__": "__docs__"}

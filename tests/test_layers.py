@@ -21,7 +21,8 @@ ROOMS = {
     "kernels": {"kernels"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
-    "doors": {"sharding", "request", "autograd", "recall", "decoding", "gradients", "parts", "api"},
+    "doors": {"sharding", "request", "autograd", "recall", "dtensors", "decoding", "gradients", "parts",
+              "api"},
     "guests": {"distributed", "integrations", "bench", "demo", "cli", "compiling", "__main__"},
 }  # fmt: skip
 # Words and mathematics know torch and the standard library; triton belongs to the machines that are written in it, and

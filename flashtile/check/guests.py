@@ -1,6 +1,6 @@
 """What the integrations refuse: the versions and arguments of other libraries' doors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -35,6 +35,24 @@ def not_beside_caches(given: Mapping[str, Any]) -> None:
                 f"{name}: got {type(value).__name__}, need None in flash_attn_with_kvcache; try one call a sequence, "
                 "or flash_attn_func and flash_attn_varlen_func, which take more"
             )
+
+
+def packed_queries(table: Any, lengths: Any, beside: Mapping[str, Any]) -> None:
+    """What goes with packed queries over a cache: pages, a tensor of lengths, and nothing new."""
+    if table is None or not isinstance(lengths, Tensor):
+        raise NotImplementedError(
+            "cu_seqlens_q: got one without page_table and a tensor cache_seqlens, need both; try flash_attn_varlen_func"
+        )
+    for name, value in beside.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name}: got {type(value).__name__} beside cu_seqlens_q, need None; try one call a sequence"
+            )
+
+
+def no_paged_dropout(dropout_p: float) -> None:
+    if dropout_p:
+        raise NotImplementedError(f"dropout_p: got {dropout_p} beside block_table, need 0; try gathering the pages")
 
 
 def no_paging(value: Any, name: str) -> None:
@@ -94,8 +112,8 @@ def no_paged_batching(options: Mapping[str, Any]) -> None:
     for name in ("cache",) if paged else ("block_table", "k_cache"):
         if options.get(name) is not None:
             raise NotImplementedError(
-                f"{name}: got transformers' paged cache (continuous batching), need none: flashtile serves no paged "
-                "cache there yet; try attn_implementation='sdpa' for it"
+                f"{name}: got transformers' paged cache (continuous batching), need none under this name; "
+                "try attn_implementation=use_flash_name(), which serves it"
             )
 
 
@@ -208,4 +226,73 @@ def diffusers_options(return_lse: Any, parallel_config: Any) -> None:
         raise NotImplementedError(
             "parallel_config: got diffusers' context parallelism, need None in its backend 'flashtile'; try the "
             "backend 'native'"
+        )
+
+
+def jax_pair(ids: tuple[Any, ...]) -> None:
+    """segment_ids as two arrays."""
+    if len(ids) != 2:
+        raise ValueError(f"segment_ids: got a tuple of {len(ids)}, need the ids of queries and of keys; try one array")
+
+
+def jax_arrays(arrays: Mapping[str, tuple[tuple[int, ...], str]], dtypes: Collection[str]) -> None:
+    """The shapes and dtypes of JAX arrays by the names of arguments; `attention` checks the rest once they are flat."""
+    for name, (_, dtype) in arrays.items():
+        if dtype not in dtypes:
+            raise TypeError(f"{name}: got dtype {dtype}, need one of {', '.join(dtypes)}; try .astype(...)")
+    shape_q, shape_k = arrays["q"][0], arrays["k"][0]
+    for name in "qkv":
+        shape = arrays[name][0]
+        if len(shape) < 3 or shape[:-3] != shape_q[:-3]:
+            raise ValueError(
+                f"{name}: got shape {shape}, need (..., seqlen, heads, headdim), leading dimensions as q's; "
+                "try jnp.broadcast_to"
+            )
+    leading, heads, lengths = shape_q[:-3], shape_q[-2], (shape_q[-3], shape_k[-3])
+    table = (*leading, heads, *lengths)
+    wanted = {
+        "bias": table,
+        "mask": table,
+        "query_ids": (*leading, lengths[0]),
+        "key_ids": (*leading, lengths[1]),
+        "alibi_slopes": (heads,),
+        "sinks": (heads,),
+    }
+    for name, shape in wanted.items():
+        got = arrays[name][0] if name in arrays else shape
+        exact = name not in ("bias", "mask")
+        ends = len(got) <= len(shape) and all(g in (w, 1) for g, w in zip(got[::-1], shape[::-1], strict=False))
+        if not ends or (exact and got[-1:] != shape[-1:]):
+            said = "segment_ids" if name.endswith("_ids") else name
+            raise ValueError(f"{said}: got shape {got}, need one that broadcasts to {shape}; try .reshape(...)")
+
+
+def jax_constants(names: Any) -> None:
+    known = ("bias", "alibi_slopes", "sinks")
+    if isinstance(names, str) or not set(names) <= set(known):
+        raise ValueError(f"constant: got {names!r}, need some of {known}; try ('bias',)")
+
+
+def page_size(size: int, smallest: int, way: str) -> None:
+    if size % smallest:
+        raise ValueError(f"page_size: got {size}, need a multiple of {smallest}; try {way}")
+
+
+def engine_layer(kind: str, taken: bool) -> None:
+    """`kind`: of a layer, or of how a model is served."""
+    if not taken:
+        raise NotImplementedError(
+            f"attention: got {kind}, need decoder layers over a plain cache; try another backend of the engine for it"
+        )
+
+
+def causal_batch(causal: Any) -> None:
+    if causal is not True:
+        raise NotImplementedError("causal: got other than True, need a causal batch; try another backend of the engine")
+
+
+def no_quantised_output(*scales: Any) -> None:
+    if any(scale is not None for scale in scales):
+        raise NotImplementedError(
+            "output_scale: got one, need None: flashtile writes no FP8 outputs; try without fused quantisation"
         )

@@ -106,6 +106,24 @@ def all_distributed(distributed: Sequence[bool]) -> None:
         )
 
 
+def dtensors(distributed: Sequence[bool], packed: bool) -> None:
+    """`distributed`: which of q, k and v are DTensors."""
+    all_distributed(distributed)
+    if packed:
+        raise NotImplementedError(
+            "q: got a DTensor beside cu_seqlens_q, need plain tensors: sequences of different lengths have no batch "
+            "to shard; try flashtile.distributed, or .to_local()"
+        )
+
+
+def seed_of_all(dropout_p: float, seed: Any) -> None:
+    """What every device of a mesh computes alike must be drawn alike."""
+    if dropout_p and seed is None:
+        raise ValueError(
+            "seed: got None beside dropout on DTensors, need one number that is the same on every device; try seed=0"
+        )
+
+
 def buffers(given: Sequence[Any], dims: Sequence[int]) -> None:
     """Tensors that a context shards, one dimension each."""
     if len(given) != len(dims):

@@ -30,6 +30,7 @@ def add_bench(commands: Any) -> None:
     command.add_argument("--peers", nargs="+", metavar="peer", help="default: those that each suite names")
     command.add_argument("--seconds", type=float, default=10.0, help="time for each peer and case; default %(default)s")
     command.add_argument("--rows", nargs="+", metavar="row", help="of paper; default: all")
+    command.add_argument("--budget", type=float, metavar="SECONDS", help="of paper, for all rows; default: no end")
     command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
     scaling.add_scaling(command)
 
@@ -65,16 +66,18 @@ def _paper(given: argparse.Namespace) -> int:
 
     from flashtile.bench.paper import page
     from flashtile.bench.paper.experiment import Setting
+    from flashtile.bench.paper.rows import ROWS
 
-    names = given.rows or list(page.ROWS)
-    unknown = [name for name in names if name not in page.ROWS]
+    names = given.rows or list(ROWS)
+    unknown = [name for name in names if name not in ROWS]
     if unknown:
-        raise UsageError(f"--rows: got {unknown[0]!r}, need some of {', '.join(page.ROWS)}")
+        raise UsageError(f"--rows: got {unknown[0]!r}, need some of {', '.join(ROWS)}")
     if given.device == "cpu" and not given.quick:
         raise UsageError("paper: got the CPU, need a GPU for models of these sizes; try --device cuda, or --quick")
     need_device(given.device)
     setting = Setting(given.device, getattr(torch, given.dtype[0]), given.quick, given.seconds)
-    return page.run(names, setting, given.results, given.docs)
+    apart = not given.quick
+    return page.run(names, setting, given.results, given.docs, budget=given.budget, apart=apart)
 
 
 def _bench_settings(given: argparse.Namespace) -> Any:

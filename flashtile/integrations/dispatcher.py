@@ -133,7 +133,7 @@ def _backward(
     q, k, v, out, grad_out = (tensor.transpose(1, 2) for tensor in (query, key, value, out, grad_out))
     options: dict[str, Any] = {"causal": is_causal, "scale": scale, "alignment": alignment}
     found = gradients(q, k, v, out, lse, grad_out, **options)
-    return [gradient.transpose(1, 2) for gradient in found]
+    return [gradient.transpose(1, 2) for gradient in found[:3]]
 
 
 def _stored_as(pattern: Tensor, tensor: Tensor) -> Tensor:

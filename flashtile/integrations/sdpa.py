@@ -98,8 +98,6 @@ def refusal(
         return "not all of query, key, value and attn_mask are strided tensors"
     if any(tensor.is_nested for tensor in tensors):
         return "a tensor is nested"
-    if any(hasattr(tensor, "device_mesh") for tensor in tensors):
-        return "a tensor is spread over devices"
     # The module of this class loads PyTorch's compiler, so it is known by what it does.
     if hasattr(attn_mask, "_materialize"):
         return "attn_mask is a CausalBias, which has an attention of its own"

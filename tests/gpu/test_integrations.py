@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashtile
+from flashtile.integrations.serving import ragged
 from tests import conformance
+from tests.integrations import engines
 from tests.integrations.rule import assert_close, ran
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -196,3 +198,17 @@ def test_flash_attn_varlen() -> None:
     for begin, end in ((0, 33), (33, 100)):
         part = q[None, begin:end]
         torch.testing.assert_close(out[begin:end], flash_attn_func(part, part, part, causal=True)[0])
+
+
+def test_batches_of_a_serving_engine() -> None:
+    """Prompts, chunks of prompts and single tokens over one paged cache, as the engines' backends run them."""
+    server = engines.Server(torch.float16)
+    caches = [torch.full((engines.PAGES, engines.PAGE, 2, 16), torch.nan, device="cuda").half() for _ in range(2)]
+    for news in engines.STEPS:
+        step = server.step(news)
+        for cache, fresh in zip(caches, (step.k, step.v), strict=True):
+            cache.flatten(0, 1)[step.slots.cuda()] = fresh.cuda()
+        lengths, table = torch.tensor(step.lengths, device="cuda"), server.table(step.requests).cuda()
+        out = torch.zeros(*step.q.shape, device="cuda").half()
+        found = ragged.attention(step.q.cuda(), *caches, ragged.grouped(step.starts, lengths, table), out)
+        assert_close(found.cpu(), *server.expected(step))

@@ -342,6 +342,33 @@ class TestCaches:
             if not paged:
                 torch.testing.assert_close(given[0][index, length : length + 4], k[index])
 
+    @pytest.mark.parametrize("version", [flash_attn, version3])
+    def test_packed_queries_over_pages(self, version: Any) -> None:
+        """Sequences of different lengths, one of which has no query, and pages in any order."""
+        counts, lengths = torch.tensor([3, 1, 0, 3]), torch.tensor([20, 33, 5, 3])
+        offsets_q, offsets_k = (torch.nn.functional.pad(each.cumsum(0), (1, 0)).int() for each in (counts, lengths))
+        q, k, v = torch.randn(8, 4, 16), torch.randn(61, 2, 16), torch.randn(61, 2, 16)
+        table = torch.tensor([[5, 2, 0], [1, 7, 4], [6, 0, 0], [3, 0, 0]], dtype=torch.int32)
+        pages = [torch.full((8, 16, 2, 16), torch.nan) for _ in range(2)]
+        for place, length in enumerate(lengths.tolist()):
+            begin = int(offsets_k[place])
+            for row in range(length):
+                for cache, fresh in zip(pages, (k, v), strict=True):
+                    cache[table[place, row // 16], row % 16] = fresh[begin + row]
+        how: dict[str, Any] = {"causal": True, "window_size": (9, 0), "softcap": 3.0}
+        where = (offsets_q, offsets_k, 3, 33)
+        # The eighth query is behind the last sequence.
+        expected = flash_attn.flash_attn_varlen_func(q, k, v, *where, **how, return_attn_probs=True)
+        if version is flash_attn:
+            found = version.flash_attn_varlen_func(q, *pages, *where, **how, return_attn_probs=True, block_table=table)
+        else:
+            more = {"cu_seqlens_q": offsets_q, "max_seqlen_q": 3, "return_softmax_lse": True}
+            found = version.flash_attn_with_kvcache(
+                q, *pages, cache_seqlens=lengths.int(), page_table=table, **more, **how
+            )
+        for ours, wanted in zip(found[:2], expected[:2], strict=True):
+            torch.testing.assert_close(ours, wanted)
+
     def test_options(self) -> None:
         """The whole cache, by default; each option means what it means elsewhere."""
         q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 20, 2, 16), torch.randn(2, 20, 2, 16)
@@ -404,14 +431,19 @@ OFFSETS = torch.tensor([0, 4], dtype=torch.int32)
 TABLE = torch.zeros(1, 1, dtype=torch.int32)
 ERRORS = {
     "packed queries": (
-        lambda: version3.flash_attn_with_kvcache(Q, Q, Q, cu_seqlens_q=OFFSETS),
+        lambda: version3.flash_attn_with_kvcache(Q[0], Q, Q, cu_seqlens_q=OFFSETS),
         NotImplementedError,
-        "cu_seqlens_q: got Tensor, need None in flash_attn_with_kvcache; try one call a sequence",
+        "cu_seqlens_q: got one without page_table and a tensor cache_seqlens, need both",
+    ),
+    "packed keys": (
+        lambda: version3.flash_attn_with_kvcache(Q, Q, Q, cu_seqlens_k_new=OFFSETS),
+        NotImplementedError,
+        "cu_seqlens_k_new: got Tensor, need None in flash_attn_with_kvcache; try one call a sequence",
     ),
     "paging": (
-        lambda: flash_attn.flash_attn_varlen_func(Q[0], Q, Q, OFFSETS, OFFSETS, 4, 4, block_table=TABLE),
+        lambda: flash_attn.flash_attn_varlen_func(Q[0], Q, Q, OFFSETS, OFFSETS, 4, 4, 0.1, block_table=TABLE),
         NotImplementedError,
-        "block_table: got Tensor, need None: flashtile takes no paged",
+        "dropout_p: got 0.1 beside block_table, need 0",
     ),
     "left padding": (
         lambda: lowlevel._flash_attn_varlen_forward(

@@ -191,19 +191,6 @@ class TestLeftToPyTorch:
             assert type(found) is type(expected)
             assert expected.is_nested if isinstance(expected, Tensor) else found == expected
 
-    def test_spread_over_devices(self) -> None:
-        """PyTorch has rules for sharding its own operators; a DTensor is known by its mesh."""
-
-        class Spread(Tensor):
-            device_mesh = None
-
-        q = Q.as_subclass(Spread)
-        with conformance.watched() as plans:
-            found = flashtile.sdpa(q, q, q)
-        assert plans == []
-        assert module.refusal(q, q, q) == "a tensor is spread over devices"
-        torch.testing.assert_close(found.as_subclass(Tensor), F.scaled_dot_product_attention(Q, Q, Q))
-
     def test_transforms(self) -> None:
         """torch.func's derivatives are PyTorch's business."""
         found = torch.vmap(flashtile.sdpa)(Q[:, None], Q[:, None], Q[:, None])

@@ -378,8 +378,30 @@ class TestFlashName:
         finally:
             transformers.GptOssPreTrainedModel._compatible_flash_implementations = before
 
-    def test_generation(self) -> None:
-        same_tokens(MODELS["Gemma3ForCausalLM"], use_flash_name(), _padded("left"))
+    @pytest.mark.parametrize("cache", ["static", "dynamic"])
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+    def test_generation(self, name: str, cache: str, padded: bool) -> None:
+        inputs = _padded("left") if padded else None
+        same_tokens(MODELS[name], use_flash_name(), inputs, cache_implementation=cache, disable_compile=True)
+
+    def test_continuous_batching(self) -> None:
+        """Requests of different lengths in one batch, their keys in transformers' own pages."""
+        model, prompts = MODELS["LlamaForCausalLM"], [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2, 3]]
+        settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        alone = [model.build().generate(torch.tensor([prompt]), **settings)[0] for prompt in prompts]
+        with ran() as plans:
+            found = model.build(use_flash_name()).generate_batch(
+                prompts,
+                generation_config=transformers.GenerationConfig(**settings),
+                continuous_batching_config=transformers.ContinuousBatchingConfig(
+                    num_blocks=8, max_batch_tokens=16, block_size=16
+                ),
+                progress_bar=False,
+            )
+        expected = [row[len(prompt) :].tolist() for row, prompt in zip(alone, prompts, strict=True)]
+        assert [request.generated_tokens for request in found.values()] == expected
+        assert all(plan.problem.varlen for plan in plans)
 
     def test_vision_towers_hand_over_offsets(self) -> None:
         """Qwen 2.5 VL's packs its images only for a flash name; others get one call an image."""

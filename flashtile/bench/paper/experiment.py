@@ -2,9 +2,10 @@
 
 import gc
 import importlib.util
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,17 @@ class Setting:
     @property
     def cuda(self) -> bool:
         return self.device.startswith("cuda")
+
+
+def dumped(setting: Setting) -> str:
+    """The setting as JSON."""
+    return json.dumps({**asdict(setting), "dtype": name_of(setting.dtype)})
+
+
+def loaded(text: str) -> Setting:
+    """The setting that `dumped` wrote."""
+    found = json.loads(text)
+    return Setting(**{**found, "dtype": getattr(torch, found["dtype"])})
 
 
 class Figures(NamedTuple):
@@ -79,7 +91,8 @@ class Row:
 class Pair(NamedTuple):
     """Two ways of doing the same. `work`: what a call of each gets done, in one unit; `same`: results are comparable.
 
-    probes: calls whose results are compared, where those of the timed calls say too little.
+    probes: calls whose results are compared, where those of the timed calls say too little. without: the same with no
+    attention in it but sums, which no attention can beat.
     """
 
     baseline: Call
@@ -87,6 +100,7 @@ class Pair(NamedTuple):
     work: tuple[float, float] = (1.0, 1.0)
     probes: tuple[Call, Call] | None = None
     same: bool = True
+    without: Call | None = None
 
 
 def timed(pair: Pair, setting: Setting, note: Note) -> Figures:
@@ -103,7 +117,23 @@ def timed(pair: Pair, setting: Setting, note: Note) -> Figures:
             samples[name].append(_burst(call, repeats[name], setting))
     baseline, ours = (timing.summary(samples[name])["median"] for name in ("baseline", "ours"))
     ratio = (baseline / pair.work[0]) / (ours / pair.work[1])
-    return Figures(baseline, ours, "ms", ratio, difference, {"rounds": len(samples["ours"])})
+    details: dict[str, Any] = {"rounds": len(samples["ours"])}
+    if pair.without is not None:
+        note("without attention")
+        rest = _alone(pair.without, setting)
+        details |= {"without_attention_ms": rest, "ceiling": (baseline / pair.work[0]) / (rest / pair.work[1])}
+    return Figures(baseline, ours, "ms", ratio, difference, details)
+
+
+def _alone(call: Call, setting: Setting) -> float:
+    """Milliseconds a call, the median of five rounds."""
+    repeats = _repeats(call, setting)
+    return float(timing.summary([_burst(call, repeats, setting) for _ in range(5)])["median"])
+
+
+def no_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What stands for attention where its share is to be known: sums, so that every gradient is still there."""
+    return query + key.mean(dim=-2, keepdim=True) + value.mean(dim=-2, keepdim=True)
 
 
 def peaks(pair: Pair, setting: Setting) -> tuple[int, int]:
@@ -164,21 +194,32 @@ def _burst(call: Call, repeats: int, setting: Setting) -> float:
 
 def run(row: Row, setting: Setting, note: Note = lambda text: None) -> dict[str, Any]:
     """What the row is, its status ("ok", "absent", "wrong" or "failed"), and its figures if it is ok."""
-    said = {name: getattr(row, name) for name in ("name", "title", "claim", "claimed", "baseline", "share")}
     missing = [module for module in row.needs if importlib.util.find_spec(module) is None]
     if missing:
-        return {**said, "status": "absent", "reason": f"{' and '.join(missing)} not installed"}
+        return _entry(row, "absent", f"{' and '.join(missing)} not installed")
+    begin = time.monotonic()
     try:
-        return {**said, "status": "ok", "reason": "", "figures": row.measure(setting, note)._asdict()}
+        figures = row.measure(setting, note)._asdict()
+        return {**_entry(row, "ok"), "seconds": round(time.monotonic() - begin, 1), "figures": figures}
     except Wrong as error:
-        return {**said, "status": "wrong", "reason": str(error)}
+        return _entry(row, "wrong", str(error))
     except Exception as error:  # one row's crash must not take the others with it
-        return {**said, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+        return failed(row, f"{type(error).__name__}: {error}")
     finally:
         # Models refer to themselves; the next row needs their memory.
         gc.collect()
         if setting.cuda:
             torch.cuda.empty_cache()
+
+
+def failed(row: Row, reason: str) -> dict[str, Any]:
+    """The entry of a row that has no figures for this reason."""
+    return _entry(row, "failed", reason[:500])
+
+
+def _entry(row: Row, status: str, reason: str = "") -> dict[str, Any]:
+    said = {name: getattr(row, name) for name in ("name", "title", "claim", "claimed", "baseline", "share")}
+    return {**said, "status": status, "reason": reason}
 
 
 def record(entries: list[dict[str, Any]], setting: Setting, seconds: float) -> dict[str, Any]:

@@ -4,10 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from flashtile.bench import memory
-from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, timed, with_peaks
+from flashtile.bench.paper.experiment import (
+    Call,
+    Figures,
+    Note,
+    Pair,
+    Row,
+    Setting,
+    captured,
+    no_attention,
+    timed,
+    with_peaks,
+)
 
 
 def _unet(setting: Setting) -> Any:
@@ -31,9 +44,18 @@ def _unet(setting: Setting) -> Any:
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def _denoisers(model: Any, setting: Setting) -> tuple[Denoise, Denoise]:
-    """(eager attention, flashtile's): functions of latents and text."""
-    from diffusers.models.attention_processor import AttnProcessor
+class _Nothing(TorchFunctionMode):
+    """In this context PyTorch's attention is `no_attention`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return no_attention(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+def _denoisers(model: Any, setting: Setting) -> tuple[Denoise, Denoise, Denoise]:
+    """(eager attention, flashtile's, none): functions of latents and text."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     from flashtile.integrations.diffusers import TileAttnProcessor
 
@@ -50,7 +72,13 @@ def _denoisers(model: Any, setting: Setting) -> tuple[Denoise, Denoise]:
 
         return denoise
 
-    return variant(AttnProcessor()), variant(TileAttnProcessor())
+    other = variant(AttnProcessor2_0())
+
+    def without(latents: Tensor, text: Tensor) -> Tensor:
+        with _Nothing():
+            return other(latents, text)
+
+    return variant(AttnProcessor()), variant(TileAttnProcessor()), without
 
 
 def _inputs(model: Any, batch: int, pixels: int, setting: Setting) -> tuple[Tensor, Tensor]:
@@ -62,7 +90,7 @@ def _inputs(model: Any, batch: int, pixels: int, setting: Setting) -> tuple[Tens
 
 
 def _inference(pixels: int) -> Any:
-    """A denoising step of one image with guidance, batch 2."""
+    """A denoising step of one image with guidance, batch 2; CUDA graphs, for the host's time would hide the GPU's."""
 
     def measure(setting: Setting, note: Note) -> Figures:
         note("building the model")
@@ -72,9 +100,10 @@ def _inference(pixels: int) -> Any:
         def variant(denoise: Denoise) -> Call:
             return torch.no_grad()(lambda: denoise(*inputs))
 
-        theirs, ours = _denoisers(model, setting)
-        pair = Pair(variant(theirs), variant(ours))
-        return with_peaks(timed(pair, setting, note), pair, setting)
+        calls = [variant(denoise) for denoise in _denoisers(model, setting)]
+        theirs, ours, without = (captured(call, setting) for call in calls)
+        found = timed(Pair(theirs, ours, without=without), setting, note)
+        return with_peaks(found, Pair(calls[0], calls[1]), setting)
 
     return measure
 
@@ -99,7 +128,7 @@ def _training(setting: Setting, note: Note) -> Figures:
         return step
 
     found: list[tuple[Call, int]] = []
-    for denoise in _denoisers(model, setting):
+    for denoise in _denoisers(model, setting)[:2]:
         step_of(denoise, 1)()  # the optimizer's state is there before anything is measured
         fits = [(step_of(denoise, 1), 1)]
         for batch in setting.pick((2, 4, 8, 16, 32, 64, 128), (2,)):
@@ -124,7 +153,7 @@ ROWS = (
             f"Stable Diffusion 1.5, a denoising step, {pixels} x {pixels} pixels",
             "2x, less memory",
             2.0,
-            "diffusers, eager attention (AttnProcessor)",
+            "diffusers, eager attention (AttnProcessor), as a CUDA graph",
             "the whole UNet: convolutions are most of it at small sizes; only attention differs",
             _inference(pixels),
             ("diffusers",),

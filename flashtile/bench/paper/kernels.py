@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashtile
-from flashtile.bench import cases
+from flashtile.bench import cases, peers
 from flashtile.bench.cases import Case
 from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, name_of, peaks, timed
 
@@ -22,10 +22,10 @@ def _case(feature: str, batch: int, seqlen: int, heads: int, headdim: int, setti
     return Case(feature, batch, seqlen, heads, heads, headdim, dtype, setting.device)
 
 
-def _variants(case: Case, training: bool, theirs: Any) -> Pair:
-    """`theirs(q, k, v)` takes heads before the sequence, as views; ours the library's layout."""
+def _variants(case: Case, training: bool, theirs: Any, options: dict[str, Any] | None = None) -> Pair:
+    """`theirs(q, k, v)` takes heads before the sequence, as views; ours the library's layout and the case's options."""
     inputs = cases.tensors(case)
-    options = cases.options(case)
+    options = cases.options(case) if options is None else options
     leaves = [tensor.requires_grad_(training) for tensor in inputs[:3]]
 
     def variant(forward: Any) -> Call:
@@ -81,12 +81,38 @@ def _over_mask_tensor(feature: str, seqlen: int) -> Any:
     return measure
 
 
+def _prefix(setting: Setting, note: Note) -> Figures:
+    """Causal but for a prefix that all see, a quarter of the tokens, over the mask as a tensor."""
+    case = _case("causal", 1, 16384, 16, 128, setting)
+    length = case.seqlen // 4
+    index = torch.arange(case.seqlen, device=case.device)
+    allowed = (index[None, :] <= index[:, None]) | (index < length)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+    mask = flashtile.masks.causal() | flashtile.masks.prefix(length)
+    return timed(_variants(case, True, dense, {"mask": mask}), setting, note)
+
+
 def _documents_over_dense(seqlen: int) -> Any:
     """Document masks over causal attention across the documents' borders; results differ, so none are compared."""
 
     def measure(setting: Setting, note: Note) -> Figures:
         case = _case("causal document", 1, seqlen, 16, 128, setting)
         return timed(_variants(case, True, _flash(case))._replace(same=False), setting, note)
+
+    return measure
+
+
+def _over_flex(seqlen: int) -> Any:
+    """FlexAttention, compiled, its block mask made before; on the CPU, where it does not train, a mask tensor."""
+
+    def measure(setting: Setting, note: Note) -> Figures:
+        case = _case("causal document", 1, seqlen, 16, 128, setting)
+        note("compiling FlexAttention")
+        flex = peers.PEERS["flex" if setting.cuda else "sdpa"].prepare(case)
+        return timed(_variants(case, True, flex), setting, note)
 
     return measure
 
@@ -159,6 +185,15 @@ ROWS = (
         ALONE,
         _over_mask_tensor("causal document", 16384),
     ),
+    Row(
+        "masks-prefix",
+        "Causal with a prefix of 4k that all see, 16k tokens, forward and backward",
+        "up to 9x (partially filled masks)",
+        9.0,
+        "PyTorch's attention with a mask tensor",
+        "attention alone; over half of the pairs attend, so that little more than 2x can come from what is skipped",
+        _prefix,
+    ),
     *(
         Row(
             f"documents-{seqlen // 1024}k",
@@ -170,5 +205,14 @@ ROWS = (
             _documents_over_dense(seqlen),
         )
         for seqlen in (32768, 131072)
+    ),
+    Row(
+        "documents-flex",
+        "Causal document masks at 32k tokens over FlexAttention, forward and backward",
+        "document masks at long context (Kvax)",
+        None,
+        "FlexAttention, compiled, its block mask made before",
+        ALONE,
+        _over_flex(32768),
     ),
 )

@@ -1,12 +1,15 @@
-"""`flash_attn_with_kvcache` of both versions, over `flashtile.attention_kvcache`."""
+"""What reads a KV cache or pages, in both versions, over `flashtile.attention_kvcache`."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashtile.api import attention_kvcache
 from flashtile.check import guests as check
 from flashtile.integrations.flash_attn.common import Window, options
+from flashtile.integrations.serving import ragged
+from flashtile.state import State
 
 
 def with_kvcache(
@@ -44,3 +47,27 @@ def with_kvcache(
         **where,
         **chosen,
     )
+
+
+def packed_over_pages(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    lengths: Tensor,
+    table: Tensor,
+    dropout_p: float,
+    options: dict[str, Any],
+) -> State:
+    """State(out, lse) of packed queries (total_q, heads, headdim) over pages that hold all keys.
+
+    `lengths`: (sequences,), keys of each. The offsets are read by the host, and sequences with as many queries are one
+    call. No gradients, as in flash-attn.
+    """
+    check.no_paged_dropout(dropout_p)
+    chosen = {name: value for name, value in options.items() if name != "deterministic"}
+    groups = ragged.grouped(cu_seqlens_q.tolist(), lengths, table)
+    out = q.new_zeros(*q.shape[:-1], v_cache.shape[-1])
+    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, device=q.device)
+    ragged.attention(q, k_cache, v_cache, groups, out, lse, **chosen)
+    return State(out, lse)

@@ -63,7 +63,7 @@ def _flash_attn_backward(
     chosen = options(softmax_scale, causal, window, softcap, deterministic, alibi_slopes)
     seed = _seed_of(rng_state, dropout_p)
     found = gradients(q, k, v, out, softmax_lse, dout, dropout_p=dropout_p, seed=seed, **chosen)
-    _write((dq, dk, dv), found)
+    _write((dq, dk, dv), found[:3])
     return _row_sums(dout, out)
 
 
@@ -137,7 +137,7 @@ def _flash_attn_varlen_backward(
     packing = Packing(cu_seqlens_q, cu_seqlens_k, None, None, max_seqlen_q, max_seqlen_k)
     seed = _seed_of(rng_state, dropout_p)
     found = gradients(q, k, v, out, softmax_lse, dout, packing=packing, dropout_p=dropout_p, seed=seed, **chosen)
-    _write((dq, dk, dv), found)
+    _write((dq, dk, dv), found[:3])
     return _row_sums(dout, out)
 
 

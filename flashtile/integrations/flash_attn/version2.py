@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from flashtile.api import attention, attention_varlen
-from flashtile.check import guests as check
-from flashtile.integrations.flash_attn.cached import with_kvcache
+from flashtile.integrations.flash_attn.cached import packed_over_pages, with_kvcache
 from flashtile.integrations.flash_attn.common import Maximum, Window, draw_seed, options, weights, weights_varlen
 
 
@@ -97,11 +96,16 @@ def flash_attn_varlen_func(
 ) -> Any:
     """q (total_q, heads, headdim); k, v (total_k, heads_kv, headdim); cu_seqlens_* (sequences + 1,) offsets.
 
+    With block_table (sequences, pages), k and v are pages (pages, page_size, heads_kv, headdim), and cu_seqlens_k says
+    how many rows of them each sequence has; no gradients then.
+
     Raises:
-        NotImplementedError: block_table is given (paged keys and values).
+        NotImplementedError: block_table beside dropout.
     """
-    check.no_paging(block_table, "block_table")
     chosen = options(softmax_scale, causal, window_size, softcap, deterministic, alibi_slopes)
+    if block_table is not None:
+        state = packed_over_pages(q, k, v, cu_seqlens_q, cu_seqlens_k.diff(), block_table, dropout_p, chosen)
+        return (*state, q.new_empty(0)) if return_attn_probs else state.out
     seed = draw_seed(q) if dropout_p else None
     packing, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     found = attention_varlen(

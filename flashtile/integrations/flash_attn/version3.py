@@ -16,7 +16,7 @@ from torch import Tensor
 from flashtile import masks
 from flashtile.api import attention, attention_varlen
 from flashtile.check import guests as check
-from flashtile.integrations.flash_attn.cached import with_kvcache
+from flashtile.integrations.flash_attn.cached import packed_over_pages, with_kvcache
 from flashtile.integrations.flash_attn.common import Maximum, Window, options
 from flashtile.state import State, merge
 
@@ -187,15 +187,23 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
 ) -> Any:
     """As in `version2`, with `page_table` for block_table; returns (out, lse, out_accum, lse_accum) with
-    return_softmax_lse, the last two empty.
+    return_softmax_lse, the last two empty. With cu_seqlens_q the queries are packed (total_q, heads, headdim), over
+    pages that hold all keys already; lse is (heads, total_q) then.
 
     Raises:
-        NotImplementedError: qv, packed queries or new keys, rotary_seqlens, descales or attention_chunk are given, or
-            this flashtile has no key-value caches.
+        NotImplementedError: qv, packed new keys, rotary_seqlens, descales or attention_chunk are given, or packed
+            queries beside new keys, a rotary embedding, a batch index, left padding or a cache without pages.
     """
     check.no_descales({"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
-    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
+    packed = {"cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
     check.not_beside_caches({"qv": qv, **packed, "attention_chunk": attention_chunk or None})
+    if cu_seqlens_q is not None:
+        beside = {"k": k, "rotary_cos": rotary_cos, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+        check.packed_queries(page_table, cache_seqlens, beside)
+        chosen = options(softmax_scale, causal, window_size, softcap)
+        where: Any = (cu_seqlens_q, cache_seqlens, page_table, 0.0, chosen)
+        state = packed_over_pages(q, k_cache, v_cache, *where)
+        return (*state, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else state.out
     found = with_kvcache(
         q,
         k_cache,

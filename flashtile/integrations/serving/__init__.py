@@ -1,0 +1,1 @@
+"""Attention backends of serving engines, over `attention_kvcache`: `vllm` and `sglang`, with `ragged` between."""
