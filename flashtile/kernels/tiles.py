@@ -67,6 +67,16 @@ def scales_of_rows(scale, i_head, b_pages):
 
 
 @triton.jit
+def widened(b_rows, DTYPE: tl.constexpr):
+    """Rows of a cache as queries are. Integers become float16 by their bits: 1024 + n is 0x6400 | n where n is less
+    than 1024; conversions of integers run at a quarter of the speed."""
+    if (b_rows.dtype == tl.int8) & (DTYPE == tl.float16):
+        b_bits = (b_rows.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint16) | 0x6400
+        b_rows = b_bits.to(tl.float16, bitcast=True) - 1152.0
+    return b_rows.to(DTYPE)
+
+
+@triton.jit
 def load_tile(
     source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
     table=None, b_pages=None, PAGE: tl.constexpr = 0,

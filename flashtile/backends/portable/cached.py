@@ -93,10 +93,10 @@ def _attend(
     latent = _latent(inputs, problem)
 
     def attempt(tiles: Tiles) -> None:
-        count = -(-problem.seqlen_q * problem.group // tiles.tile_q) * config.splits
+        count = -(-problem.seqlen_q * problem.group // tiles.tile_q)
         call.run(
             decode_kernel,
-            problem.batch * problem.heads_kv * count,
+            problem.batch * config.splits * problem.heads_kv * count,
             tiles,
             *(rows_of(q), stored(inputs.k), stored(inputs.v), rows_of(parts[0]), numbers_of(parts[1]), words),
             *(scale_of(cache.k_scale), scale_of(cache.v_scale)),

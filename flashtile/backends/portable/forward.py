@@ -13,6 +13,7 @@ from flashtile.kernels.tiles import (
     pages_of_tile,
     scales_of_rows,
     store_rows,
+    widened,
 )
 
 
@@ -64,17 +65,20 @@ def forward_sweep(
         else:
             b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma, table, b_pages, META.page)
         if META.quantized:
-            b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)
+            b_k, b_v = widened(b_k, b_q.dtype), widened(b_v, b_q.dtype)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
         if META.rest:
             further = columns_from(keys, META.headdim)
             b_rest = load_tile(further, i_tile, META.rest, TILE, META.block_rest, False, table, b_pages, META.page)
-            b_scores = tl.dot(b_q_rest, tl.trans(b_rest.to(b_q.dtype)), b_scores, input_precision=META.precision)
+            b_scores = tl.dot(b_q_rest, tl.trans(widened(b_rest, b_q.dtype)), b_scores, input_precision=META.precision)
         if META.quantized:
             b_scores *= scales_of_rows(stored.k_scale, stored.head, b_pages)
+            if stored.q_scale is not None:
+                b_scores *= stored.q_scale[:, None]
             if stored.v_scale.page is not None:
-                b_scale = scales_of_rows(stored.v_scale, stored.head, b_pages)
-                b_v = (b_v.to(tl.float32) * b_scale[:, None]).to(b_q.dtype)
+                # As far apart as scales may be, bfloat16 holds the products.
+                WIDE: tl.constexpr = b_v.dtype if stored.q_scale is None else tl.bfloat16
+                b_v = (b_v.to(tl.float32) * scales_of_rows(stored.v_scale, stored.head, b_pages)[:, None]).to(WIDE)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_scores, m_tile, _, _ = ruled(b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED)
         if GUARDED and MASKED == "always":
