@@ -49,6 +49,16 @@ class CacheTensors(NamedTuple):
     v_scale: Tensor | None = None
 
 
+INT4 = torch.uint8
+"""How a cache holds four-bit integers: byte j of a row has column 2j in its low bits and column 2j + 1 in its high
+ones, each from -8 to 7 in two's complement."""
+
+
+def columns(cache: Tensor) -> int:
+    """Of a row of a cache, as queries see it."""
+    return cache.shape[-1] * (2 if cache.dtype is INT4 else 1)
+
+
 class Wanted(NamedTuple):
     """Which gradients the backward pass must produce; q, k and v come together."""
 
@@ -211,7 +221,7 @@ def describe_cached(
     )
     problem = describe(inputs, options)
     room = capacity(inputs.k, table, cache.rotary_cos)
-    return replace(problem, seqlen_kv=room, described=False, cached=cached)
+    return replace(problem, seqlen_kv=room, headdim_v=columns(inputs.v), described=False, cached=cached)
 
 
 def capacity(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None = None) -> int:

@@ -98,14 +98,22 @@ def store_new(
         b_rows = tl.div_rn(b_rows.to(tl.float32), b_scale)
         LARGEST: tl.constexpr = largest_of(STORED)
         b_rows = tl.where(b_rows > LARGEST, LARGEST, tl.where(b_rows < -LARGEST, -LARGEST, b_rows))
-        if STORED == tl.int8:
+        if STORED == tl.int8 or STORED == tl.uint8:
             b_rows = round_half_even(b_rows)
-    p_rows = rows.pointer + i_head.to(tl.int64) * rows.head + o_rows[:, None] + o_columns
-    tl.store(p_rows, b_rows.to(STORED), mask=m_rows[:, None] & (o_columns < DIM))
+    p_rows = rows.pointer + i_head.to(tl.int64) * rows.head + o_rows[:, None]
+    if STORED == tl.uint8:  # four-bit integers
+        b_low, b_high = tl.split(tl.reshape(b_rows.to(tl.int32), [b_rows.shape[0], BLOCK // 2, 2]))
+        o_pairs = tl.arange(0, BLOCK // 2)[None, :]
+        tl.store(
+            p_rows + o_pairs, ((b_low & 15) | (b_high << 4)).to(STORED), mask=m_rows[:, None] & (o_pairs < DIM // 2)
+        )
+    else:
+        tl.store(p_rows + o_columns, b_rows.to(STORED), mask=m_rows[:, None] & (o_columns < DIM))
 
 
-_LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0, "int8": 127.0}
-"""The largest number of what a quantised cache holds; of integers -127 to 127, so that signs are alike."""
+_LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0, "int8": 127.0, "uint8": 7.0}
+"""The largest number of what a quantised cache holds; of integers -127 to 127, of four bits -7 to 7, so that signs are
+alike."""
 
 
 @triton.constexpr_function

@@ -17,7 +17,7 @@ from flashtile.kernels import aot
 from flashtile.problem import describe_cached
 from flashtile.tuning.portable import Tiles
 from tests import caches
-from tests.caches import CASES, EVERYTHING, INT8, QUANTIZED, WIDE, CacheCall, CacheCase
+from tests.caches import CASES, EVERYTHING, INT4, INT8, QUANTIZED, WIDE, CacheCall, CacheCase
 from tests.emulated.amd import bind
 from tests.emulated.hopper import plain
 from tools.ptx_emulation import SWEEP, emulate_kernel
@@ -78,7 +78,7 @@ def test_matches_reference(arch: int, case: CacheCase) -> None:
         pytest.param(arch, case, id=f"{arch}-{case}")
         for arch in FAMILIES
         for case in QUANTIZED
-        if arch > 80 or case.stored is INT8
+        if arch > 80 or case.stored in (INT8, INT4)
     ],
 )
 def test_quantized(arch: int, case: CacheCase) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from flashtile.kernels.arguments import modified
 from flashtile.kernels.words import Rows
-from flashtile.problem import Problem
+from flashtile.problem import INT4, Problem
 from flashtile.region import region
 from flashtile.tuning.portable import Tiles
 
@@ -25,6 +25,7 @@ class Meta:
     packed: sequences lie side by side, so that another one's numbers follow the end of one.
     page: rows of a page of the cache that keys lie in, 0: they lie in one piece.
     quantized: keys and values are of fewer bits than queries, and have scales.
+    held: numbers that an element of the cache holds: 2 of four bits.
     rest: columns of queries and keys behind the first `headdim`, a tile of their own (`block_rest`); 0: none.
     latent: values are the first `headdim` columns of the keys.
     """
@@ -50,6 +51,7 @@ class Meta:
     packed: bool
     page: int
     quantized: bool
+    held: int
     rest: int
     block_rest: int
     latent: bool
@@ -87,6 +89,7 @@ def meta_of(
         packed=problem.varlen,
         page=problem.cached.page if problem.cached is not None else 0,
         quantized=problem.cached is not None and problem.cached.stored is not None,
+        held=2 if problem.cached is not None and problem.cached.stored is INT4 else 1,
         rest=rest,
         block_rest=block(rest) if rest else 0,
         latent=latent,
