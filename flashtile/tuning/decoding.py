@@ -60,8 +60,9 @@ COLUMNS = 256
 PART = 1024
 """Keys of a part where all are of one size (`batch_invariant`)."""
 
-PROGRAMS = 2
-"""Programs that a multiprocessor runs at a time."""
+PROGRAMS = {"hopper": 3, "blackwell": 3}
+"""Programs of the tiles above that a multiprocessor runs at a time; of other families, and over quantised caches, whose
+programs have more registers, 2."""
 
 LEAST = 2
 """Tiles that a part has at least, when the cache is full."""
@@ -69,8 +70,15 @@ LEAST = 2
 MOST = 128
 """Parts at most."""
 
-BUSY = 0.9
-"""The fewest parts are taken that keep this share of what the best number keeps busy."""
+ALONE = 0.6
+"""What programs take when hardly any others run, as a share of what they take when the device is full: the last ones
+of several rounds are spread unevenly and do not fill the memory's bus."""
+
+START, JOIN = 0.3, 0.6
+"""Tiles that could be read while a part starts, and while parts are joined."""
+
+SLACK = 1.01
+"""The fewest parts are taken that take no longer than this times what the best number takes."""
 
 
 def decode_tiles(headdim: int, rows: int, half: bool, kind: str, family: str) -> Tiles:
@@ -88,13 +96,17 @@ def append_rows(rows: int, columns: int) -> int:
     return next((tile for tile in fitting if rows <= tile), fitting[-1])
 
 
-def decode_splits(programs: int, tiles: int, multiprocessors: int) -> int:
-    """Parts that fill the device: `programs` there are without any, `tiles` a sequence has where the cache is full."""
-    slots, most = multiprocessors * PROGRAMS, max(1, min(MOST, tiles // LEAST))
+def decode_splits(programs: int, tiles: int, slots: int) -> int:
+    """Parts that fill the device: `programs` there are without any, `tiles` a sequence has where the cache is full,
+    `slots` programs run at a time."""
+    most = max(1, min(MOST, tiles // LEAST))
 
-    def busy(splits: int) -> float:
-        waves = programs * splits / slots
-        return waves / -(-programs * splits // slots)
+    def cost(splits: int) -> float:
+        """In the time that a full device takes for a tile of each program."""
+        part = -(-tiles // splits)
+        waves, rest = divmod(programs * -(-tiles // max(1, part)), slots)
+        last = max(ALONE, rest / slots) if rest else 0.0
+        return (part + START) * (waves + last) + (JOIN if splits > 1 else 0.0)
 
-    shares = [busy(splits) for splits in range(1, most + 1)] if programs else [1.0]
-    return next(splits for splits, share in enumerate(shares, 1) if share >= BUSY * max(shares))
+    costs = [cost(splits) for splits in range(1, most + 1)]
+    return next(splits for splits, one in enumerate(costs, 1) if one <= SLACK * min(costs))

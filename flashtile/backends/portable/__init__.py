@@ -90,7 +90,8 @@ def configure_decoding(problem: Problem, family: str | None = None) -> DecodeCon
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     rows, headdim = problem.seqlen_q * problem.group, min(_LARGEST, max(problem.headdim, problem.headdim_v))
     half = problem.dtype is not torch.float32
-    tiles = decode_tiles(headdim, rows, half, kind_of(problem), family or _family(device))
+    family = family or _family(device)
+    tiles = decode_tiles(headdim, rows, half, kind_of(problem), family)
     longest = -(-problem.seqlen_kv // tiles.tile_kv)
     if problem.batch_invariant:
         part = decoding.PART // tiles.tile_kv
@@ -98,7 +99,9 @@ def configure_decoding(problem: Problem, family: str | None = None) -> DecodeCon
     if problem.cached is not None and problem.cached.splits is not None:
         return DecodeConfig(tiles, problem.cached.splits)
     programs = problem.batch * problem.heads_kv * -(-rows // tiles.tile_q)
-    return DecodeConfig(tiles, decode_splits(programs, longest, _multiprocessors(device)))
+    quantized = problem.cached is not None and problem.cached.stored is not None
+    resident = 2 if quantized else decoding.PROGRAMS.get(family, 2)
+    return DecodeConfig(tiles, decode_splits(programs, longest, resident * _multiprocessors(device)))
 
 
 @cache
