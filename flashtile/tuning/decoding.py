@@ -51,10 +51,10 @@ APPEND = (1, 2, 4)
 """New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns do
 without the last."""
 
-COMBINE = 16
+COMBINE = 32
 """Parts that are joined at a time."""
 
-COLUMNS = 256
+COLUMNS = 64
 """Columns of a row that one warp joins."""
 
 PART = 1024

@@ -38,7 +38,7 @@ class Emulated:
         made = decoding.build(call.q, call.k_cache, call.v_cache, given)
         problem = describe_cached(made.inputs, made.cache, made.options, made.interleaved, made.splits)
         config = portable.configure_decoding(problem, FAMILIES[self.arch])
-        return State(*cached.decode(made.inputs, made.cache, problem, config, Machine(self._launch, False)))
+        return State(*cached.decode(made.inputs, made.cache, problem, config, Machine(self._launch, self.arch >= 90)))
 
     def _launch(
         self, kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from flashtile.backends.portable.forward import before_any_key, forward_sweep, normalized
-from flashtile.kernels.caches import open_cache, part_of, sequence_of, table_of
+from flashtile.kernels.caches import let_next_begin, open_cache, part_of, sequence_of, table_of, wait_for_kernel
 from flashtile.kernels.places import diagonal_of, key_range, key_span, number_of
 from flashtile.kernels.tiles import scales_of_rows
 from flashtile.kernels.words import Place, Steps, Stored
@@ -60,8 +60,13 @@ def cached_place(cache, size, i_batch, i_tile, o_head):
 
 
 @triton.jit
-def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts, sinks, META: tl.constexpr):
-    """One program a query tile of a key head and part of the keys."""
+def decode_kernel(
+    q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts, sinks,
+    META: tl.constexpr, AFTER: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program a query tile of a key head and part of the keys. AFTER, EARLY: whether it was launched before the
+    kernel before had ended, and whether that behind may be (see `let_next_begin`)."""
+    wait_for_kernel(AFTER)
     TILE: tl.constexpr = META.tile_q
     BLOCK_DV: tl.constexpr = META.block_dv
     MASKED: tl.constexpr = META.masked
@@ -113,6 +118,7 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
         META, None, None, MASKED, False,
         Stored(table_of(cache, i_row, place.first_k), k_scale, v_scale, i_head, b_q_scale), b_q_rest,
     )  # fmt: skip
+    let_next_begin(EARLY)
     b_out, b_lse = normalized(b_out, b_max, b_sum, unit)
     if META.quantized:
         if v_scale.page is None:
@@ -121,7 +127,7 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
     i_slot = i_part * number_of(parts.batches) + i_batch
     m_read = m_rows
     if number_of(parts.splits) > 1:
-        # Of rows that saw no key of a part nobody reads the output.
+        # Of rows that saw no key of a part nobody uses the output.
         m_read = m_rows & (b_lse != -float("inf"))
     m_out = m_read[:, None] & (tl.arange(0, BLOCK_DV) < META.headdim_v)[None, :]
     p_out = packed_pointers(out, i_slot, o_query, o_head, BLOCK_DV)
