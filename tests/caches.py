@@ -193,6 +193,8 @@ def make(case: CacheCase, dtype: torch.dtype, device: str = "cpu") -> CacheCall:
         shape = (rows, case.capacity)
     if case.indexed:
         options["cache_batch_idx"] = torch.arange(rows - 1, 1, -1, device=device, dtype=torch.int32)
+    if case.page:
+        _forget_unused(case, options)
     if case.leftpad is not None:
         options["cache_leftpad"] = torch.tensor(pads, dtype=torch.int32, device=device)
     if case.appended is not None:
@@ -233,6 +235,16 @@ def make(case: CacheCase, dtype: torch.dtype, device: str = "cpu") -> CacheCall:
         # What a quantised cache holds is what is attended to.
         call.old = [call.read(i, pads[i], case.lengths[i]) for i in range(batch)]
     return call
+
+
+def _forget_unused(case: CacheCase, options: dict[str, Any]) -> None:
+    """No page that there is, where the block table names none in use."""
+    table, index = options["block_table"], options.get("cache_batch_idx")
+    used = torch.zeros_like(table, dtype=torch.bool)
+    for sequence, length in enumerate(case.lengths):
+        row = sequence if index is None else int(index[sequence])
+        used[row, : -(-(length + (case.appended or 0)) // case.page)] = True
+    table[~used] = 2**30
 
 
 def _scales_in_use(call: CacheCall, scale: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ PAGED_EIGHT: dict[str, Any] = {
     "v_scale": torch.full((7, 2), 0.01),
     "block_table": TABLE,
 }
+UNUSED = {**PAGED_EIGHT, "k_scale": torch.tensor([[0.01, 0.01]] * 2 + [[torch.nan] * 2] + [[0.01, 0.01]] * 4)}
+"""Page 2 is of no sequence, so it needs no scale."""
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"q": [1.0]}, TypeError, "q: got list, need a torch.Tensor"),
     ({"k_cache": torch.zeros(2, 48, 2, 8).int()}, TypeError, "k_cache: got torch.int32, need float16"),
@@ -151,6 +153,13 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"need float32, heads side by side, of shape \(heads_kv,\) or \(pages, heads_kv\) = \(2,\) or \(7, 2\)",
     ),
     ({**PAGED_EIGHT, "v_scale": torch.ones(2)}, ValueError, r"v_scale: got shape \(2,\), need \(7, 2\) as k_scale"),
+    ({**EIGHT, "k_scale": torch.tensor([0.1, 0.0])}, ValueError, "k_scale: got 0.0, need finite numbers above 0"),
+    ({**FOUR, "v_scale": torch.tensor([torch.nan, 0.1])}, ValueError, "v_scale: got nan, need finite numbers above 0"),
+    (
+        {**PAGED_EIGHT, "v_scale": torch.tensor([[0.1, 0.1]] * 6 + [[0.1, torch.inf]])},
+        ValueError,
+        "v_scale: got inf, need finite numbers above 0",
+    ),
     ({"rotary_interleaved": 1}, TypeError, "rotary_interleaved: got 1, need True or False"),
     ({"causal": None}, TypeError, "causal: got None"),
     ({"debug": 1}, TypeError, "debug: got 1"),
@@ -177,7 +186,8 @@ def test_wrong_calls(changes: dict[str, Any], kind: type[Exception], message: st
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"block_table": TABLE}, {"block_table": torch.tensor([[0, -9, 99], [6, 1, 3]])}, EIGHT, FOUR]
+    "changes",
+    [{}, {"block_table": TABLE}, {"block_table": torch.tensor([[0, -9, 99], [6, 1, 3]])}, EIGHT, FOUR, UNUSED],
 )
 def test_sound_calls_write(changes: dict[str, Any]) -> None:
     """Entries of pages that are not in use may be anything."""

@@ -218,7 +218,7 @@ def inference(named: dict[str, Any]) -> None:
 
 
 def cache_values(inputs: Inputs, tensors: CacheTensors, problem: Problem) -> None:
-    """The contents of lengths, rows and pages: on the CPU, and with `debug` on devices, which then wait."""
+    """The contents of lengths, rows, pages and scales: on the CPU, and with `debug` on devices, which then wait."""
     if problem.cached is None:
         return
     appended, room = problem.cached.appended, problem.seqlen_kv
@@ -241,14 +241,19 @@ def cache_values(inputs: Inputs, tensors: CacheTensors, problem: Problem) -> Non
         raise ValueError(
             f"cache_batch_idx: got {rows} beside new keys, need a row of its own for each sequence, as it is written"
         )
+    used: list[int] = []
     if tensors.block_table is not None:
         table = [tensors.block_table[row].tolist() for row in rows]
-        _page_ids(table, lengths, _numbers(tensors.leftpad), appended, inputs.k)
+        used = _page_ids(table, lengths, _numbers(tensors.leftpad), appended, inputs.k)
+    for name, scale in (("k_scale", tensors.k_scale), ("v_scale", tensors.v_scale)):
+        if scale is not None:
+            _scale_values(name, scale if scale.ndim == 1 else scale[sorted(set(used))])
 
 
-def _page_ids(table: list[list[int]], lengths: list[int], pads: list[int], appended: int, pages: Tensor) -> None:
-    """Of the pages in use; the others may be anything."""
+def _page_ids(table: list[list[int]], lengths: list[int], pads: list[int], appended: int, pages: Tensor) -> list[int]:
+    """The pages in use; the others may be anything."""
     size = pages.shape[1]
+    used: list[int] = []
     for index, (ids, length) in enumerate(zip(table, lengths, strict=True)):
         first = pads[index] // size if pads else 0
         for page in ids[first : -(-(length + appended) // size)]:
@@ -257,6 +262,17 @@ def _page_ids(table: list[list[int]], lengths: list[int], pads: list[int], appen
                     f"block_table: got page {page} for sequence {index}, need 0 to {len(pages) - 1}, the "
                     "pages of k_cache"
                 )
+            used.append(page)
+    return used
+
+
+def _scale_values(name: str, used: Tensor) -> None:
+    wrong = used[~((used > 0) & used.isfinite())]
+    if len(wrong):
+        raise ValueError(
+            f"{name}: got {float(wrong[0])}, need finite numbers above 0, for new rows are divided by them; try 1 for "
+            "rows of zeros"
+        )
 
 
 def _numbers(value: Tensor | None) -> list[int]:
