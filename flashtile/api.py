@@ -247,8 +247,8 @@ def attention_kvcache(
         batch_invariant: a sequence gets the same bits alone and in any batch, at any capacity of the cache, paged or
             not: its keys are cut into parts of one size.
         return_lse: return State(out, lse) instead of out.
-        debug: look at lengths, rows and page ids on a GPU too, which then waits for them; on the CPU that is always
-            done. Otherwise a sequence that is too long, or a page that does not exist, is not noticed there.
+        debug: look at lengths, rows, page ids and scales on a GPU too, which then waits for them; on the CPU that is
+            always done. Otherwise a sequence that is too long, or a page that does not exist, is not noticed there.
         backend: insist on one backend; default: the fastest that takes the call.
 
     Returns:

@@ -84,7 +84,7 @@ QUANTIZED = (
 """Caches of fewer bits than the queries have."""
 
 WIDE = (
-    CacheCase("latent", latent=True, heads=5, heads_kv=1, headdim=576, headdim_v=512, page=16),
+    CacheCase("latent", latent=True, heads=12, heads_kv=1, headdim=576, headdim_v=512, page=16),
     CacheCase("latent_fp8", latent=True, heads=5, heads_kv=1, headdim=576, headdim_v=512, stored=FP8),
     CacheCase("latent_int4", latent=True, heads=5, heads_kv=1, headdim=576, headdim_v=512, stored=INT4, page=16),
     CacheCase("wide", seqlen_q=1, appended=1, headdim=530, headdim_v=40),

@@ -96,7 +96,7 @@ BYTES = [
     )
 ]
 LATENT = [
-    *(Tiles(16, rows, warps, stages) for rows, warps, stages in ((32, 4, 2), (32, 4, 3), (64, 4, 2), (64, 8, 2))),
+    *(Tiles(16, rows, warps, stages) for rows, warps, stages in ((32, 4, 3), (32, 4, 2), (32, 8, 3), (64, 8, 2))),
     *(Tiles(64, rows, 8, stages) for rows, stages in ((32, 2), (32, 3), (64, 2), (16, 4))),
     *(Tiles(32, rows, 8, stages) for rows, stages in ((32, 2), (32, 3), (64, 2))),
 ]

@@ -20,7 +20,7 @@ Rows = tuple[tuple[int, Tiles], ...]
 NARROW: dict[str, dict[str, Rows]] = {
     "hopper": {
         "half": ((64, Tiles(64, 128, 4, 3)), (128, Tiles(64, 64, 4, 3)), (256, Tiles(64, 32, 4, 3)),
-                 (512, Tiles(32, 32, 4, 2))),
+                 (512, Tiles(32, 32, 4, 3))),
         "single": ((64, Tiles(32, 64, 4, 2)), (128, Tiles(32, 32, 4, 2)), (256, Tiles(16, 32, 4, 2)),
                    (512, Tiles(16, 16, 4, 1))),
     },
@@ -47,6 +47,10 @@ NARROW: dict[str, dict[str, Rows]] = {
 program on a multiprocessor. The largest that do not spill; timed on none."""
 NARROW["blackwell"] = NARROW["hopper"]
 
+MANY = {"hopper": Tiles(64, 32, 8, 3)}
+"""For more rows than those of 16 bits and more than 256 columns serve, as in latent attention with all its heads: key
+tiles are on their way while others are multiplied, for which the forward kernel's tiles leave no memory."""
+
 APPEND = (1, 2, 4)
 """New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns do
 without the last."""
@@ -60,9 +64,14 @@ COLUMNS = 64
 PART = 1024
 """Keys of a part where all are of one size (`batch_invariant`)."""
 
-PROGRAMS = {"hopper": 3, "blackwell": 3}
-"""Programs of the tiles above that a multiprocessor runs at a time; of other families, and over quantised caches, whose
-programs have more registers, 2."""
+SHARED = {"hopper": 227 * 1024, "blackwell": 227 * 1024}
+"""Bytes of shared memory that the programs of a multiprocessor have; of other families 2 are taken to fit."""
+
+BESIDE = 6 * 1024
+"""Bytes of it that a program has beside its tiles of keys and values."""
+
+PROGRAMS, PROGRAMS_QUANTIZED = 3, 2
+"""Programs that a multiprocessor runs at a time at most, by their registers."""
 
 LEAST = 2
 """Tiles that a part has at least, when the cache is full."""
@@ -86,8 +95,17 @@ def decode_tiles(headdim: int, rows: int, half: bool, kind: str, family: str) ->
     table = NARROW[family]["half" if half else "single"]
     tiles = next(tiles for limit, tiles in table if headdim <= limit)
     if rows > tiles.tile_q:
-        return portable_config(headdim, kind, family).forward
+        wide = MANY.get(family) if half and headdim > 256 else None
+        return wide or portable_config(headdim, kind, family).forward
     return tiles._replace(tile_q=max(16, 1 << (rows - 1).bit_length()))
+
+
+def resident(tiles: Tiles, row: int, quantized: bool, family: str) -> int:
+    """Programs that a multiprocessor runs at a time; `row`: bytes of a key and its value."""
+    if family not in SHARED:
+        return 2
+    tile = max(1, tiles.stages - 1) * tiles.tile_kv * row + BESIDE
+    return max(1, min(PROGRAMS_QUANTIZED if quantized else PROGRAMS, SHARED[family] // tile))
 
 
 def append_rows(rows: int, columns: int) -> int:

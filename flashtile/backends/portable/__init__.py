@@ -99,8 +99,9 @@ def configure_decoding(problem: Problem, family: str | None = None) -> DecodeCon
     if problem.cached is not None and problem.cached.splits is not None:
         return DecodeConfig(tiles, problem.cached.splits)
     programs = problem.batch * problem.heads_kv * -(-rows // tiles.tile_q)
-    quantized = problem.cached is not None and problem.cached.stored is not None
-    resident = 2 if quantized else decoding.PROGRAMS.get(family, 2)
+    stored = problem.cached.stored if problem.cached is not None else None
+    row = (problem.headdim + problem.headdim_v) * (stored or problem.dtype).itemsize
+    resident = decoding.resident(tiles, row, stored is not None, family)
     return DecodeConfig(tiles, decode_splits(programs, longest, resident * _multiprocessors(device)))
 
 
