@@ -74,7 +74,8 @@ class Cached:
 
     page: rows of a page, 0: sequences lie in one piece. appended: rows that the call adds to each sequence. rotary:
     columns that are turned, in pairs side by side (`interleaved`) or half of them apart. splits: parts that the keys
-    are cut into, None: the plan's choice. stored: the dtype of a quantised cache, None: the queries'.
+    are cut into, None: the plan's choice. stored: the dtype of a quantised cache, None: the queries'. by_page: it has
+    scales for each page.
     """
 
     page: int = 0
@@ -83,6 +84,7 @@ class Cached:
     interleaved: bool = True
     splits: int | None = None
     stored: torch.dtype | None = None
+    by_page: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ def describe_cached(
         interleaved=interleaved,
         splits=splits,
         stored=inputs.k.dtype if inputs.k.dtype is not inputs.q.dtype else None,
+        by_page=cache.k_scale is not None and cache.k_scale.ndim == 2,
     )
     problem = describe(inputs, options)
     room = capacity(inputs.k, table, cache.rotary_cos)
