@@ -222,7 +222,8 @@ def attention_kvcache(
         q: (batch, seqlen_q, heads, headdim), the last seqlen_q positions of each sequence.
         k_cache: (rows, seqlen_cache, heads_kv, headdim), dtype and device of q, columns side by side; with
             block_table (pages, page_size, heads_kv, headdim), pages of 16 rows or more. Or, with scales, float8_e4m3fn,
-            float8_e5m2 or int8.
+            float8_e5m2 or int8; or uint8 with headdim / 2 columns, which hold four-bit integers: byte j has column 2j
+            in its low bits and column 2j + 1 in its high ones (see `kvcache.packed`).
         v_cache: the same with headdim_v columns.
         cache_seqlens: int or (batch,) int32 or int64, rows of each sequence in the cache before this call, left
             padding included.
@@ -247,8 +248,8 @@ def attention_kvcache(
         batch_invariant: a sequence gets the same bits alone and in any batch, at any capacity of the cache, paged or
             not: its keys are cut into parts of one size.
         return_lse: return State(out, lse) instead of out.
-        debug: look at lengths, rows and page ids on a GPU too, which then waits for them; on the CPU that is always
-            done. Otherwise a sequence that is too long, or a page that does not exist, is not noticed there.
+        debug: look at lengths, rows, page ids and scales on a GPU too, which then waits for them; on the CPU that is
+            always done. Otherwise a sequence that is too long, or a page that does not exist, is not noticed there.
         backend: insist on one backend; default: the fastest that takes the call.
 
     Returns:

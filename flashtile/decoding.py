@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashtile import autograd, backends, check, masks, plan, recall
 from flashtile.plan import Plan
-from flashtile.problem import CacheTensors, Inputs, Options, ahead, capacity, describe_cached
+from flashtile.problem import CacheTensors, Inputs, Options, ahead, capacity, columns, describe_cached
 from flashtile.request import autocast
 
 
@@ -231,4 +231,4 @@ def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, v = arguments[0], arguments[2]
     lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
+    return q.new_empty((*q.shape[:3], columns(v))), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashtile import check
 from flashtile.check import OutOfPages as OutOfPages
-from flashtile.problem import CacheTensors
+from flashtile.problem import INT4, CacheTensors
 
 
 def turned(rows: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
@@ -58,12 +58,27 @@ def append(k_cache: Tensor, v_cache: Tensor, tensors: CacheTensors, interleaved:
 
 def quantized(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """rows (.., heads_kv, d) divided by scale (.., heads_kv), rounded to the nearest number of the dtype; larger ones
-    are cut off to its largest, NaN stays where the dtype has it."""
+    are cut off to its largest, NaN stays where the dtype has it. torch.uint8: four-bit integers, (.., heads_kv, d / 2),
+    see `packed`."""
     scaled = rows.float() / scale[..., None]
+    if dtype is INT4:
+        return packed(scaled.round().clamp(-7, 7).to(torch.int8))
     if dtype is torch.int8:
         return scaled.round().clamp(-127, 127).to(dtype)
     largest = torch.finfo(dtype).max
     return scaled.clamp(-largest, largest).to(dtype)
+
+
+def packed(numbers: Tensor) -> Tensor:
+    """int8 numbers from -8 to 7, (.., d), two to a byte, (.., d / 2): the even column in the low bits."""
+    low, high = numbers.view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return (low & 15) | (high << 4)
+
+
+def unpacked(pairs: Tensor) -> Tensor:
+    """The int8 numbers of `packed`."""
+    signed = pairs.view(torch.int8)
+    return torch.stack(((pairs << 4).view(torch.int8) >> 4, signed >> 4), dim=-1).flatten(-2)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -90,15 +105,19 @@ def gathered(
     """Rows [begin, end) of one sequence, (1, end - begin, heads_kv, d): a view, or a copy where they lie in pages, or
     are quantised and get multiplied by `scale`, in the dtype `wide`."""
     if table is None:
-        rows = cache[row : row + 1, begin:end]
+        rows = _unpacked(cache[row : row + 1, begin:end])
         return rows if scale is None else rows.to(wide) * scale[:, None].to(wide)
     size = cache.shape[1]
     first = begin // size
     pages = table[row, first : -(-end // size)].long()
-    rows = _bytes(cache)[pages].view(cache.dtype)
+    rows = _unpacked(_bytes(cache)[pages].view(cache.dtype))
     if scale is not None:
         rows = rows.to(wide) * (scale if scale.ndim == 1 else scale[pages][:, None])[..., None].to(wide)
     return rows.flatten(0, 1)[None, begin - first * size : end - first * size]
+
+
+def _unpacked(rows: Tensor) -> Tensor:
+    return unpacked(rows) if rows.dtype is INT4 else rows
 
 
 class Batch(NamedTuple):
@@ -120,10 +139,12 @@ class PagedCache:
         page_size: rows of a page, at least 16.
         heads_kv: key/value heads; headdim: columns of a key; headdim_v: of a value, default headdim.
         layers: of the model; a page holds its rows in each of them.
-        dtype: of keys and values, as they are stored; device: where they lie.
+        dtype: of keys and values, as they are stored; torch.uint8: four-bit integers, two a byte. device: where they
+            lie.
 
     Attributes:
-        k, v: (layers, pages, page_size, heads_kv, headdim or headdim_v), not initialised.
+        k, v: (layers, pages, page_size, heads_kv, headdim or headdim_v), not initialised; of four-bit integers half as
+            many columns.
 
     Raises:
         TypeError, ValueError: a size or dtype is not as described.
@@ -146,8 +167,9 @@ class PagedCache:
         check.pool({**sizes, "headdim_v": headdim_v, "layers": layers}, dtype)
         self.page_size = page_size
         shape = (layers, pages, page_size, heads_kv)
-        self.k = torch.empty(*shape, headdim, dtype=dtype, device=device)
-        self.v = torch.empty(*shape, headdim_v, dtype=dtype, device=device)
+        pairs = 2 if dtype is INT4 else 1
+        self.k = torch.empty(*shape, headdim // pairs, dtype=dtype, device=device)
+        self.v = torch.empty(*shape, headdim_v // pairs, dtype=dtype, device=device)
         # The lowest pages are given out first.
         self._free = list(range(pages))[::-1]
         self._owners = [0] * pages
@@ -233,7 +255,7 @@ class PagedCache:
         return Batch(self.block_table(sequences, width), torch.tensor(before, dtype=torch.int32, device=self.k.device))
 
     def append(self, sequence: int, k: Tensor, v: Tensor) -> None:
-        """Adds rows k (layers, tokens, heads_kv, headdim) and v (.., headdim_v) to a sequence.
+        """Adds rows k (layers, tokens, heads_kv, headdim) and v (.., headdim_v), as the pool holds them, to a sequence.
 
         Raises:
             OutOfPages: there are too few; nothing has changed.

@@ -52,6 +52,16 @@ class CacheTensors(NamedTuple):
     v_scale: Tensor | None = None
 
 
+INT4 = torch.uint8
+"""How a cache holds four-bit integers: byte j of a row has column 2j in its low bits and column 2j + 1 in its high
+ones, each from -8 to 7 in two's complement."""
+
+
+def columns(cache: Tensor) -> int:
+    """Of a row of a cache, as queries see it."""
+    return cache.shape[-1] * (2 if cache.dtype is INT4 else 1)
+
+
 class Wanted(NamedTuple):
     """Which gradients the backward pass must produce; q, k and v come together."""
 
@@ -67,7 +77,8 @@ class Cached:
 
     page: rows of a page, 0: sequences lie in one piece. appended: rows that the call adds to each sequence. rotary:
     columns that are turned, in pairs side by side (`interleaved`) or half of them apart. splits: parts that the keys
-    are cut into, None: the plan's choice. stored: the dtype of a quantised cache, None: the queries'.
+    are cut into, None: the plan's choice. stored: the dtype of a quantised cache, None: the queries'. by_page: it has
+    scales for each page.
     """
 
     page: int = 0
@@ -76,6 +87,7 @@ class Cached:
     interleaved: bool = True
     splits: int | None = None
     stored: torch.dtype | None = None
+    by_page: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,12 +226,13 @@ def describe_cached(
         interleaved=interleaved,
         splits=splits,
         stored=inputs.k.dtype if inputs.k.dtype is not inputs.q.dtype else None,
+        by_page=cache.k_scale is not None and cache.k_scale.ndim == 2,
     )
     problem = describe(inputs, options)
     window = region(options.mask)
     counted = window.left is not None or window.right is not None
     room = capacity(inputs.k, table, cache.rotary_cos, ahead(inputs.q, cached.appended, counted))
-    return replace(problem, seqlen_kv=room, described=False, cached=cached)
+    return replace(problem, seqlen_kv=room, headdim_v=columns(inputs.v), described=False, cached=cached)
 
 
 def capacity(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None = None, ahead: int = 0) -> int:

@@ -70,20 +70,23 @@ EVERYTHING = CacheCase(
 )
 """Append, left padding, paging, batch index and rotary embedding in one call, and all modifiers."""
 
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
+FP8, INT8, INT4 = torch.float8_e4m3fn, torch.int8, torch.uint8
 QUANTIZED = (
     CacheCase("int8", stored=INT8),
     CacheCase("fp8", stored=FP8, page=16, rotary=8),
     CacheCase("fp8_wide", stored=torch.float8_e5m2),
     CacheCase("int8_by_page", stored=INT8, page=16, scale_by_page=True, leftpad=(2, 17, 0)),
+    CacheCase("int4", stored=INT4),
+    CacheCase("int4_by_page", stored=INT4, page=16, scale_by_page=True, rotary=8, headdim=24, headdim_v=40),
     replace(EVERYTHING, name="everything_fp8", stored=FP8, scale_by_page=True),
     replace(EVERYTHING, name="everything_int8", stored=INT8, seqlen_q=20),
 )
 """Caches of fewer bits than the queries have."""
 
 WIDE = (
-    CacheCase("latent", latent=True, heads=5, heads_kv=1, headdim=576, headdim_v=512, page=16),
+    CacheCase("latent", latent=True, heads=12, heads_kv=1, headdim=576, headdim_v=512, page=16),
     CacheCase("latent_fp8", latent=True, heads=5, heads_kv=1, headdim=576, headdim_v=512, stored=FP8),
+    CacheCase("latent_int4", latent=True, heads=5, heads_kv=1, headdim=576, headdim_v=512, stored=INT4, page=16),
     CacheCase("wide", seqlen_q=1, appended=1, headdim=530, headdim_v=40),
 )
 """Keys of more than 512 columns: multi-head latent attention, and others."""
@@ -137,14 +140,16 @@ class CacheCall:
 
     def copy(self) -> "CacheCall":
         k_cache = self.k_cache.clone()
-        v_cache = k_cache[..., : self.case.headdim_v] if self.case.latent else self.v_cache.clone()
+        v_cache = k_cache[..., : self.v_cache.shape[-1]] if self.case.latent else self.v_cache.clone()
         return replace(self, k_cache=k_cache, v_cache=v_cache)
 
     def read(self, sequence: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """(k, v) of rows [begin, end) as a quantised cache holds them, float64."""
         where = self.places(sequence, begin, end)
         stores = (("k", self.k_cache), ("v", self.v_cache))
-        k, v = (as_bytes(store)[where].view(store.dtype).double() * _scale(self, name, where) for name, store in stores)
+        k, v = (
+            _numbers(as_bytes(store)[where].view(store.dtype)) * _scale(self, name, where) for name, store in stores
+        )
         return k, v
 
     def places(self, sequence: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -188,6 +193,8 @@ def make(case: CacheCase, dtype: torch.dtype, device: str = "cpu") -> CacheCall:
         shape = (rows, case.capacity)
     if case.indexed:
         options["cache_batch_idx"] = torch.arange(rows - 1, 1, -1, device=device, dtype=torch.int32)
+    if case.page:
+        _forget_unused(case, options)
     if case.leftpad is not None:
         options["cache_leftpad"] = torch.tensor(pads, dtype=torch.int32, device=device)
     if case.appended is not None:
@@ -202,16 +209,17 @@ def make(case: CacheCase, dtype: torch.dtype, device: str = "cpu") -> CacheCall:
         options["alibi_slopes"] = draw.normal(batch, case.heads).abs()
     if case.sinks:
         options["sinks"] = draw.normal(case.heads)
-    caches = [_unused((*shape, heads_kv, width), case.stored or dtype, device) for width in widths]
+    pairs = 2 if case.stored is INT4 else 1
+    caches = [_unused((*shape, heads_kv, width // pairs), case.stored or dtype, device) for width in widths]
     if case.stored is not None:
         counts = (shape[0], heads_kv) if case.scale_by_page else (heads_kv,)
         # 3 is what normal numbers seldom pass: some are cut off.
-        largest = 127.0 if case.stored is INT8 else torch.finfo(case.stored).max
+        largest = _largest(case.stored)
         for name in ("k_scale", "v_scale"):
             options[name] = (draw.normal(*counts).abs() + 1.0) * (3.0 / largest)
     call = CacheCall(case, dtype, normal(batch, case.seqlen_q, case.heads, case.headdim), *caches, options, old)
     if case.latent:
-        call.v_cache = call.k_cache[..., : case.headdim_v]
+        call.v_cache = call.k_cache[..., : case.headdim_v // pairs]
         call.old = old = [(k, k[..., : case.headdim_v]) for k, _ in old]
         if "k" in options:
             options["v"] = options["k"][..., : case.headdim_v]
@@ -230,6 +238,16 @@ def make(case: CacheCase, dtype: torch.dtype, device: str = "cpu") -> CacheCall:
     return call
 
 
+def _forget_unused(case: CacheCase, options: dict[str, Any]) -> None:
+    """No page that there is, where the block table names none in use."""
+    table, index = options["block_table"], options.get("cache_batch_idx")
+    used = torch.zeros_like(table, dtype=torch.bool)
+    for sequence, length in enumerate(case.lengths):
+        row = sequence if index is None else int(index[sequence])
+        used[row, : -(-(length + (case.appended or 0)) // case.page)] = True
+    table[~used] = 2**30
+
+
 def _scales_in_use(call: CacheCall, scale: Tensor) -> Tensor:
     """The same, NaN for pages that no sequence has rows in."""
     found = torch.full_like(scale, torch.nan)
@@ -243,7 +261,8 @@ def _scales_in_use(call: CacheCall, scale: Tensor) -> Tensor:
 def _unused(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """NaN, or of integers the number furthest from all others."""
     made = torch.zeros(shape, dtype=dtype, device=device)
-    as_bytes(made).fill_(0x80 if dtype is INT8 else 0x7F) if dtype.itemsize == 1 else made.fill_(torch.nan)
+    furthest = {INT8: 0x80, INT4: 0x88}.get(dtype, 0x7F)
+    as_bytes(made).fill_(furthest) if dtype.itemsize == 1 else made.fill_(torch.nan)
     return made
 
 
@@ -263,9 +282,23 @@ def _quantized(call: CacheCall, name: str, where: tuple[Tensor, Tensor], rows: T
     stored = call.case.stored
     assert stored is not None
     scaled = rows.double() / _scale(call, name, where)
-    largest = 127.0 if stored is INT8 else torch.finfo(stored).max
-    scaled = scaled.clamp(-largest, largest)
+    scaled = scaled.clamp(-_largest(stored), _largest(stored))
+    if stored is INT4:
+        low, high = (scaled.round().int()[..., first::2] % 16 for first in (0, 1))
+        return (low + 16 * high).to(stored)
     return (scaled.round() if stored is INT8 else scaled.float()).to(stored)
+
+
+def _largest(stored: torch.dtype) -> float:
+    return {INT8: 127.0, INT4: 7.0}[stored] if not stored.is_floating_point else torch.finfo(stored).max
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    """What a cache holds, float64; four-bit integers lie two in a byte, the even column in its low bits."""
+    if rows.dtype is not INT4:
+        return rows.double()
+    pairs = torch.stack((rows % 16, rows // 16), dim=-1).double()
+    return torch.where(pairs > 7, pairs - 16, pairs).flatten(-2)
 
 
 def expected(call: CacheCall, dtype: torch.dtype | None) -> tuple[State, list[Tensor]]:
@@ -362,7 +395,7 @@ def _check_quantized(call: CacheCall, index: int, keys: Tensor) -> None:
     wanted = (keys, call.options["v"][index] if len(keys) else keys)
     for name, near, exact in zip("kv", found, wanted, strict=True):
         if len(keys):
-            best = _quantized(call, name, where, exact).double() * _scale(call, name, where)
+            best = _numbers(_quantized(call, name, where, exact)) * _scale(call, name, where)
             slack = 2**-6 * _scale(call, name, where) + 2**-7 * exact.double().abs() * (name == "k")
             assert bool(((near - exact).abs() <= (best - exact).abs() + slack).all())
 

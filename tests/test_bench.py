@@ -361,15 +361,25 @@ class TestDecode:
         record = self._record(tmp_path)
         assert {row["case"]["batch"] for row in record["rows"]} == {1, 4}
         timed = [row for row in record["rows"] if row["status"] == "ok"]
-        assert {row["peer"] for row in timed} == {"sdpa", "flashtile", "flashtile_paged", "read"}
+        assert {row["peer"] for row in timed} == {"sdpa", "flashtile", "flashtile_paged", "flashtile_fp8", "read"}
         for row in timed:
-            read = 2 * row["case"]["batch"] * 128 * 2 * 16 * 4
+            read = 2 * row["case"]["batch"] * 128 * 2 * 16 * (1 if row["peer"] == "flashtile_fp8" else 4)
             assert row["gb_per_s"] == pytest.approx(read / row["ms"]["median"] / 1e6)
             assert row["gate"]["passed"]
         text = tables.of(record)[0].markdown()
-        assert "| flashtile, pages of 64 | plain read | flashtile | best / flashtile | of the plain read |" in text
+        columns = "| flashtile, pages of 64 | flashtile, FP8 cache | plain read | flashtile | best / flashtile |"
+        assert columns in text
         assert "FlashAttention-3 is not in this table: it does not run on cpu" in text
         assert report.write(tmp_path, tmp_path / "docs") == [tmp_path / "docs" / "benchmarks.md"]
+
+    def test_latent_attention_is_read_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = Case("latent, batch 2", 2, 64, 3, 1, decode.LATENT, "float32", "cpu")
+        monkeypatch.setattr(decode, "PEERS", {name: decode.PEERS[name] for name in ("sdpa", "flashtile_fp8", "read")})
+        rows = {row["peer"]: row for row in decode.rows(case, Effort(seconds=0.0, least=1, most=1), None, print)}
+        assert rows["sdpa"]["reason"] == "it has no kernel for heads of more than 256 columns"
+        for name, size in (("flashtile_fp8", 1), ("read", 4)):
+            assert rows[name]["status"] == "ok"
+            assert rows[name]["gb_per_s"] == pytest.approx(2 * 64 * 576 * size / rows[name]["ms"]["median"] / 1e6)
 
     def test_a_wrong_peer_has_no_figure(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         wrong = decode.PEERS["sdpa"]._replace(prepare=lambda case, made: lambda: made.q * 2)

@@ -47,6 +47,11 @@ EIGHT: dict[str, Any] = {
     "k_scale": torch.full((2,), 0.01),
     "v_scale": torch.full((2,), 0.01),
 }
+FOUR: dict[str, Any] = {
+    **EIGHT,
+    "k_cache": torch.zeros(2, 48, 2, 4, dtype=torch.uint8),
+    "v_cache": torch.zeros(2, 48, 2, 3, dtype=torch.uint8),
+}
 PAGED_EIGHT: dict[str, Any] = {
     "k_cache": torch.zeros(7, 16, 2, 8).to(torch.int8),
     "v_cache": torch.zeros(7, 16, 2, 6).to(torch.int8),
@@ -54,6 +59,8 @@ PAGED_EIGHT: dict[str, Any] = {
     "v_scale": torch.full((7, 2), 0.01),
     "block_table": TABLE,
 }
+UNUSED = {**PAGED_EIGHT, "k_scale": torch.tensor([[0.01, 0.01]] * 2 + [[torch.nan] * 2] + [[0.01, 0.01]] * 4)}
+"""Page 2 is of no sequence, so it needs no scale."""
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"q": [1.0]}, TypeError, "q: got list, need a torch.Tensor"),
     ({"k_cache": torch.zeros(2, 48, 2, 8).int()}, TypeError, "k_cache: got torch.int32, need float16"),
@@ -137,6 +144,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         "v_cache: got torch.float16, need torch.float32",
     ),
     ({**EIGHT, "v_cache": EIGHT["v_cache"].to(torch.float8_e5m2)}, TypeError, "got torch.float8_e5m2, need torch.int8"),
+    ({**FOUR, "k_cache": torch.zeros(2, 48, 2, 8, dtype=torch.uint8)}, ValueError, "k_cache: got headdim 16, need 8"),
+    ({**FOUR, "v": torch.zeros(2, 1, 2, 3)}, ValueError, r"v: got shape \(2, 1, 2, 3\), need .* = \(2, 1, 2, 6\)"),
+    ({**FOUR, "k_scale": None}, ValueError, "k_scale: got None beside a cache of torch.uint8, need a float32 tensor"),
     ({**EIGHT, "v_scale": None}, ValueError, "v_scale: got None beside a cache of torch.int8, need a float32 tensor"),
     ({**EIGHT, "k_scale": 1.0}, TypeError, "k_scale: got float, need a torch.Tensor"),
     ({**EIGHT, "k_scale": torch.ones(3)}, ValueError, r"k_scale: got torch.float32 of shape \(3,\), need float32"),
@@ -148,6 +158,13 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"need float32, heads side by side, of shape \(heads_kv,\) or \(pages, heads_kv\) = \(2,\) or \(7, 2\)",
     ),
     ({**PAGED_EIGHT, "v_scale": torch.ones(2)}, ValueError, r"v_scale: got shape \(2,\), need \(7, 2\) as k_scale"),
+    ({**EIGHT, "k_scale": torch.tensor([0.1, 0.0])}, ValueError, "k_scale: got 0.0, need finite numbers above 0"),
+    ({**FOUR, "v_scale": torch.tensor([torch.nan, 0.1])}, ValueError, "v_scale: got nan, need finite numbers above 0"),
+    (
+        {**PAGED_EIGHT, "v_scale": torch.tensor([[0.1, 0.1]] * 6 + [[0.1, torch.inf]])},
+        ValueError,
+        "v_scale: got inf, need finite numbers above 0",
+    ),
     ({"rotary_interleaved": 1}, TypeError, "rotary_interleaved: got 1, need True or False"),
     ({"causal": None}, TypeError, "causal: got None"),
     ({"debug": 1}, TypeError, "debug: got 1"),
@@ -174,7 +191,8 @@ def test_wrong_calls(changes: dict[str, Any], kind: type[Exception], message: st
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"block_table": TABLE}, {"block_table": torch.tensor([[0, -9, 99], [6, 1, 3]])}]
+    "changes",
+    [{}, {"block_table": TABLE}, {"block_table": torch.tensor([[0, -9, 99], [6, 1, 3]])}, EIGHT, FOUR, UNUSED],
 )
 def test_sound_calls_write(changes: dict[str, Any]) -> None:
     """Entries of pages that are not in use may be anything."""
@@ -196,6 +214,7 @@ WRONG_POOLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: _pool(pages=0), ValueError, "pages: got 0, need 1 or more"),
     (lambda: _pool(page_size=8), ValueError, "page_size: got 8, need 16 or more"),
     (lambda: _pool(headdim=2.0), TypeError, "headdim: got float, need an int"),
+    (lambda: _pool(dtype=torch.uint8, headdim_v=7), ValueError, "headdim_v: got 7, need an even number"),
     (lambda: _pool(dtype=torch.int16), TypeError, "dtype: got torch.int16, need float16"),
     (lambda: _pool().allocate(-1), ValueError, "tokens: got -1, need 0 or more"),
     (lambda: _pool().allocate(65), OutOfPages, "pages: got 4 free of 4, need 5 more; nothing has changed"),

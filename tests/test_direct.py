@@ -121,6 +121,16 @@ class _Driver:
         self.launched.append((function, sizes, stream, addresses))
         return self.results.pop(0) if self.results else 0
 
+    def cuLaunchKernelEx(self, reference: Any, function: int, array: Any, extra: Any) -> int:
+        """The structures of CUDA 12's cuda.h, read by hand."""
+        start = ctypes.addressof(reference._obj)
+        sizes = [ctypes.c_uint32.from_address(start + 4 * place).value for place in range(7)]
+        stream, attributes = (ctypes.c_uint64.from_address(start + offset).value for offset in (32, 40))
+        assert ctypes.c_uint32.from_address(start + 48).value == 1
+        kind, allowed = (ctypes.c_int32.from_address(attributes + offset).value for offset in (0, 8))
+        assert (kind, allowed) == (6, 1)
+        return self.cuLaunchKernel(function, *sizes, stream, array, extra)
+
     def cuDeviceGet(self, _handle: Any, device: int) -> int:
         self.contexts.append(device)
         return 0
@@ -142,17 +152,25 @@ class _Compiled:
     function = 4711
 
     class metadata:
-        num_warps, shared = 12, 1000
+        num_warps, shared, launch_pdl = 12, 1000, False
 
 
-def test_a_launch_writes_addresses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Early(_Compiled):
+    """One that may begin before the kernel before it has ended."""
+
+    class metadata(_Compiled.metadata):
+        launch_pdl = True
+
+
+@pytest.mark.parametrize("compiled", [_Compiled, _Early])
+def test_a_launch_writes_addresses_alone(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = _Driver()
     monkeypatch.setattr(direct, "_driver", lambda: driver)
     a, b = torch.zeros(4), torch.zeros(4)
     places = {a.data_ptr(): 0, b.data_ptr(): 2}
     declared = [direct.Parameter("u64", 8)] * 5
     block = direct.Block([b, a, 2**40], declared, (), lambda tensor: places[tensor.data_ptr()])
-    launched = direct.Direct(_Compiled, 33, block)
+    launched = direct.Direct(compiled, 33, block)
     for addresses in ([16, 32, 48], [64, 80, 96]):
         launched(addresses, 7)
     sizes = [33, 1, 1, 384, 1, 1, 1000]

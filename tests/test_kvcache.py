@@ -8,7 +8,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from torch import Tensor
 
 import flashtile
-from flashtile.kvcache import OutOfPages, PagedCache
+from flashtile.kvcache import OutOfPages, PagedCache, packed, quantized, unpacked
 
 PAGES, PAGE, LAYERS = 7, 16, 2
 
@@ -169,6 +169,32 @@ def test_a_pool_of_few_bits(dtype: torch.dtype) -> None:
     pool.append(two, k[:, :2], v[:, :2])
     for sequence, wanted in ((one, k), (two, torch.cat((k.float(), k[:, :2].float()), 1))):
         assert torch.equal(pool.read(sequence)[0].float(), wanted.float())
+
+
+def test_four_bits_lie_two_in_a_byte() -> None:
+    numbers = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 1)
+    pairs = packed(numbers)
+    assert pairs[0, :2].tolist() == [0x98, 0xBA], "-8 and -7, then -6 and -5, the first in the low bits"
+    assert torch.equal(unpacked(pairs), numbers)
+
+
+def test_a_pool_of_four_bits() -> None:
+    """Rows go in packed, by `append` or by the call that attends; what is read back is what was near."""
+    pool = PagedCache(4, PAGE, 2, 6, headdim_v=4, dtype=torch.uint8)
+    scale = torch.tensor([0.5, 0.25])
+    assert (pool.k.shape[-1], pool.v.shape[-1]) == (3, 2)
+    sequence = pool.allocate()
+    k, v = torch.randn(1, 20, 2, 6), torch.randn(1, 20, 2, 4)
+    pool.append(sequence, *(quantized(rows[:, :17], scale, torch.uint8) for rows in (k, v)))
+    batch = pool.extend([sequence], 3)
+    flashtile.attention_kvcache(
+        torch.randn(1, 3, 2, 6), pool.k[0], pool.v[0], k=k[:, 17:], v=v[:, 17:], k_scale=scale, v_scale=scale,
+        **batch._asdict(),
+    )  # fmt: skip
+    for found, rows in zip(pool.read(sequence), (k, v), strict=True):
+        near = unpacked(found) * scale[:, None]
+        cut_off = rows.clamp(-7 * scale[:, None], 7 * scale[:, None])
+        assert bool(((near - cut_off).abs() <= scale[:, None] / 2 + 1e-6).all())
 
 
 def test_attention_over_forks() -> None:

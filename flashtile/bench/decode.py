@@ -30,9 +30,15 @@ CELLS = ((64, 8192), (16, 8192), (4, 65536), (1, 131072), (1, 8192))
 HEADS = ((32, 8), (64, 8))
 """(query heads, key/value heads), head dimension 128."""
 
+LATENT_CELLS, LATENT_HEADS = ((64, 8192), (16, 8192)), (16, 128)
+"""Of multi-head latent attention: one key head of `LATENT` columns, of which the first `VALUES` are the values."""
+
+LATENT, VALUES = 576, 512
+
 
 class Tensors(NamedTuple):
-    """A query a sequence (batch, 1, heads, headdim), caches (batch, seqlen, heads_kv, headdim), the same in pages."""
+    """A query a sequence (batch, 1, heads, headdim), caches (batch, seqlen, heads_kv, headdim), the same in pages, and
+    the same as 8-bit floats of scale 1."""
 
     q: Tensor
     k: Tensor
@@ -41,6 +47,12 @@ class Tensors(NamedTuple):
     k_pages: Tensor
     v_pages: Tensor
     table: Tensor
+    k_narrow: Tensor
+    v_narrow: Tensor
+    scale: Tensor
+
+
+NARROW = torch.float8_e4m3fn
 
 
 def tensors(case: Case) -> Tensors:
@@ -51,13 +63,22 @@ def tensors(case: Case) -> Tensors:
         sizes = (case.batch, rows, heads, case.headdim)
         return torch.randn(sizes, generator=generator, device=case.device, dtype=case.torch_dtype)
 
-    q, k, v = normal(1, case.heads), normal(case.seqlen, case.heads_kv), normal(case.seqlen, case.heads_kv)
+    q, k = normal(1, case.heads), normal(case.seqlen, case.heads_kv)
+    latent = case.headdim == LATENT
+    v = k[..., :VALUES] if latent else normal(case.seqlen, case.heads_kv)
     lengths = torch.full((case.batch,), case.seqlen, dtype=torch.int32, device=case.device)
     pages = case.batch * case.seqlen // PAGE
     order = torch.randperm(pages, generator=generator, device=case.device)
-    k_pages, v_pages = (torch.empty_like(cache).view(pages, PAGE, *cache.shape[2:]) for cache in (k, v))
-    k_pages[order], v_pages[order] = k.view_as(k_pages), v.view_as(v_pages)
-    return Tensors(q, k, v, lengths, k_pages, v_pages, order.view(case.batch, -1).int())
+    k_pages = torch.empty_like(k).view(pages, PAGE, *k.shape[2:])
+    k_pages[order] = k.view_as(k_pages)
+    v_pages = k_pages[..., :VALUES] if latent else torch.empty_like(k_pages)
+    if not latent:
+        v_pages[order] = v.view_as(v_pages)
+    k_narrow = k.to(NARROW)
+    v_narrow = k_narrow[..., :VALUES] if latent else v.to(NARROW)
+    scale = torch.ones(case.heads_kv, device=case.device)
+    table = order.view(case.batch, -1).int()
+    return Tensors(q, k, v, lengths, k_pages, v_pages, table, k_narrow, v_narrow, scale)
 
 
 Call = Callable[[], Tensor]
@@ -71,8 +92,15 @@ def _flashtile_paged(case: Case, t: Tensors) -> Call:
     return lambda: flashtile.attention_kvcache(t.q, t.k_pages, t.v_pages, cache_seqlens=t.lengths, block_table=t.table)
 
 
+def _flashtile_narrow(case: Case, t: Tensors) -> Call:
+    return lambda: flashtile.attention_kvcache(
+        t.q, t.k_narrow, t.v_narrow, cache_seqlens=t.lengths, k_scale=t.scale, v_scale=t.scale
+    )
+
+
 def _sdpa(case: Case, t: Tensors) -> Call:
     """Heads before rows, its own best layout."""
+    _only_narrow(case)
     q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in (t.q, t.k, t.v))
     gqa = case.group > 1
     return lambda: scaled_dot_product_attention(q, k, v, enable_gqa=gqa).transpose(1, 2)
@@ -88,7 +116,13 @@ def _sdpa_cudnn(case: Case, t: Tensors) -> Call:
     return call
 
 
+def _only_narrow(case: Case) -> None:
+    if case.headdim > 256:
+        raise Refused("it has no kernel for heads of more than 256 columns")
+
+
 def _fa3(case: Case, t: Tensors) -> Call:
+    _only_narrow(case)
     try:
         attend = importlib.import_module("fa3_fwd_interface").flash_attn_with_kvcache
     except (ImportError, AttributeError) as error:
@@ -104,16 +138,17 @@ def _fa3(case: Case, t: Tensors) -> Call:
 
 def _read(case: Case, t: Tensors) -> Call:
     """The largest number of the caches' bytes, as integers: what a kernel that reads and does little else takes."""
-    words = [cache.view(torch.int32) for cache in (t.k, t.v)]
+    words = [cache.view(torch.int32) for cache in ((t.k,) if case.headdim == LATENT else (t.k, t.v))]
     return lambda: torch.stack([cache.amax() for cache in words])
 
 
 class Known(NamedTuple):
-    """A peer: what stands over its column, where it runs, and what makes its call."""
+    """A peer: what stands over its column, where it runs, what makes its call, and whether its cache is `NARROW`."""
 
     title: str
     devices: tuple[str, ...]
     prepare: Callable[[Case, Tensors], Call]
+    narrow: bool = False
 
 
 READ = "read"
@@ -123,6 +158,7 @@ PEERS: dict[str, Known] = {
     "sdpa_cudnn": Known("SDPA cuDNN", ("cuda",), _sdpa_cudnn),
     "fa3": Known("FlashAttention-3", ("cuda",), _fa3),
     "flashtile_paged": Known(f"flashtile, pages of {PAGE}", EVERYWHERE, _flashtile_paged),
+    "flashtile_fp8": Known("flashtile, FP8 cache", EVERYWHERE, _flashtile_narrow, narrow=True),
     "flashtile": Known("flashtile", EVERYWHERE, _flashtile),
     READ: Known("plain read", EVERYWHERE, _read),
 }
@@ -134,30 +170,32 @@ def cases(device: str, dtype: str, heads: int, heads_kv: int, headdim: int, long
         for heads, heads_kv in HEADS:
             for batch, seqlen in CELLS:
                 yield Case(f"batch {batch}", batch, seqlen, heads, heads_kv, 128, "bfloat16", device)
+        for heads in LATENT_HEADS:
+            for batch, seqlen in LATENT_CELLS:
+                yield Case(f"latent, batch {batch}", batch, seqlen, heads, 1, LATENT, "bfloat16", device)
         return
     rows = max(PAGE, longest // PAGE * PAGE)
     for batch in (1, 4):
         yield Case(f"batch {batch}", batch, rows, heads, heads_kv, headdim, dtype, device)
 
 
-def bytes_read(case: Case) -> int:
-    """Of keys and values, each once."""
-    return 2 * case.batch * case.seqlen * case.heads_kv * case.headdim * case.torch_dtype.itemsize
+def bytes_read(case: Case, narrow: bool = False) -> int:
+    """Of keys and values, each once; latent values are part of the keys."""
+    columns = LATENT if case.headdim == LATENT else 2 * case.headdim
+    return case.batch * case.seqlen * case.heads_kv * columns * (1 if narrow else case.torch_dtype.itemsize)
 
 
 def rows(case: Case, effort: Effort, chosen: tuple[str, ...] | None, note: Callable[[str], None]) -> Iterator[Row]:
     """Gate, then interleaved rounds of all that pass it."""
     note(f"{case}: inputs and float64 reference")
     made = tensors(case)
-    truth, formula = (_reference(case, made, dtype) for dtype in (torch.float64, None))
-    allowed = accuracy.SLACK * float((formula.double() - truth).abs().max())
-    allowed += torch.finfo(case.torch_dtype).eps * float(truth.abs().max())
+    truths = [_truth(case, made, narrow) for narrow in (False, True)]
     bounds: dict[str, Bound] = {}
     figures: dict[str, dict[str, Any]] = {}
     for name in PEERS if chosen is None else (name for name in chosen if name in PEERS):
         note(f"{case}: gate of {name}")
         try:
-            bounds[name], figures[name] = _gated(name, case, made, truth, allowed)
+            bounds[name], figures[name] = _gated(name, case, made, *truths[PEERS[name].narrow])
         except Refused as refusal:
             yield records.row(case, name, "refused", str(refusal), **{"pass": PASS})
         except Exception as error:  # one peer's crash must not take the others' figures with it
@@ -167,12 +205,12 @@ def rows(case: Case, effort: Effort, chosen: tuple[str, ...] | None, note: Calla
             gate = figures[name]["gate"]
             if not gate["passed"]:
                 del bounds[name]
-                reason = f"error {gate['error']:.2e}, allowed {allowed:.2e}"
+                reason = f"error {gate['error']:.2e}, allowed {gate['allowed']:.2e}"
                 yield records.row(case, name, "wrong", reason, **{"pass": PASS}, gate=gate)
     samples = timing.interleave(bounds, case.device, effort, lambda text: note(f"{case}: {text}"))
     for name in bounds:
         ms = timing.summary(samples[name].forward)
-        speed = bytes_read(case) / ms["median"] / 1e6
+        speed = bytes_read(case, PEERS[name].narrow) / ms["median"] / 1e6
         yield records.row(case, name, **{"pass": PASS}, ms=ms, gb_per_s=speed, **figures[name])
 
 
@@ -212,7 +250,11 @@ def _captured(call: Call) -> Callable[[], Any] | None:
     return replay
 
 
-def _reference(case: Case, made: Tensors, dtype: torch.dtype | None) -> Tensor:
-    """The last sequence's last key head and its query heads by the formula, in `dtype` or the inputs' own."""
-    q, k, v = made.q[-1:, :, -case.group :], made.k[-1:, :, -1:], made.v[-1:, :, -1:]
-    return reference.attention(q, k, v, dtype=dtype).out
+def _truth(case: Case, made: Tensors, narrow: bool) -> tuple[Tensor, float]:
+    """The last sequence's last key head and its query heads by the formula in float64, over what the cache holds; and
+    the error that is allowed: some times that of the formula in the inputs' own dtype."""
+    k, v = (made.k_narrow, made.v_narrow) if narrow else (made.k, made.v)
+    parts = made.q[-1:, :, -case.group :], *(cache[-1:, :, -1:].to(case.torch_dtype) for cache in (k, v))
+    truth, formula = (reference.attention(*parts, dtype=dtype).out for dtype in (torch.float64, None))
+    allowed = accuracy.SLACK * float((formula.double() - truth).abs().max())
+    return truth, allowed + torch.finfo(case.torch_dtype).eps * float(truth.abs().max())

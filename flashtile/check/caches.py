@@ -16,10 +16,10 @@ from flashtile.check.tensors import (
     shape_of,
     tensor,
 )
-from flashtile.problem import CacheTensors, Inputs, Problem
+from flashtile.problem import INT4, CacheTensors, Inputs, Problem
 
 SMALLEST_PAGE = 16
-QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, INT4)
 """What a cache may hold in place of the queries' dtype, beside scales."""
 
 
@@ -32,7 +32,7 @@ def cache(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         tensor(name, value)
         if value.dtype not in (DTYPES if name == "q" else DTYPES + QUANTIZED):
-            more = "" if name == "q" else ", or with scales float8_e4m3fn, float8_e5m2 or int8"
+            more = "" if name == "q" else f", or with scales {_NARROW}"
             raise TypeError(f"{name}: got {value.dtype}, need float16, bfloat16, float32 or float64{more}")
         if value.ndim != 4:
             layout = "(batch, seqlen, heads, headdim)" if name == "q" or block_table is None else _PAGES
@@ -45,13 +45,23 @@ def cache(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
     if k_cache.shape[0] != v_cache.shape[0]:
         what = "rows" if block_table is None else "pages"
         raise ValueError(f"v_cache: got {v_cache.shape[0]} {what}, need {k_cache.shape[0]} as k_cache")
-    heads_and_sizes(q, k_cache, v_cache, ("q", "k_cache", "v_cache"))
+    heads_and_sizes(q, _as_read(k_cache), _as_read(v_cache), ("q", "k_cache", "v_cache"))
     for name, value in (("k_cache", k_cache), ("v_cache", v_cache)):
         if value.stride(-1) != 1:
             raise ValueError(
                 f"{name}: got strides {value.stride()}, need columns side by side (a last stride of 1), for rows are "
                 f"written in place; try {name}.contiguous() once, where the cache is made"
             )
+
+
+_NARROW = "float8_e4m3fn, float8_e5m2, int8 or uint8 (four-bit integers, two a byte)"
+
+
+def _as_read(cache: Tensor) -> Tensor:
+    """A tensor with the shape that a cache has for queries: four-bit integers lie two in a byte."""
+    if cache.dtype is not INT4:
+        return cache
+    return torch.empty(*cache.shape[:3], 2 * cache.shape[3], device="meta")
 
 
 _PAGES = "(pages, page_size, heads_kv, headdim), as there is a block_table"
@@ -69,7 +79,7 @@ def new_rows(q: Tensor, k: Any, v: Any, k_cache: Tensor, v_cache: Tensor) -> Non
         if value.dtype != q.dtype:
             raise TypeError(f"{name}: got {value.dtype}, need {q.dtype} as q; try {name}.to(q.dtype)")
         beside(name, value, q)
-        wanted = (q.shape[0], k.shape[1] if k.ndim == 4 else 1, *store.shape[2:])
+        wanted = (q.shape[0], k.shape[1] if k.ndim == 4 else 1, *_as_read(store).shape[2:])
         if shape_of(value) != wanted:
             raise ValueError(
                 f"{name}: got shape {shape_of(value)}, need (batch, seqlen_new, heads_kv, headdim) = {wanted}, as q, "
@@ -212,7 +222,7 @@ def inference(named: dict[str, Any]) -> None:
 
 
 def cache_values(inputs: Inputs, tensors: CacheTensors, problem: Problem) -> None:
-    """The contents of lengths, rows and pages: on the CPU, and with `debug` on devices, which then wait."""
+    """The contents of lengths, rows, pages and scales: on the CPU, and with `debug` on devices, which then wait."""
     if problem.cached is None:
         return
     appended, room = problem.cached.appended, problem.seqlen_kv
@@ -235,14 +245,19 @@ def cache_values(inputs: Inputs, tensors: CacheTensors, problem: Problem) -> Non
         raise ValueError(
             f"cache_batch_idx: got {rows} beside new keys, need a row of its own for each sequence, as it is written"
         )
+    used: list[int] = []
     if tensors.block_table is not None:
         table = [tensors.block_table[row].tolist() for row in rows]
-        _page_ids(table, lengths, _numbers(tensors.leftpad), appended, inputs.k)
+        used = _page_ids(table, lengths, _numbers(tensors.leftpad), appended, inputs.k)
+    for name, scale in (("k_scale", tensors.k_scale), ("v_scale", tensors.v_scale)):
+        if scale is not None:
+            _scale_values(name, scale if scale.ndim == 1 else scale[sorted(set(used))])
 
 
-def _page_ids(table: list[list[int]], lengths: list[int], pads: list[int], appended: int, pages: Tensor) -> None:
-    """Of the pages in use; the others may be anything."""
+def _page_ids(table: list[list[int]], lengths: list[int], pads: list[int], appended: int, pages: Tensor) -> list[int]:
+    """The pages in use; the others may be anything."""
     size = pages.shape[1]
+    used: list[int] = []
     for index, (ids, length) in enumerate(zip(table, lengths, strict=True)):
         first = pads[index] // size if pads else 0
         for page in ids[first : -(-(length + appended) // size)]:
@@ -251,6 +266,17 @@ def _page_ids(table: list[list[int]], lengths: list[int], pads: list[int], appen
                     f"block_table: got page {page} for sequence {index}, need 0 to {len(pages) - 1}, the "
                     "pages of k_cache"
                 )
+            used.append(page)
+    return used
+
+
+def _scale_values(name: str, used: Tensor) -> None:
+    wrong = used[~((used > 0) & used.isfinite())]
+    if len(wrong):
+        raise ValueError(
+            f"{name}: got {float(wrong[0])}, need finite numbers above 0, for new rows are divided by them; try 1 for "
+            "rows of zeros"
+        )
 
 
 def _numbers(value: Tensor | None) -> list[int]:
@@ -273,9 +299,10 @@ def pool(sizes: dict[str, Any], dtype: Any) -> None:
     for name, value in sizes.items():
         _count(name, value, SMALLEST_PAGE if name == "page_size" else 1)
     if dtype not in DTYPES + QUANTIZED:
-        raise TypeError(
-            f"dtype: got {dtype}, need float16, bfloat16, float32, float64, float8_e4m3fn, float8_e5m2 or int8"
-        )
+        raise TypeError(f"dtype: got {dtype}, need float16, bfloat16, float32, float64, {_NARROW}")
+    for name in ("headdim", "headdim_v"):
+        if dtype is INT4 and sizes[name] % 2:
+            raise ValueError(f"{name}: got {sizes[name]}, need an even number, for four-bit integers lie two in a byte")
 
 
 def _count(name: str, value: Any, least: int) -> None:

@@ -65,6 +65,7 @@ CACHED: dict[str, tuple[int, dict[str, Any]]] = {
     "decode_paged": (1, {"paged": True}),
     "decode_fp8": (1, {"paged": True, "stored": torch.float8_e4m3fn}),
     "decode_int8": (1, {"paged": True, "stored": torch.int8}),
+    "decode_int4": (1, {"paged": True, "stored": torch.uint8}),
     "decode_many": (64, {"paged": True, "softcap": 20.0, "window": (100, 0), "rotary": True}),
 }
 """Name -> queries of a sequence and options of a call over a KV cache."""
@@ -93,7 +94,10 @@ def cached_call(entry: Entry) -> decoding.Call:
         shape = (2 * SEQLEN // PAGE, PAGE, heads_kv)
     stored = options.pop("stored", None)
     k, k_cache = zeros(2, queries, heads_kv), zeros(*shape).to(stored or dtype)
-    v, v_cache = (k[..., :512], k_cache[..., :512]) if entry.headdim == LATENT else (k, torch.zeros_like(k_cache))
+    pairs = 2 if stored is torch.uint8 else 1
+    k_cache = k_cache[..., : entry.headdim // pairs].contiguous()
+    latent = (k[..., :512], k_cache[..., : 512 // pairs])
+    v, v_cache = latent if entry.headdim == LATENT else (k, torch.zeros_like(k_cache))
     if stored is not None:
         options["k_scale"] = options["v_scale"] = torch.ones(shape[0], heads_kv)
     if options.pop("rotary", False):

@@ -7,6 +7,7 @@ holds may find others the next time.
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashtile.kernels.places import number_of, program_of
 from flashtile.kernels.rules import LOG2E
@@ -44,6 +45,20 @@ def scale_of(scale: Tensor | None) -> Scale | None:
     if scale is None:
         return None
     return Scale(scale, None if scale.ndim == 1 else odd(scale.stride(0)))
+
+
+@triton.jit
+def let_next_begin(EARLY: tl.constexpr):
+    """EARLY: once all programs have come here, those of the kernel behind are launched where there is room."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_kernel(EARLY: tl.constexpr):
+    """EARLY: this kernel was launched before the one before had ended; nothing of it may be read any earlier."""
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit
@@ -98,14 +113,22 @@ def store_new(
         b_rows = tl.div_rn(b_rows.to(tl.float32), b_scale)
         LARGEST: tl.constexpr = largest_of(STORED)
         b_rows = tl.where(b_rows > LARGEST, LARGEST, tl.where(b_rows < -LARGEST, -LARGEST, b_rows))
-        if STORED == tl.int8:
+        if STORED == tl.int8 or STORED == tl.uint8:
             b_rows = round_half_even(b_rows)
-    p_rows = rows.pointer + i_head.to(tl.int64) * rows.head + o_rows[:, None] + o_columns
-    tl.store(p_rows, b_rows.to(STORED), mask=m_rows[:, None] & (o_columns < DIM))
+    p_rows = rows.pointer + i_head.to(tl.int64) * rows.head + o_rows[:, None]
+    if STORED == tl.uint8:  # four-bit integers
+        b_low, b_high = tl.split(tl.reshape(b_rows.to(tl.int32), [b_rows.shape[0], BLOCK // 2, 2]))
+        o_pairs = tl.arange(0, BLOCK // 2)[None, :]
+        tl.store(
+            p_rows + o_pairs, ((b_low & 15) | (b_high << 4)).to(STORED), mask=m_rows[:, None] & (o_pairs < DIM // 2)
+        )
+    else:
+        tl.store(p_rows + o_columns, b_rows.to(STORED), mask=m_rows[:, None] & (o_columns < DIM))
 
 
-_LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0, "int8": 127.0}
-"""The largest number of what a quantised cache holds; of integers -127 to 127, so that signs are alike."""
+_LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0, "int8": 127.0, "uint8": 7.0}
+"""The largest number of what a quantised cache holds; of integers -127 to 127, of four bits -7 to 7, so that signs are
+alike."""
 
 
 @triton.constexpr_function
@@ -151,10 +174,12 @@ def load_turned(
 def append_kernel(
     k, v, k_cache, v_cache, q, turned, cache, k_scale, v_scale, rotary, size, heads_kv,
     TILE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, MOVING: tl.constexpr, PAGE: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, MOVING: tl.constexpr, PAGE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """New rows go behind those that a sequence has, a key head a program; with `rotary` the programs behind those turn
-    the queries, a head each. MOVING: each query by its own place, or all by that of the first new row."""
+    the queries, a head each. MOVING: each query by its own place, or all by that of the first new row. EARLY: the next
+    kernel's programs may begin, and wait (see `wait_for_kernel`)."""
+    let_next_begin(EARLY)
     i_batch, i_head, i_tile = program_of(size)
     i_row, _, seqlen = sequence_of(cache, i_batch)
     o_rows = i_tile * TILE + tl.arange(0, TILE)
@@ -192,12 +217,14 @@ def part_of(parts, i_part, begin, end):
 
 @triton.jit
 def combine_kernel(
-    parts_out, parts_lse, out, lse, size, parts, DIM: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
-):
+    parts_out, parts_lse, out, lse, size, parts,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """One row from its parts, weighted by exp(lse) (see `flashtile.state`); a part that saw no key was not written.
 
     The parts are added up AT_ONCE at a time, in order: parts without a key, behind the others, change no bit.
     """
+    wait_for_kernel(EARLY)
     i_batch, i_head, i_query = program_of(size)
     rows = number_of(parts.batches).to(tl.int64)
     splits = number_of(parts.splits)
@@ -205,29 +232,28 @@ def combine_kernel(
     o_columns = tl.arange(0, BLOCK)[None, :]
     p_lse = parts_lse.pointer + i_head.to(tl.int64) * number_of(parts_lse.head) + i_query
     p_out = parts_out.pointer + i_head.to(tl.int64) * parts_out.head + i_query.to(tl.int64) * parts_out.row
-    b_highest = tl.full([AT_ONCE], -float("inf"), tl.float32)
-    for i_part in range(0, splits, AT_ONCE):
-        i_rows = (i_part + o_parts) * rows + i_batch
-        m_parts = i_part + o_parts < splits
-        b_lse = tl.load(p_lse + i_rows * number_of(parts_lse.batch), mask=m_parts, other=-float("inf"))
-        b_highest = tl.maximum(b_highest, b_lse)
-    highest = tl.max(b_highest, 0)
-    base = tl.where(highest == -float("inf"), 0.0, highest)
+    highest = tl.max(tl.full([AT_ONCE], -float("inf"), tl.float32), 0)
     b_out = tl.zeros([BLOCK], tl.float32)
-    total = base * 0.0
+    total = tl.sum(tl.zeros([AT_ONCE], tl.float32), 0)
     for i_part in range(0, splits, AT_ONCE):
         i_rows = (i_part + o_parts) * rows + i_batch
         m_parts = i_part + o_parts < splits
         b_lse = tl.load(p_lse + i_rows * number_of(parts_lse.batch), mask=m_parts, other=-float("inf"))
-        m_written = (b_lse != -float("inf"))[:, None] & (o_columns < DIM)
-        b_part = tl.load(p_out + (i_rows * parts_out.batch)[:, None] + o_columns, mask=m_written, other=0.0)
+        p_parts = p_out + (i_rows * parts_out.batch)[:, None] + o_columns
+        b_part = tl.load(p_parts, mask=m_parts[:, None] & (o_columns < DIM), other=0.0)
+        raised = tl.maximum(highest, tl.max(b_lse, 0))
+        base = tl.where(raised == -float("inf"), 0.0, raised)
         b_weights = tl.exp2((b_lse - base) * LOG2E)
-        total += tl.sum(b_weights, 0)
-        b_out += tl.sum(b_weights[:, None] * b_part, 0)
+        rescale = tl.exp2((highest - base) * LOG2E)
+        # Both loads are under way at once, so what no part has written is read; it may be anything.
+        b_part = tl.where((b_lse != -float("inf"))[:, None], b_part, 0.0)
+        total = total * rescale + tl.sum(b_weights, 0)
+        b_out = b_out * rescale + tl.sum(b_weights[:, None] * b_part, 0)
+        highest = raised
     m_empty = total == 0.0
     b_out = b_out / tl.where(m_empty, 1.0, total)
     row = i_batch.to(tl.int64) * out.batch + i_query.to(tl.int64) * out.row + i_head.to(tl.int64) * out.head
     o_dim = tl.arange(0, BLOCK)
     tl.store(out.pointer + row + o_dim, b_out.to(out.pointer.dtype.element_ty), mask=o_dim < DIM)
     p_lse = lse.pointer + i_batch.to(tl.int64) * number_of(lse.batch) + i_head.to(tl.int64) * number_of(lse.head)
-    tl.store(p_lse + i_query, tl.where(m_empty, -float("inf"), base + tl.log(total)))
+    tl.store(p_lse + i_query, tl.where(m_empty, -float("inf"), highest + tl.log(total)))

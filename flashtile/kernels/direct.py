@@ -123,6 +123,33 @@ class Block:
         return start
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: which, and its value in the first bytes of a union."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 7),  # grid, block, bytes of shared memory
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_EARLY = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: programs may begin before the kernel before has ended, and
+wait for it where they say so."""
+
+
 @cache
 def _driver() -> Any:
     library = ctypes.CDLL("libcuda.so.1")
@@ -131,6 +158,7 @@ def _driver() -> Any:
         *(ctypes.c_uint,) * 7,
         *(ctypes.c_void_p,) * 3,
     ]
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     library.cuTensorMapReplaceAddress.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return library
 
@@ -181,6 +209,10 @@ class Direct:
         self._kernel, self._block, self._lock = kernel, block, Lock()
         meta = kernel.metadata
         self._grid = (programs, 1, 1, 32 * meta.num_warps, 1, 1, meta.shared)
+        self._config: _Config | None = None
+        if meta.launch_pdl:
+            early = ctypes.pointer(_Attribute(_EARLY, b"", 1))
+            self._config = _Config((ctypes.c_uint * 7)(*self._grid), None, early, 1)
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
         driver, block = _driver(), self._block
@@ -189,11 +221,20 @@ class Direct:
                 cell.value = addresses[place]
             for tensor_map, place in block.maps:
                 driver.cuTensorMapReplaceAddress(tensor_map, addresses[place])
-            result = driver.cuLaunchKernel(self._kernel.function, *self._grid, stream, block.array, None)
+            result = self._launch(driver, stream)
             if result == _NO_CONTEXT:
                 _bind(torch.cuda.current_device())
-                result = driver.cuLaunchKernel(self._kernel.function, *self._grid, stream, block.array, None)
+                result = self._launch(driver, stream)
         _checked(result)
+
+    def _launch(self, driver: Any, stream: int) -> int:
+        function, array = self._kernel.function, self._block.array
+        if self._config is None:
+            result: int = driver.cuLaunchKernel(function, *self._grid, stream, array, None)
+            return result
+        self._config.stream = stream
+        result = driver.cuLaunchKernelEx(ctypes.byref(self._config), function, array, None)
+        return result
 
 
 def watched() -> bool:
@@ -209,7 +250,7 @@ def direct(kernel: Any, programs: int, arguments: Sequence[Any], place: Place) -
         return None
     meta = kernel.metadata
     alone = meta.num_ctas == 1 and not (meta.global_scratch_size or meta.profile_scratch_size)
-    if not alone or meta.launch_cooperative_grid or meta.launch_pdl or watched():
+    if not alone or meta.launch_cooperative_grid or watched():
         return None
     values = [
         leaf for index, argument in enumerate(arguments) for leaf in flattened(argument, (index,), kernel.src.constants)

@@ -67,6 +67,29 @@ def scales_of_rows(scale, i_head, b_pages):
 
 
 @triton.jit
+def widened(b_rows, DTYPE: tl.constexpr):
+    """Rows of a cache as queries are; bytes hold two four-bit integers each (see `flashtile.problem.INT4`)."""
+    if b_rows.dtype == tl.uint8:
+        # The sign's bit turned over, a number n is n + 8.
+        b_rows ^= 0x88
+        b_rows = tl.interleave(from_bits(b_rows & 15, 8, DTYPE), from_bits(b_rows >> 4, 8, DTYPE))
+    elif b_rows.dtype == tl.int8:
+        b_rows = from_bits(b_rows.to(tl.uint8, bitcast=True) ^ 0x80, 128, DTYPE)
+    return b_rows.to(DTYPE)
+
+
+@triton.jit
+def from_bits(b_bytes, ZERO: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes less ZERO as numbers. 1024 + n is 0x6400 | n as float16, where n is less than 1024: conversions of integers
+    would run at a quarter of the speed."""
+    if DTYPE == tl.float16:
+        b_numbers = (b_bytes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + ZERO)
+    else:
+        b_numbers = (b_bytes.to(tl.int32) - ZERO).to(DTYPE)
+    return b_numbers
+
+
+@triton.jit
 def load_tile(
     source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
     table=None, b_pages=None, PAGE: tl.constexpr = 0,

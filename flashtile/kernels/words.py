@@ -155,12 +155,13 @@ class Source(NamedTuple):
 
 class Stored(NamedTuple):
     """How a cache holds what a sweep reads: the `Table` of its pages, None: in one piece; the `Scale`s of quantised
-    keys and values, or None; their head."""
+    keys and values, or None; their head; what the scores of each query are to be multiplied by, None: nothing."""
 
     table: Any
     k_scale: Any
     v_scale: Any
     head: Any
+    q_scale: Any
 
 
 class Table(NamedTuple):

@@ -15,12 +15,19 @@ class DecodeConfig(NamedTuple):
 
 
 Rows = tuple[tuple[int, Tiles], ...]
-"""(head dimension, tiles): a row holds up to the head dimension named; tile_q: the most that it serves."""
+"""(head dimension, tiles): a row holds up to the head dimension named; tile_q: the most that it serves. The first one
+that serves a call is taken."""
 
 NARROW: dict[str, dict[str, Rows]] = {
     "hopper": {
-        "half": ((64, Tiles(64, 128, 4, 3)), (128, Tiles(64, 64, 4, 3)), (256, Tiles(64, 32, 4, 3)),
-                 (512, Tiles(32, 32, 4, 2))),
+        "half": ((64, Tiles(64, 128, 4, 3)), (128, Tiles(16, 128, 4, 3)), (128, Tiles(64, 64, 4, 3)),
+                 (256, Tiles(64, 32, 4, 3)), (512, Tiles(32, 32, 4, 3))),
+        "half_paged": ((64, Tiles(64, 128, 4, 3)), (128, Tiles(64, 64, 4, 3)), (256, Tiles(64, 32, 4, 3)),
+                       (512, Tiles(32, 32, 4, 3))),
+        "narrow": ((64, Tiles(64, 128, 4, 3)), (128, Tiles(64, 64, 4, 3)), (256, Tiles(64, 32, 4, 3)),
+                   (512, Tiles(32, 32, 4, 3))),
+        "narrow_paged": ((64, Tiles(64, 128, 4, 3)), (128, Tiles(16, 128, 4, 3)), (128, Tiles(64, 64, 4, 3)),
+                         (256, Tiles(64, 32, 4, 3)), (512, Tiles(32, 32, 4, 3))),
         "single": ((64, Tiles(32, 64, 4, 2)), (128, Tiles(32, 32, 4, 2)), (256, Tiles(16, 32, 4, 2)),
                    (512, Tiles(16, 16, 4, 1))),
     },
@@ -43,25 +50,41 @@ NARROW: dict[str, dict[str, Rows]] = {
                    (512, Tiles(16, 16, 4, 1))),
     },
 }  # fmt: skip
-"""By family, then 16-bit or float32. For few queries: key tiles that keep enough bytes in flight beside a second
-program on a multiprocessor. The largest that do not spill; timed on none."""
+"""By family, then by what queries and cache are: 16 bits, float32, or 16 bits over a `narrow` cache (8 or 4 bits); in
+pages where there is such a table. Those of families without a table for a kind are the 16-bit ones.
+
+For few queries: key tiles that keep enough bytes in flight. On an H100 (torch 2.11, Triton 3.6, clocks as they come) 16
+tiles and up to 9 numbers of parts were timed with head dimension 128, 32/8 and 64/8 heads: 8k to 128k keys, 1 to 64
+sequences, 16 bits and e4m3, in one piece and in pages of 64, and latent attention (`tools/tune_decoding.py`). The rows
+are the ones that come closest to the best everywhere; one program of 128 keys on each multiprocessor reads as fast as
+any number of smaller ones. The other families' rows are the largest that do not spill, timed on none."""
 NARROW["blackwell"] = NARROW["hopper"]
+
+MANY = {"hopper": Tiles(64, 64, 8, 2)}
+"""For more rows than those of 16 bits and more than 256 columns serve, as in latent attention with all its heads: of
+eleven tiles the fastest, though it spills a few registers."""
 
 APPEND = (1, 2, 4)
 """New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns do
 without the last."""
 
-COMBINE = 16
+COMBINE = 32
 """Parts that are joined at a time."""
 
-COLUMNS = 256
+COLUMNS = 64
 """Columns of a row that one warp joins."""
 
 PART = 1024
 """Keys of a part where all are of one size (`batch_invariant`)."""
 
-PROGRAMS = 2
-"""Programs that a multiprocessor runs at a time."""
+SHARED = {"hopper": 227 * 1024, "blackwell": 227 * 1024}
+"""Bytes of shared memory that the programs of a multiprocessor have; of other families 2 are taken to fit."""
+
+BESIDE = 6 * 1024
+"""Bytes of it that a program has beside its tiles of keys and values."""
+
+PROGRAMS, PROGRAMS_NARROW = 3, 2
+"""Programs that a multiprocessor runs at a time at most, by their registers."""
 
 LEAST = 2
 """Tiles that a part has at least, when the cache is full."""
@@ -69,17 +92,46 @@ LEAST = 2
 MOST = 128
 """Parts at most."""
 
-BUSY = 0.9
-"""The fewest parts are taken that keep this share of what the best number keeps busy."""
+FLIGHT = 96 * 1024
+"""Bytes that a multiprocessor has to have on their way, so that as many programs of 16-bit caches as that takes read as
+fast as any number of them. Those of narrow caches compute as long as they read: all that fit are wanted."""
+
+ENOUGH, LAST = 0.95, 0.6
+"""What the programs that run at last take at least, as a share of what a full device takes for as many tiles each, on
+as many multiprocessors as have enough of them; and after full rounds, which leave them spread unevenly."""
+
+START, JOIN = 1.0, 0.6
+"""Tiles that could be read while a part starts, and by a full device while parts are joined."""
+
+SLACK = 1.01
+"""The fewest parts are taken that take no longer than this times what the best number takes."""
 
 
-def decode_tiles(headdim: int, rows: int, half: bool, kind: str, family: str) -> Tiles:
-    """For `rows` packed rows of queries: narrow tiles, or those of the forward kernel where there are many."""
-    table = NARROW[family]["half" if half else "single"]
-    tiles = next(tiles for limit, tiles in table if headdim <= limit)
-    if rows > tiles.tile_q:
-        return portable_config(headdim, kind, family).forward
-    return tiles._replace(tile_q=max(16, 1 << (rows - 1).bit_length()))
+def decode_tiles(headdim: int, rows: int, cache: str, kind: str, family: str) -> Tiles:
+    """For `rows` packed rows of queries over a `cache` of one of the kinds of `NARROW`: narrow tiles, or those of the
+    forward kernel where there are many."""
+    tables = NARROW[family]
+    for limit, tiles in tables.get(cache, tables["half"]):
+        if headdim <= limit and rows <= tiles.tile_q:
+            return tiles._replace(tile_q=max(16, 1 << (rows - 1).bit_length()))
+    wide = MANY.get(family) if cache != "single" and headdim > 256 else None
+    return wide or portable_config(headdim, kind, family).forward
+
+
+class Room(NamedTuple):
+    """Programs that a multiprocessor runs at a time, and how many of them are enough."""
+
+    programs: int
+    enough: int
+
+
+def room_for(tiles: Tiles, row: int, narrow: bool, family: str) -> Room:
+    """`row`: bytes of a key and its value."""
+    if family not in SHARED:
+        return Room(2, 2)
+    tile = max(1, tiles.stages - 1) * tiles.tile_kv * row
+    programs = max(1, min(PROGRAMS_NARROW if narrow else PROGRAMS, SHARED[family] // (tile + BESIDE)))
+    return Room(programs, programs if narrow else min(programs, -(-FLIGHT // tile)))
 
 
 def append_rows(rows: int, columns: int) -> int:
@@ -88,13 +140,19 @@ def append_rows(rows: int, columns: int) -> int:
     return next((tile for tile in fitting if rows <= tile), fitting[-1])
 
 
-def decode_splits(programs: int, tiles: int, multiprocessors: int) -> int:
-    """Parts that fill the device: `programs` there are without any, `tiles` a sequence has where the cache is full."""
-    slots, most = multiprocessors * PROGRAMS, max(1, min(MOST, tiles // LEAST))
+def decode_splits(programs: int, tiles: int, multiprocessors: int, room: Room) -> int:
+    """Parts that fill the device: `programs` there are without any, `tiles` a sequence has where the cache is full. For
+    the rows above these are the fastest number of those timed, or one within 2 % of it."""
+    slots, most = multiprocessors * room.programs, max(1, min(MOST, tiles // LEAST))
+    enough = ENOUGH * room.enough / room.programs
 
-    def busy(splits: int) -> float:
-        waves = programs * splits / slots
-        return waves / -(-programs * splits // slots)
+    def cost(splits: int) -> float:
+        """In the time that a full device takes for a tile of each program."""
+        part = -(-tiles // splits)
+        rounds, rest = divmod(programs * -(-tiles // max(1, part)), slots)
+        least = LAST if rounds and room.enough < room.programs else enough
+        share = rounds + (max(least, rest / slots) if rest else 0.0)
+        return (part + START) * share + (JOIN if splits > 1 else 0.0)
 
-    shares = [busy(splits) for splits in range(1, most + 1)] if programs else [1.0]
-    return next(splits for splits, share in enumerate(shares, 1) if share >= BUSY * max(shares))
+    costs = [cost(splits) for splits in range(1, most + 1)]
+    return next(splits for splits, one in enumerate(costs, 1) if one <= SLACK * min(costs))

@@ -18,7 +18,7 @@ from flashtile.problem import describe_cached
 from flashtile.tuning.portable import Tiles
 from tests import caches
 from tests.binding import bind
-from tests.caches import CASES, EVERYTHING, INT8, QUANTIZED, WIDE, CacheCall, CacheCase
+from tests.caches import CASES, EVERYTHING, INT4, INT8, QUANTIZED, WIDE, CacheCall, CacheCase
 from tests.emulated.hopper import plain
 from tools.ptx_emulation import SWEEP, emulate_kernel
 
@@ -38,7 +38,7 @@ class Emulated:
         made = decoding.build(call.q, call.k_cache, call.v_cache, given)
         problem = describe_cached(made.inputs, made.cache, made.options, made.interleaved, made.splits)
         config = portable.configure_decoding(problem, FAMILIES[self.arch])
-        return State(*cached.decode(made.inputs, made.cache, problem, config, Machine(self._launch, False)))
+        return State(*cached.decode(made.inputs, made.cache, problem, config, Machine(self._launch, self.arch >= 90)))
 
     def _launch(
         self, kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...], options: dict[str, Any]
@@ -78,7 +78,7 @@ def test_matches_reference(arch: int, case: CacheCase) -> None:
         pytest.param(arch, case, id=f"{arch}-{case}")
         for arch in FAMILIES
         for case in QUANTIZED
-        if arch > 80 or case.stored is INT8
+        if arch > 80 or case.stored in (INT8, INT4)
     ],
 )
 def test_quantized(arch: int, case: CacheCase) -> None:

@@ -146,13 +146,24 @@ def test_more_than_two_to_the_31_elements() -> None:
         torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-3)
 
 
-def test_debug_looks_at_what_lies_on_the_device() -> None:
-    call = caches.make(replace(EVERYTHING, rotary=0), torch.float16, "cuda")
-    call.options["cache_seqlens"] += 40
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("cache_seqlens", 81, "cache_seqlens: got 81 beside 3 new rows"),
+        ("block_table", 2**20, "block_table: got page 1048576 for sequence"),
+        ("cache_batch_idx", 9, "cache_batch_idx: got 9, need 0 to 4"),
+        ("k_scale", 0.0, "k_scale: got 0.0, need finite numbers above 0"),
+    ],
+)
+def test_debug_looks_at_what_lies_on_the_device(name: str, wrong: float, message: str) -> None:
+    case = replace(EVERYTHING, name="debug", rotary=0, stored=torch.int8, scale_by_page=True)
+    call = caches.make(case, torch.float16, "cuda")
+    call.options[name].fill_(wrong)
     before = call.copy()
-    with pytest.raises(ValueError, match="cache_seqlens: got 81 beside 3 new rows"):
+    with pytest.raises(ValueError, match=message):
         call.run(debug=True)
-    torch.testing.assert_close(call.k_cache, before.k_cache, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(call.k_cache, before.k_cache)
+    assert torch.equal(call.v_cache, before.v_cache)
 
 
 def test_the_example_generates_through_a_graph() -> None:

@@ -10,6 +10,7 @@ from flashtile import decoding as door
 from flashtile import plan
 from flashtile.decoding import CacheArguments
 from flashtile.tuning import decoding
+from flashtile.tuning.decoding import Room
 from flashtile.tuning.portable import Tiles
 from tests import caches
 from tests.caches import CASES, EVERYTHING, QUANTIZED, WIDE, CacheCase
@@ -86,8 +87,21 @@ def test_a_sequence_that_is_too_long_touches_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("programs", "tiles", "multiprocessors", "wanted"),
-    [(512, 128, 132, 1), (128, 128, 132, 2), (32, 1024, 132, 8), (8, 2048, 132, 30), (8, 4, 132, 2), (0, 9, 132, 1)],
+    ("room", "programs", "tiles", "wanted"),
+    [
+        *((Room(1, 1), *row) for row in ((512, 64, 1), (128, 64, 1), (32, 512, 4), (8, 1024, 16), (8, 64, 16))),
+        *((Room(3, 2), *row) for row in ((512, 128, 2), (128, 128, 2), (32, 1024, 8), (8, 2048, 32), (8, 128, 32))),
+        *((Room(2, 2), *row) for row in ((512, 128, 1), (128, 128, 2), (32, 1024, 8), (8, 2048, 32), (8, 128, 32))),
+        *((Room(3, 2), *row) for row in ((8, 4, 2), (396, 100, 1), (0, 9, 1), (4, 0, 1))),
+    ],
 )
-def test_parts_fill_the_device(programs: int, tiles: int, multiprocessors: int, wanted: int) -> None:
-    assert decoding.decode_splits(programs, tiles, multiprocessors) == wanted
+def test_parts_fill_the_device(room: Room, programs: int, tiles: int, wanted: int) -> None:
+    """Of 132 multiprocessors: the numbers of parts that were the fastest on an H100, and odd ones."""
+    assert decoding.decode_splits(programs, tiles, 132, room) == wanted
+
+
+def test_room_on_a_multiprocessor() -> None:
+    """Head dimension 128: tiles of 128 rows in 16 bits fill it, of 64 rows two are enough; in 8 bits it takes all."""
+    assert decoding.room_for(Tiles(16, 128, 4, 3), 512, False, "hopper") == Room(1, 1)
+    assert decoding.room_for(Tiles(16, 64, 4, 3), 512, False, "hopper") == Room(3, 2)
+    assert decoding.room_for(Tiles(16, 64, 4, 3), 256, True, "hopper") == Room(2, 2)

@@ -85,8 +85,8 @@ def configure_decoding(problem: Problem, family: str | None = None) -> DecodeCon
     """Tiles from the table, and as many parts of the keys as fill the device; no length is known here."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     rows, headdim = problem.seqlen_q * problem.group, min(_LARGEST, max(problem.headdim, problem.headdim_v))
-    half = problem.dtype is not torch.float32
-    tiles = decode_tiles(headdim, rows, half, kind_of(problem), family or family_of(problem.arch))
+    family = family or family_of(problem.arch)
+    tiles = decode_tiles(headdim, rows, _kind_of_cache(problem), kind_of(problem), family)
     longest = -(-problem.seqlen_kv // tiles.tile_kv)
     if problem.batch_invariant:
         part = decoding.PART // tiles.tile_kv
@@ -94,7 +94,21 @@ def configure_decoding(problem: Problem, family: str | None = None) -> DecodeCon
     if problem.cached is not None and problem.cached.splits is not None:
         return DecodeConfig(tiles, problem.cached.splits)
     programs = problem.batch * problem.heads_kv * -(-rows // tiles.tile_q)
-    return DecodeConfig(tiles, decode_splits(programs, longest, _multiprocessors(device)))
+    stored = problem.cached.stored if problem.cached is not None else None
+    row = (problem.headdim + problem.headdim_v) * (stored or problem.dtype).itemsize
+    room = decoding.room_for(tiles, row, stored is not None, family)
+    return DecodeConfig(tiles, decode_splits(programs, longest, _multiprocessors(device), room))
+
+
+def _kind_of_cache(problem: Problem) -> str:
+    """Which of the tables of `tuning.decoding` holds; those for pages would spill registers with scales by page."""
+    cached = problem.cached
+    if problem.dtype is torch.float32:
+        return "single"
+    kind = "half" if cached is None or cached.stored is None else "narrow"
+    # Where a sequence is to get the same bits in pages and without, it gets the same tiles.
+    paged = cached is not None and cached.page > 0 and not cached.by_page and not problem.batch_invariant
+    return f"{kind}_paged" if paged else kind
 
 
 @cache

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashtile.backends.portable.decode import decode_kernel
 from flashtile.backends.portable.launch import Call, Machine
-from flashtile.backends.portable.meta import block, cut, meta_of
+from flashtile.backends.portable.meta import block, copy_engine, cut, meta_of
 from flashtile.kernels.arguments import beside, numbers_of, rows_of, size_of
 from flashtile.kernels.caches import append_kernel, cache_of, combine_kernel, rotary_of, scale_of, stored
 from flashtile.kernels.tape import Tape, perform
@@ -54,6 +54,12 @@ def _results(problem: Problem, splits: int, dtype: torch.dtype, device: torch.de
     return out, torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
 
 
+def _early(call: Call) -> bool:
+    """Whether a kernel may be launched before the one that it waits for has ended: with sm_90 and later."""
+    there = call.machine.copy_engine
+    return copy_engine(call.inputs.q.device) if there is None else there
+
+
 def _append(call: Call, cache: CacheTensors, words: Cache, turned: Tensor) -> None:
     """New rows, and queries that are to be turned."""
     problem, inputs, cached = call.problem, call.inputs, call.problem.cached
@@ -81,6 +87,7 @@ def _append(call: Call, cache: CacheTensors, words: Cache, turned: Tensor) -> No
         INTERLEAVED=cached.interleaved,
         MOVING=window.left is not None or window.right is not None,
         PAGE=cached.page,
+        EARLY=_early(call),
         enable_fp_fusion=True,
     )
 
@@ -91,18 +98,24 @@ def _attend(
     problem, inputs = call.problem, call.inputs
     parted = Parts(odd(config.splits), None if config.part is None else odd(config.part), odd(problem.batch))
     latent = _latent(inputs, problem)
+    early = _early(call)
+    after = early and cache.k is not None
+    launched = {"launch_pdl": True} if after else {}
 
     def attempt(tiles: Tiles) -> None:
-        count = -(-problem.seqlen_q * problem.group // tiles.tile_q) * config.splits
+        count = -(-problem.seqlen_q * problem.group // tiles.tile_q)
         call.run(
             decode_kernel,
-            problem.batch * problem.heads_kv * count,
+            problem.batch * config.splits * problem.heads_kv * count,
             tiles,
             *(rows_of(q), stored(inputs.k), stored(inputs.v), rows_of(parts[0]), numbers_of(parts[1]), words),
             *(scale_of(cache.k_scale), scale_of(cache.v_scale)),
             *(size_of(problem, problem.heads_kv, count), call.rules, parted, inputs.sinks),
             META=meta_of(problem, tiles, False, False, False, latent=latent),
+            AFTER=after,
+            EARLY=early and config.splits > 1,
             enable_fp_fusion=call.fused(),
+            **launched,
         )
 
     call.fit(decode_kernel, config.tiles, attempt, meta_of(problem, config.tiles, False, False, False, latent=latent))
@@ -116,7 +129,8 @@ def _latent(inputs: Inputs, problem: Problem) -> bool:
 
 
 def _combine(call: Call, config: DecodeConfig, parts: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> None:
-    problem = call.problem
+    problem, early = call.problem, _early(call)
+    launched = {"launch_pdl": True} if early else {}
     call.run(
         combine_kernel,
         problem.batch * problem.heads * problem.seqlen_q,
@@ -126,5 +140,7 @@ def _combine(call: Call, config: DecodeConfig, parts: tuple[Tensor, Tensor], who
         DIM=problem.headdim_v,
         BLOCK=block(problem.headdim_v),
         AT_ONCE=COMBINE,
+        EARLY=early,
         enable_fp_fusion=True,
+        **launched,
     )

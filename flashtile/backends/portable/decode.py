@@ -2,14 +2,17 @@
 
 A query tile holds the queries of all the heads that share a key head (GQA packed: key tiles are read once for all of
 them): its row r is query r // group of head r % group. Parts are joined by `combine_kernel`.
+
+Programs that run side by side read the same rows: first those of the query tiles, then those of the key heads, whose
+columns lie side by side in memory.
 """
 
 import triton
 import triton.language as tl
 
 from flashtile.backends.portable.forward import before_any_key, forward_sweep, normalized
-from flashtile.kernels.caches import open_cache, part_of, sequence_of, table_of
-from flashtile.kernels.places import diagonal_of, key_range, key_span, number_of, program_of
+from flashtile.kernels.caches import let_next_begin, open_cache, part_of, sequence_of, table_of, wait_for_kernel
+from flashtile.kernels.places import diagonal_of, key_range, key_span, number_of
 from flashtile.kernels.tiles import scales_of_rows
 from flashtile.kernels.words import Place, Steps, Stored
 
@@ -19,6 +22,31 @@ def packed_pointers(rows, i_batch, o_query, o_head, BLOCK: tl.constexpr):
     """Rows of (batch, row, head, column), each with a head of its own."""
     o_rows = o_query.to(tl.int64) * rows.row + o_head.to(tl.int64) * rows.head
     return rows.pointer + i_batch.to(tl.int64) * rows.batch + o_rows[:, None] + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def program_of_part(size, parts):
+    """(batch entry, key head, query tile, part): query tiles run fastest, then heads."""
+    i_program = tl.program_id(0)
+    tiles, heads, splits = number_of(size.tiles), number_of(size.heads), number_of(parts.splits)
+    i_rank = i_program // (tiles * heads)
+    return i_rank // splits, (i_program // tiles) % heads, i_program % tiles, i_rank % splits
+
+
+@triton.jit
+def power_of_rows(b_rows):
+    """The power of two below the largest number of each row, 1 for rows of zeros; float32 bits, as integers."""
+    b_bits = tl.max(tl.abs(b_rows.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    # Those that are infinite or nearly so stay what they are, and the inverse stays a normal number.
+    return tl.where(b_bits == 0, 0x3F800000, tl.minimum(b_bits, 0x7E800000))
+
+
+@triton.jit
+def narrowed(b_rows, b_bits):
+    """Rows divided by powers of two, as float16. What lies 2^14 below the largest of its row loses bits of a number
+    that no sum notices."""
+    b_inverse = (0x7F000000 - b_bits).to(tl.float32, bitcast=True)
+    return (b_rows.to(tl.float32) * b_inverse[:, None]).to(tl.float16)
 
 
 @triton.jit
@@ -32,13 +60,17 @@ def cached_place(cache, size, i_batch, i_tile, o_head):
 
 
 @triton.jit
-def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts, sinks, META: tl.constexpr):
-    """One program a query tile of a key head and part of the keys."""
+def decode_kernel(
+    q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts, sinks,
+    META: tl.constexpr, AFTER: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One program a query tile of a key head and part of the keys. AFTER, EARLY: whether it was launched before the
+    kernel before had ended, and whether that behind may be (see `let_next_begin`)."""
+    wait_for_kernel(AFTER)
     TILE: tl.constexpr = META.tile_q
     BLOCK_DV: tl.constexpr = META.block_dv
     MASKED: tl.constexpr = META.masked
-    i_batch, i_head, i_rank = program_of(size)
-    i_tile, i_part = i_rank // number_of(parts.splits), i_rank % number_of(parts.splits)
+    i_batch, i_head, i_tile, i_part = program_of_part(size, parts)
     o_rows = i_tile * TILE + tl.arange(0, TILE)
     o_query, o_head = o_rows // META.group, i_head * META.group + o_rows % META.group
     place, i_row = cached_place(cache, size, i_batch, i_tile, o_head)
@@ -62,6 +94,16 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
         m_rest = m_rows[:, None] & (tl.arange(0, META.block_rest) < META.rest)[None, :]
         p_rest = packed_pointers(q, i_batch, o_query, o_head, META.block_rest) + META.headdim
         b_q_rest = tl.load(p_rest, mask=m_rest, other=0.0)
+    b_q_scale = None
+    if META.quantized:
+        if b_q.dtype == tl.bfloat16:
+            # Eight bits are exact in float16 too, and converted to it by one instruction for two of them.
+            b_bits = power_of_rows(b_q)
+            if META.rest:
+                b_bits = tl.maximum(b_bits, power_of_rows(b_q_rest))
+                b_q_rest = narrowed(b_q_rest, b_bits)
+            b_q = narrowed(b_q, b_bits)
+            b_q_scale = b_bits.to(tl.float32, bitcast=True)
     # The maximum is kept as scores, or as dot products if nothing modifies.
     unit = 1.0 if META.modified else rules.scale
     b_max, b_sum = before_any_key(sinks, o_head, unit, TILE)
@@ -74,8 +116,9 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
     b_out, b_max, b_sum = forward_sweep(
         b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
         META, None, None, MASKED, False,
-        Stored(table_of(cache, i_row, place.first_k), k_scale, v_scale, i_head), b_q_rest,
+        Stored(table_of(cache, i_row, place.first_k), k_scale, v_scale, i_head, b_q_scale), b_q_rest,
     )  # fmt: skip
+    let_next_begin(EARLY)
     b_out, b_lse = normalized(b_out, b_max, b_sum, unit)
     if META.quantized:
         if v_scale.page is None:
@@ -84,7 +127,7 @@ def decode_kernel(q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts
     i_slot = i_part * number_of(parts.batches) + i_batch
     m_read = m_rows
     if number_of(parts.splits) > 1:
-        # Of rows that saw no key of a part nobody reads the output.
+        # Of rows that saw no key of a part nobody uses the output.
         m_read = m_rows & (b_lse != -float("inf"))
     m_out = m_read[:, None] & (tl.arange(0, BLOCK_DV) < META.headdim_v)[None, :]
     p_out = packed_pointers(out, i_slot, o_query, o_head, BLOCK_DV)

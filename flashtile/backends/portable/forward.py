@@ -13,6 +13,7 @@ from flashtile.kernels.tiles import (
     pages_of_tile,
     scales_of_rows,
     store_rows,
+    widened,
 )
 
 
@@ -42,6 +43,13 @@ def forward_sweep(
     values that no row sees are not multiplied; a weight of 0 does not stop NaN. `stored`: keys and values lie in a
     cache; `b_q_rest`: see `Meta.rest`."""
     TILE: tl.constexpr = META.tile_kv
+    # What a row of the cache is in memory.
+    DIM: tl.constexpr = META.headdim // META.held
+    DIM_V: tl.constexpr = META.headdim_v // META.held
+    REST: tl.constexpr = META.rest // META.held
+    BLOCK: tl.constexpr = META.block_d // META.held
+    BLOCK_V: tl.constexpr = META.block_dv // META.held
+    BLOCK_REST: tl.constexpr = META.block_rest // META.held
     o_rows = o_query[:, None]
     STAGES: tl.constexpr = 1 if GUARDED else None
     LISTS: tl.constexpr = META.masked == "lists"
@@ -58,23 +66,26 @@ def forward_sweep(
             b_pages = b_next
             b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
-        b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma, table, b_pages, META.page)
+        b_k = load_tile(keys, i_tile, DIM, TILE, BLOCK, META.tma, table, b_pages, META.page)
         if META.latent:
             b_v = b_k
         else:
-            b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma, table, b_pages, META.page)
+            b_v = load_tile(values, i_tile, DIM_V, TILE, BLOCK_V, META.tma, table, b_pages, META.page)
         if META.quantized:
-            b_k, b_v = b_k.to(b_q.dtype), b_v.to(b_q.dtype)
+            b_k, b_v = widened(b_k, b_q.dtype), widened(b_v, b_q.dtype)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
         if META.rest:
-            further = columns_from(keys, META.headdim)
-            b_rest = load_tile(further, i_tile, META.rest, TILE, META.block_rest, False, table, b_pages, META.page)
-            b_scores = tl.dot(b_q_rest, tl.trans(b_rest.to(b_q.dtype)), b_scores, input_precision=META.precision)
+            further = columns_from(keys, DIM)
+            b_rest = load_tile(further, i_tile, REST, TILE, BLOCK_REST, False, table, b_pages, META.page)
+            b_scores = tl.dot(b_q_rest, tl.trans(widened(b_rest, b_q.dtype)), b_scores, input_precision=META.precision)
         if META.quantized:
             b_scores *= scales_of_rows(stored.k_scale, stored.head, b_pages)
+            if stored.q_scale is not None:
+                b_scores *= stored.q_scale[:, None]
             if stored.v_scale.page is not None:
-                b_scale = scales_of_rows(stored.v_scale, stored.head, b_pages)
-                b_v = (b_v.to(tl.float32) * b_scale[:, None]).to(b_q.dtype)
+                # As far apart as scales may be, bfloat16 holds the products.
+                WIDE: tl.constexpr = b_v.dtype if stored.q_scale is None else tl.bfloat16
+                b_v = (b_v.to(tl.float32) * scales_of_rows(stored.v_scale, stored.head, b_pages)[:, None]).to(WIDE)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_scores, m_tile, _, _ = ruled(b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED)
         if GUARDED and MASKED == "always":

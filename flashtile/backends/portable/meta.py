@@ -8,7 +8,7 @@ import torch
 
 from flashtile.kernels.arguments import exact, modified
 from flashtile.kernels.words import Rows
-from flashtile.problem import Problem
+from flashtile.problem import INT4, Problem
 from flashtile.region import region
 from flashtile.tuning.portable import Tiles
 
@@ -25,6 +25,7 @@ class Meta:
     packed: sequences lie side by side, so that another one's numbers follow the end of one.
     page: rows of a page of the cache that keys lie in, 0: they lie in one piece.
     quantized: keys and values are of fewer bits than queries, and have scales.
+    held: numbers that an element of the cache holds: 2 of four bits.
     rest: columns of queries and keys behind the first `headdim`, a tile of their own (`block_rest`); 0: none.
     latent: values are the first `headdim` columns of the keys.
     """
@@ -50,6 +51,7 @@ class Meta:
     packed: bool
     page: int
     quantized: bool
+    held: int
     rest: int
     block_rest: int
     latent: bool
@@ -64,13 +66,16 @@ def meta_of(
     main, rest = cut(problem)
     # Sums over what functions captured leave out what the mask hides, so the mask is asked everywhere.
     always = bool(place.rest) or any(problem.wanted.score)
+    held = 2 if problem.cached is not None and problem.cached.stored is INT4 else 1
+    # Triton 3.6 puts numbers taken out of 8 bytes a row into wrong places.
+    narrowest = 16 * held
     return Meta(
         tile_q=tiles.tile_q,
         tile_kv=tiles.tile_kv,
         headdim=main,
         headdim_v=problem.headdim_v,
-        block_d=block(main),
-        block_dv=block(problem.headdim_v),
+        block_d=block(main, narrowest),
+        block_dv=block(problem.headdim_v, narrowest),
         group=problem.group,
         precision="ieee",  # for float32; AMD's compiler refuses others whatever the dtype
         modified=modified(problem),
@@ -87,8 +92,9 @@ def meta_of(
         packed=problem.varlen,
         page=problem.cached.page if problem.cached is not None else 0,
         quantized=problem.cached is not None and problem.cached.stored is not None,
+        held=held,
         rest=rest,
-        block_rest=block(rest) if rest else 0,
+        block_rest=block(rest, narrowest) if rest else 0,
         latent=latent,
     )
 
@@ -124,6 +130,6 @@ def copy_engine(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def block(headdim: int) -> int:
+def block(headdim: int, least: int = 16) -> int:
     """Columns of a tile: a power of two, as Triton wants, and at least 16, as matrix instructions want."""
-    return max(16, 1 << (headdim - 1).bit_length())
+    return max(least, 1 << (headdim - 1).bit_length())

@@ -1,7 +1,7 @@
 """The PyTorch backend: attention in tiled PyTorch operations, wherever PyTorch runs; the CPU's backend.
 
 Two kernels. `aten_flash` is PyTorch's own CPU flash operator, for what it computes exactly as we do; `tiled` is the
-sweep of this package and takes everything. Over a KV cache `tiled` walks one sequence after the other.
+sweep of this package and takes everything. Over a KV cache both walk one sequence after the other.
 """
 
 from flashtile.backends import Decoder, Kernel
@@ -23,4 +23,7 @@ KERNELS = (
     Kernel("tiled", sweep.refuses, sweep.configure, *packed.over_sequences(sweep.forward, sweep.backward)),
 )
 
-DECODERS = (Decoder("tiled", sweep.refuses, sweep.configure, cached.decode),)
+DECODERS = (
+    Decoder("aten_flash", cached.refuses_native, sweep.configure, cached.decode_natively),
+    Decoder("tiled", sweep.refuses, sweep.configure, cached.decode),
+)

@@ -13,14 +13,19 @@ _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 _CAUSAL = {f'["causal","{alignment}"]': alignment for alignment in ("bottom_right", "top_left")}
-_PLAIN = '["full"]'
+PLAIN = '["full"]'
+
+
+def causal(mask: str) -> bool:
+    """Whether a mask is causal and nothing else."""
+    return mask in _CAUSAL
 
 
 def refuses(problem: Problem) -> str | None:
     """Takes plain and causal attention with one head dimension and the output in the input's dtype."""
     if problem.device != "cpu":
         return f"it runs on the CPU, the tensors are on {problem.device}"
-    if problem.mask != _PLAIN and problem.mask not in _CAUSAL:
+    if problem.mask != PLAIN and problem.mask not in _CAUSAL:
         return f"the mask is {masks.readable(problem.mask)}; it takes none or causal"
     if problem.modified:
         return f"it has no {', '.join(problem.modified)}"
