@@ -141,8 +141,9 @@ def test_two_cards_keep_what_is_promised() -> None:
     rows = {(row["seqlen"], row["way"]): row for row in record["rows"]}
     for length in (2**15, 2**16, 2**17, 2**18):
         one, ring, peer = (rows[length, way] for way in ("one", "ring", "peer ring"))
+        assert ring["memory"] < one["memory"] / 2
         for which in ("forward", "backward"):
             assert ring[which]["median"] < peer[which]["median"]
             assert length == 2**15 or one[which]["median"] >= 0.92 * 2 * ring[which]["median"], (length, which)
     for each in costs.validate(record):
-        assert each.measured == pytest.approx(each.predicted, rel=0.2), each
+        assert each.measured == pytest.approx(each.predicted, rel=0.25), each
