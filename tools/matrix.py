@@ -1,8 +1,8 @@
 """The versions that are supported, tried: an environment for each cell, and the quick suite in it.
 
-    python tools/matrix.py --record docs/benchmarks/matrix.json      every cell, one after the other
+    python tools/matrix.py --record benchmarks/robustness/matrix.json      every cell, one after the other
     python tools/matrix.py --cell 3.12/2.11.0/3.6.0                  one: Python / PyTorch / Triton
-    python tools/matrix.py --table docs/benchmarks/matrix.json       a record as a table
+    python tools/matrix.py --table benchmarks/robustness/matrix.json       a record as a table
 
 An environment is made from the interpreter of that version (`python3.X` on the path, pyenv's or uv's). It gets PyTorch
 with what that asks for, then Triton by itself, whatever version PyTorch pins, and is removed when its tests are over.
