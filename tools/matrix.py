@@ -1,8 +1,8 @@
 """The versions that are supported, tried: an environment for each cell, and the quick suite in it.
 
-    python tools/matrix.py --record docs/benchmarks/matrix.json      every cell, one after the other
+    python tools/matrix.py --record benchmarks/robustness/matrix.json      every cell, one after the other
     python tools/matrix.py --cell 3.12/2.11.0/3.6.0                  one: Python / PyTorch / Triton
-    python tools/matrix.py --table docs/benchmarks/matrix.json       a record as a table
+    python tools/matrix.py --table benchmarks/robustness/matrix.json       a record as a table
 
 An environment is made from the interpreter of that version (`python3.X` on the path, pyenv's or uv's). It gets PyTorch
 with what that asks for, then Triton by itself, whatever version PyTorch pins, and is removed when its tests are over.
@@ -53,10 +53,10 @@ CELLS = (
     Cell("3.10", "2.9.1", "3.6.0"),
     Cell("3.13", "2.14.1", "3.9.0"),
     Cell("3.11", "2.13.0", "3.6.0"),
-    Cell("3.11", "2.13.0", "3.7.0"),
+    Cell("3.11", "2.13.0", "3.7.1"),
     Cell("3.11", "2.13.0", "3.8.0"),
     Cell("3.11", "2.13.0", "3.9.0"),
-    Cell("3.10", "2.10.0", "3.7.0"),
+    Cell("3.10", "2.10.0", "3.7.1"),
     Cell("3.12", "2.12.1", "3.8.0"),
 )
 """Every Python, PyTorch and Triton at least once, the oldest together and the newest together."""
