@@ -15,13 +15,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in the order of the imports: each may import its own room and those before it (README, "how it is laid out").
 ROOMS = {
     "words": {"problem", "check", "masks", "mask_nodes", "spans", "scores", "captures", "recording", "scalar_graph",
-              "trace", "interval_rules", "intervals", "dropout", "region", "cut"},
-    "mathematics": {"state", "reference", "fp8", "kvcache"},
+              "trace", "interval_rules", "intervals", "dropout", "region", "cut", "scaled"},
+    "mathematics": {"state", "reference", "kvcache"},
     "triton": {"lower"},
     "kernels": {"kernels"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
-    "doors": {"sharding", "request", "autograd", "recall", "decoding", "gradients", "parts", "api"},
+    "doors": {"sharding", "request", "autograd", "recall", "decoding", "gradients", "parts", "fp8", "api"},
     "guests": {"distributed", "integrations", "bench", "demo", "cli", "compiling", "__main__"},
 }  # fmt: skip
 # Words and mathematics know torch and the standard library; triton belongs to the machines that are written in it, and

@@ -39,13 +39,23 @@ _WIDE = (
     Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)),
 )
 
+_EIGHT = (
+    Row(64, None, HopperConfig(consumers=3, tile_kv=128, stages=4)),
+    Row(128, None, HopperConfig(consumers=2, tile_kv=128, stages=4)),
+    Row(256, None, HopperConfig(consumers=2, tile_kv=128, stages=2)),
+)
+
 FORWARD: dict[str, tuple[Row, ...]] = {
     "full": (Row(64, 1024, _TWO), Row(64, None, _THREE), *_WIDE),
     "window": (Row(64, 2048, _TWO), Row(64, None, _THREE), *_WIDE),
     "cut": (Row(64, None, _TWO), *_WIDE),
+    "eight_full": _EIGHT,
+    "eight_window": _EIGHT,
+    "eight_cut": _EIGHT,
 }
-"""By what the scores meet: nothing, a causal mask or another window, or anything. The first row that fits counts. The
-first two kinds were timed on an H100 at 1k, 2k, 4k, 8k and 16k tokens."""
+"""By what the scores meet: nothing, a causal mask or another window, or anything; then the same with 8-bit inputs,
+whose tiles of keys hold no more than the 128 that share a scale. The first row that fits counts. The first two kinds
+were timed on an H100 at 1k, 2k, 4k, 8k and 16k tokens."""
 
 
 class BackwardConfig(NamedTuple):

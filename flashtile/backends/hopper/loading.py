@@ -70,6 +70,8 @@ def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers
     # The values of a slot are read until the step after that of its keys.
     wait_for_slot(empty, count + 1, META)
     mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+    if META.eight:
+        where = [place.batch, place.head // META.group, 0, i_tile * META.tile_kv]
     tma_load(v_desc, where, v_full.index(slot), v_smem.index(slot))
     return i_after
 

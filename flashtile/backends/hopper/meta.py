@@ -8,6 +8,9 @@ from flashtile.problem import Problem
 from flashtile.region import region
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig
 
+LIFT = 8
+"""Weights of 8 bits are at most 2^8: below 448, the largest number of e4m3, whose smallest are 2^-9."""
+
 
 @dataclass(frozen=True)
 class Meta:
@@ -21,6 +24,7 @@ class Meta:
     other. guarded: what a mask hides may hold NaN, or have no
     finite gradient. careful: what lies beside what is seen may hold NaN.
     collects: gradients of captured tensors are added.
+    eight: inputs have 8 bits; scaled: which rows of them share a scale, see `Problem`; lift: see `softmax`.
     """
 
     tile_q: int
@@ -49,6 +53,14 @@ class Meta:
     guarded: bool
     careful: bool
     collects: bool
+    eight: bool
+    scaled: str
+    lift: int
+
+    @property
+    def depth(self) -> int:
+        """Terms that one instruction sums up."""
+        return 32 if self.eight else 16
 
     @property
     def asked(self) -> str:
@@ -92,6 +104,9 @@ def meta_of(problem: Problem, config: HopperConfig | BackwardConfig, listed: boo
         guarded=bool(rest) or bool(problem.score_mod),
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score),
+        eight=bool(problem.scaled),
+        scaled=problem.scaled,
+        lift=LIFT if problem.scaled else 0,
     )
 
 

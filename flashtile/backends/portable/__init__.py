@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.backends import Decoder, Gradients, Kernel, Memory, compiled
+from flashtile.backends import Decoder, Gradients, Kernel, Memory, Quantizer, compiled
 from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
 from flashtile.tuning import decoding
@@ -161,6 +161,29 @@ def _decode(
     return out_and_lse
 
 
+def refuses_rounding(q: Tensor) -> str | None:
+    """Rounds what the device, or for tests an emulator of one, converts by itself."""
+    if interpreted():
+        return "Triton's interpreter rounds nothing to 8-bit floats"
+    if q.device.type != "cuda":
+        return f"it runs on cuda, the tensors are on {q.device.type}"
+    return None if multiplies_eight_bits() else "the GPU converts no float8_e4m3fn"
+
+
+def _quantize(*arguments: Any) -> Any:
+    from flashtile.backends.portable import quantize
+
+    return quantize.quantize(*arguments)
+
+
+@cache
+def multiplies_eight_bits() -> bool:
+    """Whether matrix instructions of the current GPU take 8-bit floats: Ada, Hopper and later, CDNA3 and 4."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName.startswith(("gfx94", "gfx95"))
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
 def _kept(memory: Memory) -> Memory | None:
     """Interpreted launches leave nothing behind."""
     return None if interpreted() else memory
@@ -169,3 +192,5 @@ def _kept(memory: Memory) -> Memory | None:
 KERNELS = (Kernel("sweep", refuses, configure, _forward, _backward),)
 
 DECODERS = (Decoder("split_keys", refuses_cached, configure_decoding, _decode),)
+
+QUANTIZERS = (Quantizer("fused", refuses_rounding, _quantize),)

@@ -4,8 +4,8 @@ Two kernels. `aten_flash` is PyTorch's own CPU flash operator, for what it compu
 sweep of this package and takes everything. Over a KV cache `tiled` walks one sequence after the other.
 """
 
-from flashtile.backends import Decoder, Kernel
-from flashtile.backends.pytorch import cached, native, packed, sweep
+from flashtile.backends import Decoder, Kernel, Quantizer
+from flashtile.backends.pytorch import cached, native, packed, quantize, sweep
 
 
 def unavailable() -> str | None:
@@ -24,3 +24,5 @@ KERNELS = (
 )
 
 DECODERS = (Decoder("tiled", sweep.refuses, sweep.configure, cached.decode),)
+
+QUANTIZERS = (Quantizer("eager", lambda q: None, quantize.quantize),)

@@ -1,0 +1,57 @@
+"""FP8 attention: queries, keys and values rounded to 8-bit floats, whose products cost half as much.
+
+`attention(*quantize(q, k, v))` and `attention_varlen(*quantize(q, k, v), ...)` take every option that they take with 16
+bits. FlashAttention-3 (Shah et al. 2024), section 3.3: scales of blocks, and incoherent processing.
+"""
+
+import torch
+from torch import Tensor
+
+from flashtile import check, plan
+from flashtile.scaled import KEYS, QUERIES, Quantized, Scaled
+
+__all__ = ["Quantized", "Scaled", "quantize"]
+
+
+def quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    granularity: str = "block",
+    incoherent: bool = True,
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Quantized:
+    """Rounds queries, keys and values to 8-bit floats with scales, for `attention` and `attention_varlen`.
+
+    Where a gradient is wanted the tensors themselves are kept: the backward pass runs on them, in their precision, with
+    the output and log-sum-exps of the 8-bit forward pass.
+
+    Args:
+        q, k, v: (batch, seqlen, heads, headdim) or packed (total, heads, headdim), float16, bfloat16 or float32.
+        granularity: what shares a scale: a "block" of 64 queries or 128 keys of a head, a "head" of a batch entry (of
+            packed tensors: of all sequences), or the whole "tensor". The first reads memory once, the others twice.
+        incoherent: multiply queries and keys by one random orthogonal matrix (a Hadamard matrix after random signs)
+            before they are rounded. Scores stay as they are; large single columns err less.
+        dtype: torch.float8_e4m3fn (default), torch.float8_e5m2, or their fnuz forms (default where the device, a CDNA3,
+            multiplies no other).
+        seed: of the random signs.
+
+    Returns:
+        Quantized(q, k, v), each a `Scaled`: data, scale and what they mean. What is not finite becomes NaN.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    check.quantizable(q, k, v, granularity, incoherent, dtype, seed)
+    wants = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    dtype = dtype or plan.eight_bits(q.device)
+    with torch.no_grad():
+        parts = plan.quantizer(q)(q, k, v, granularity, incoherent, dtype, seed)
+    found = []
+    for tensor, (data, scale), rows in zip((q, k, v), parts, (QUERIES, KEYS, KEYS), strict=True):
+        turned = tensor is v and v.ndim == 4
+        source = tensor if wants else None
+        found.append(Scaled(data, scale, tensor.dtype, granularity, tensor.shape[-3], rows, turned, source))
+    return Quantized(*found)
