@@ -49,9 +49,10 @@ def quantize(
     dtype = dtype or plan.eight_bits(q.device)
     with torch.no_grad():
         parts = plan.quantizer(q)(q, k, v, granularity, incoherent, dtype, seed)
-    found = []
-    for tensor, (data, scale), rows in zip((q, k, v), parts, (QUERIES, KEYS, KEYS), strict=True):
-        turned = tensor is v and v.ndim == 4
-        source = tensor if wants else None
-        found.append(Scaled(data, scale, tensor.dtype, granularity, tensor.shape[-3], rows, turned, source))
-    return Quantized(*found)
+    kinds = ((q, QUERIES, False), (k, KEYS, False), (v, KEYS, v.ndim == 4))
+    return Quantized(
+        *[
+            Scaled(data, scale, source.dtype, granularity, source.shape[-3], rows, turned, source if wants else None)
+            for (source, rows, turned), (data, scale) in zip(kinds, parts, strict=True)
+        ]
+    )
