@@ -41,8 +41,9 @@ def words_at(visits, place, n, m_edge, META: gl.constexpr, KEYS: gl.constexpr, I
 
 
 @gluon.jit
-def seen(b_words, COLUMNS: gl.constexpr, scores: gl.constexpr):
-    """(64, COLUMNS): what the mask allows, in the layout `scores` of an accumulator."""
+def seen(b_words, COLUMNS: gl.constexpr, DEPTH: gl.constexpr):
+    """(64, COLUMNS): what the mask allows, in the layout of an accumulator, whose products sum up DEPTH terms each."""
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, DEPTH])
     whole: gl.constexpr = parted(COLUMNS)
     eights: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, whole)))
     pair: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, whole)))
@@ -53,8 +54,8 @@ def seen(b_words, COLUMNS: gl.constexpr, scores: gl.constexpr):
 
 
 @gluon.jit
-def cut(b_scores, b_words, m_edge):
+def cut(b_scores, b_words, m_edge, DEPTH: gl.constexpr = 16):
     """Scores, at an edge -inf where bits hide them."""
     if m_edge:
-        b_scores = gl.where(seen(b_words, b_scores.shape[1], b_scores.type.layout), b_scores, float("-inf"))
+        b_scores = gl.where(seen(b_words, b_scores.shape[1], DEPTH), b_scores, float("-inf"))
     return b_scores

@@ -89,7 +89,7 @@ def rule(
         b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED_AT
     )
     if b_words is not None:
-        b_scores = cut(b_scores, b_words, m_edge)
+        b_scores = cut(b_scores, b_words, m_edge, META.depth)
     return b_scores
 
 

@@ -28,16 +28,16 @@ def scales_at(scale, i_batch, i_head, first, o_rows, end, ROWS: tl.constexpr, SC
 
 @triton.jit
 def query_scales(scales, place, o_query, META: tl.constexpr):
-    return scales_at(
-        scales[0], place.batch, place.head, place.first_q, o_query, place.seqlen_q, QUERY_ROWS, META.scaled
-    )
+    SCALED: tl.constexpr = META.scaled
+    return scales_at(scales[0], place.batch, place.head, place.first_q, o_query, place.seqlen_q, QUERY_ROWS, SCALED)
 
 
 @triton.jit
 def key_scales(scale, place, o_keys, META: tl.constexpr):
     """Those of keys, or of values."""
     i_head = place.head // META.group
-    return scales_at(scale, place.batch, i_head, place.first_k, o_keys, place.seqlen_k, KEY_ROWS, META.scaled)
+    SCALED: tl.constexpr = META.scaled
+    return scales_at(scale, place.batch, i_head, place.first_k, o_keys, place.seqlen_k, KEY_ROWS, SCALED)
 
 
 @triton.jit
