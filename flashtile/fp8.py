@@ -4,11 +4,13 @@
 bits. FlashAttention-3 (Shah et al. 2024), section 3.3: scales of blocks, and incoherent processing.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flashtile import check, plan
-from flashtile.scaled import KEYS, QUERIES, Quantized, Scaled
+from flashtile.scaled import GROUP, KEYS, QUERIES, Quantized, Scaled, blocks
 
 __all__ = ["Quantized", "Scaled", "quantize"]
 
@@ -48,7 +50,9 @@ def quantize(
     wants = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     dtype = dtype or plan.eight_bits(q.device)
     with torch.no_grad():
-        parts = plan.quantizer(q)(q, k, v, granularity, incoherent, dtype, seed)
+        run = _operator if torch.compiler.is_compiling() else _rounded
+        found = run(q, k, v, granularity, incoherent, dtype, seed)
+    parts = zip(found[:3], found[3:], strict=True)
     kinds = ((q, QUERIES, False), (k, KEYS, False), (v, KEYS, v.ndim == 4))
     return Quantized(
         *[
@@ -56,3 +60,36 @@ def quantize(
             for (source, rows, turned), (data, scale) in zip(kinds, parts, strict=True)
         ]
     )
+
+
+def _rounded(
+    q: Tensor, k: Tensor, v: Tensor, granularity: str, incoherent: bool, dtype: torch.dtype, seed: int
+) -> list[Tensor]:
+    """The data of q, k and v, then their scales."""
+    parts = plan.quantizer(q)(q, k, v, granularity, incoherent, dtype, seed)
+    return [data for data, _ in parts] + [scale for _, scale in parts]
+
+
+@torch.library.custom_op(
+    "flashtile::quantize",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, str granularity, bool incoherent, ScalarType dtype, int seed) -> Tensor[]",
+)
+def _operator(*arguments: Any) -> list[Tensor]:
+    """`_rounded` as an operator, opaque to the compiler."""
+    return _rounded(*arguments)
+
+
+@_operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, granularity: str, incoherent: bool, dtype: torch.dtype, seed: int
+) -> list[Tensor]:
+    data, scales = [], []
+    for tensor, rows, last in ((q, QUERIES, False), (k, KEYS, False), (v, KEYS, True)):
+        *batch, seqlen, heads, columns = tensor.shape
+        turned = last and bool(batch)
+        shape = (*batch, heads, columns, (seqlen + GROUP - 1) // GROUP * GROUP) if turned else tensor.shape
+        data.append(tensor.new_empty(shape, dtype=dtype))
+        count = blocks(seqlen, rows) if granularity == "block" else 1
+        scales.append(tensor.new_empty((*batch, heads, count), dtype=torch.float32))
+    return data + scales

@@ -1,8 +1,8 @@
 """8-bit calls and their oracle, for the CPU, emulators and GPUs.
 
-The truth is the float64 reference on what the 8-bit numbers stand for: rounding the inputs is what `quantize` does, and
-is tested apart. The textbook formula of the tolerance rule (see `oracle`) rounds as any kernel with 8-bit products must:
-the weights, relative to their row's largest, to the format of the values.
+The truth is the float64 reference on what the 8-bit numbers stand for: rounding the inputs is `quantize`, which
+is tested apart. The textbook formula of the tolerance rule (see `oracle`) rounds as such kernels must: the
+weights, relative to their row's largest, to the format of the values.
 """
 
 from dataclasses import dataclass, field

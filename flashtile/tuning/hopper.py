@@ -39,23 +39,21 @@ _WIDE = (
     Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)),
 )
 
-_EIGHT = (
-    Row(64, None, HopperConfig(consumers=3, tile_kv=128, stages=4)),
-    Row(128, None, HopperConfig(consumers=2, tile_kv=128, stages=4)),
-    Row(256, None, HopperConfig(consumers=2, tile_kv=128, stages=2)),
-)
+_EIGHT_TWO = HopperConfig(consumers=2, tile_kv=128, stages=4)
+_EIGHT_THREE = HopperConfig(consumers=3, tile_kv=128, stages=4, turns=True)
+_EIGHT_WIDE = (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=128, stages=2)))
 
 FORWARD: dict[str, tuple[Row, ...]] = {
     "full": (Row(64, 1024, _TWO), Row(64, None, _THREE), *_WIDE),
     "window": (Row(64, 2048, _TWO), Row(64, None, _THREE), *_WIDE),
     "cut": (Row(64, None, _TWO), *_WIDE),
-    "eight_full": _EIGHT,
-    "eight_window": _EIGHT,
-    "eight_cut": _EIGHT,
+    "eight_full": (Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
+    "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
+    "eight_cut": (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=4))),
 }
 """By what the scores meet: nothing, a causal mask or another window, or anything; then the same with 8-bit inputs,
-whose tiles of keys hold no more than the 128 that share a scale. The first row that fits counts. The first two kinds
-were timed on an H100 at 1k, 2k, 4k, 8k and 16k tokens."""
+whose tiles of keys hold no more than the 128 that share a scale. The first row that fits counts. The first two of
+each three were timed on an H100, at 1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k."""
 
 
 class BackwardConfig(NamedTuple):

@@ -33,7 +33,7 @@ def unavailable() -> str | None:
 
 def builds() -> int:
     """Interpreted kernels are not compiled."""
-    return compiled((*_launch().KERNELS, *_cached().KERNELS))
+    return compiled((*_launch().KERNELS, *_cached().KERNELS, *_rounding().KERNELS))
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -132,6 +132,8 @@ def kind_of(problem: Problem) -> str:
     """Which rows of the tuning tables hold (see `KINDS`)."""
     if problem.dtype is torch.float32:
         return "single"
+    if problem.scaled:
+        return "eight"
     if set(problem.modified) - {"sinks"}:
         return "modified"
     packed = problem.varlen and not problem.batch_invariant
@@ -186,10 +188,16 @@ def refuses_rounding(q: Tensor) -> str | None:
     return None if _architecture() >= (8, 9) else "the GPU converts no float8_e4m3fn"
 
 
-def _quantize(*arguments: Any) -> Any:
+@cache
+def _rounding() -> ModuleType:
+    """As `_launch`, of rounding to 8 bits."""
     from flashtile.backends.portable import quantize
 
-    return quantize.quantize(*arguments)
+    return quantize
+
+
+def _quantize(*arguments: Any) -> Any:
+    return _rounding().quantize(*arguments)
 
 
 def multiplies_eight_bits(dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashtile.kernels.arguments import numbers_of, rows_of
 from flashtile.kernels.places import number_of
-from flashtile.kernels.tape import prepared
+from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.kernels.words import odd
 from flashtile.scaled import GROUP, KEYS, QUERIES, SMALLEST, blocks, largest, rotation
 
@@ -86,6 +86,9 @@ def quantize_kernel(
             tl.store(p_out + o_rows.to(tl.int64)[:, None] * out_row + o_columns[None, :], b_low, mask=m_tile)
 
 
+KERNELS = (quantize_kernel,)
+
+
 def quantize(
     q: Tensor, k: Tensor, v: Tensor, granularity: str, incoherent: bool, dtype: torch.dtype, seed: int
 ) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -98,10 +101,25 @@ def quantize(
     )
 
 
-def on_device(kernel: Any, programs: int, given: dict[str, Any], warps: int) -> None:
-    """Launches on the device of the tensors."""
+def on_device(kernel: Any, programs: int, given: dict[str, Any], warps: int) -> Any:
+    """Launches on the device of the tensors; returns the compiled kernel."""
     with prepared(given["out"].device):
-        kernel[(programs,)](**given, num_warps=warps)
+        return kernel[(programs,)](**given, num_warps=warps)
+
+
+_memories: dict[Any, dict[Any, Any]] = {}
+_KEPT = 1024
+"""Kinds of tensors whose launches are remembered (see `kernels.tape`)."""
+
+
+def _memory(*key: Any) -> dict[Any, Any]:
+    """What earlier calls of a kind left; the oldest make room."""
+    found = _memories.get(key)
+    if found is None:
+        while len(_memories) >= _KEPT:
+            _memories.pop(next(iter(_memories)))
+        found = _memories[key] = {}
+    return found
 
 
 def _rounded(
@@ -113,7 +131,7 @@ def _rounded(
     turned: bool = False,
     launch: Any = on_device,
 ) -> tuple[Tensor, Tensor]:
-    """(data, scale); `launch`: where to, for an emulator."""
+    """(data, scale); `launch`: where to, for an emulator, which leaves nothing behind."""
     *batch, seqlen, heads, headdim = tensor.shape
     count = blocks(seqlen, rows)
     make: dict[str, Any] = {"dtype": torch.float32, "device": tensor.device}
@@ -124,9 +142,10 @@ def _rounded(
     out = torch.empty(shape, dtype=dtype, device=tensor.device)
     block = max(GROUP, 1 << (headdim - 1).bit_length())
     turn = None if seed is None else rotation(headdim, seed, tensor.device, tensor.dtype)
+    loaded = rows_of(tensor)
     head, row = (out.stride(-3), out.stride(-2)) if turned else (out.stride(-2), out.stride(-3))
     given = {
-        "x": rows_of(tensor),
+        "x": loaded,
         "signs": turn and turn.signs,
         "matrix": turn and turn.matrix,
         "factor": turn.factor if turn else 0.0,
@@ -141,7 +160,19 @@ def _rounded(
         **{"LARGEST": largest(dtype), "TURNED": turned, "GROUP": GROUP},
     }
     programs = count * heads * (batch[0] if batch else 1)
-    if programs and seqlen:
+    warps = 4 if rows * block <= 8192 else 8
+
+    def launches(tape: Tape | None) -> None:
         for mode in ("own",) if granularity == "block" else ("peak", "given"):
-            launch(quantize_kernel, programs, {**given, "MODE": mode}, 4 if rows * block <= 8192 else 8)
+            named = {**given, "MODE": mode}
+            compiled = launch(quantize_kernel, programs, named, warps)
+            if tape is not None:
+                arguments = [named[parameter.name] for parameter in quantize_kernel.params]
+                tape.record(compiled, programs, arguments)
+
+    if programs and seqlen:
+        beside = (None, None) if turn is None else (turn.signs, turn.matrix)
+        kind = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15)
+        memory = _memory(*kind, granularity, dtype, rows, seed, turned) if launch is on_device else None
+        perform(launches, (loaded.pointer, out, scale, peak, *beside), memory)
     return out, scale
