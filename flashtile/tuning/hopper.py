@@ -98,8 +98,25 @@ def forward_config(headdim: int, kind: str, queries: int) -> HopperConfig:
 
 
 SPILLS: dict[tuple[str, int], dict[str, int]] = {
-    ("forward_kernel", 64): {"plain": 90, "causal": 70, "window": 70, "bias": 100, "table": 130},
-    ("forward_kernel", 128): {"bias": 280, "score_mod": 10, "table": 190, "mask_mod": 30, "varlen": 70},
+    ("forward_kernel", 64): {
+        "plain": 90,
+        "causal": 70,
+        "window": 70,
+        "bias": 100,
+        "table": 130,
+        "fp8": 20,
+        "fp8_causal": 30,
+        "fp8_heads": 30,
+        "fp8_mask_mod": 10,
+    },
+    ("forward_kernel", 128): {
+        "bias": 280,
+        "score_mod": 10,
+        "table": 190,
+        "mask_mod": 30,
+        "varlen": 70,
+        "fp8_mask_mod": 300,
+    },
     ("forward_kernel", 256): {
         "causal": 20,
         "window": 20,
@@ -109,6 +126,11 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "table": 80,
         "mask_mod": 580,
         "varlen": 620,
+        "fp8": 30,
+        "fp8_causal": 30,
+        "fp8_heads": 60,
+        "fp8_softcap": 30,
+        "fp8_mask_mod": 590,
     },
     ("bias_kernel", 64): {"bias": 20},
     ("bias_kernel", 128): {"bias": 20},
