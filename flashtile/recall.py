@@ -42,7 +42,7 @@ class _Found(NamedTuple):
     inputs: Inputs
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
+def attention(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None = None) -> Any:
     """(out, lse) of the call."""
     if sharding.current is not None and not arguments.sharding:
         sharded = sharding.current(q, k, v, arguments, packing)
@@ -60,7 +60,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Pa
     return autograd.eager(inputs, call)
 
 
-def _find(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None) -> _Found | None:
+def _find(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None) -> _Found | None:
     """All that decides what the call comes to, beside its tensors; None: that cannot be said of it."""
     eight = eight_of(q, k, v)
     if eight.tensors:

@@ -56,10 +56,8 @@ def described(**given: Any) -> Packing | None:
     return Packing(**given) if given["cu_seqlens_q"] is not None else None
 
 
-def build(
-    q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
-) -> tuple[Inputs, Options]:
-    """Checks everything, then says it in the engine's words."""
+def build(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None = None) -> tuple[Inputs, Options]:
+    """Checks everything, then says it in the engine's words; q, k and v: tensors, or `Scaled` ones."""
     if not arguments.sharding or torch.compiler.is_compiling():
         return _build(q, k, v, arguments, packing)
     try:
@@ -70,9 +68,7 @@ def build(
         raise
 
 
-def _build(
-    q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
-) -> tuple[Inputs, Options]:
+def _build(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None = None) -> tuple[Inputs, Options]:
     q, k, v, eight = _opened(q, k, v, packing is not None)
     _check(_whole(q, arguments), _whole(k, arguments), arguments, packing, bool(eight.tensors))
     mask = _mask(arguments)

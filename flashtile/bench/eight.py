@@ -102,7 +102,8 @@ def coarse(truth: Truth, inputs: Tensors) -> Truth:
 
 def _formula(tensors: tuple[Tensor, ...], case: Case) -> Tensor:
     """(batch, seqlen, 1, headdim) of heads that are rounded; matrices of one batch entry at a time."""
-    q, k, v = (part.dequantize(torch.float32).transpose(1, 2) for part in fp8.quantize(*tensors, "head", False))
+    quantized = fp8.quantize(tensors[0], tensors[1], tensors[2], "head", False)
+    q, k, v = (part.dequantize(torch.float32).transpose(1, 2) for part in quantized)
     outs = []
     for i in range(case.batch):
         scores = q[i] @ k[i].mT * case.headdim**-0.5

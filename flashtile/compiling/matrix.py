@@ -124,8 +124,8 @@ def eight_call(entry: Entry, dtype: torch.dtype) -> tuple[Inputs, Options]:
     """The same of an entry with 8-bit inputs."""
     granularity, options = EIGHT[entry.variant]
     q, k, v = (torch.zeros(1, SEQLEN, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (4, 2, 2))
-    arguments: Any = fp8.quantize(q, k, v, granularity, dtype=dtype)
-    return build(*arguments, Arguments(**options))
+    parts = fp8.quantize(q, k, v, granularity, dtype=dtype)
+    return build(parts.q, parts.k, parts.v, Arguments(**options))
 
 
 def entries(targets: list[str], headdims: list[int], dtypes: list[str], variants: list[str]) -> Iterator[Entry]:
