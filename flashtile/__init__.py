@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from flashtile import kvcache, masks, reference
+    from flashtile import fp8, kvcache, masks, reference
     from flashtile.api import attention, attention_kvcache, attention_varlen, builds, explain, explain_kvcache, warmup
     from flashtile.dropout import dropout_mask
     from flashtile.integrations.dispatcher import activate_sdpa, deactivate_sdpa
@@ -32,6 +32,7 @@ _HOMES = {
     "State": "state",
     "Mask": "masks",
     "dropout_mask": "dropout",
+    "fp8": "fp8",
     "kvcache": "kvcache",
     "masks": "masks",
     "reference": "reference",
@@ -55,6 +56,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "explain_kvcache",
+    "fp8",
     "install_as_flash_attn",
     "kvcache",
     "masks",

@@ -15,13 +15,14 @@ from flashtile.decoding import CacheArguments
 from flashtile.masks import Alignment, Mask
 from flashtile.plan import Plan
 from flashtile.request import Arguments, Packing, build, described
+from flashtile.scaled import Scaled
 from flashtile.state import State
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | Scaled,
+    k: Tensor | Scaled,
+    v: Tensor | Scaled,
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -50,7 +51,8 @@ def attention(
     sharded.
 
     Args:
-        q: (batch, seqlen_q, heads, headdim), float16, bfloat16, float32 or float64.
+        q: (batch, seqlen_q, heads, headdim), float16, bfloat16, float32 or float64; or with k and v what
+            `flashtile.fp8.quantize` returns.
         k: (batch, seqlen_kv, heads_kv, headdim), dtype and device of q; heads_kv divides heads (GQA, MQA).
         v: (batch, seqlen_kv, heads_kv, headdim_v).
         causal: query i sees keys up to its diagonal (see `alignment`).
@@ -70,7 +72,8 @@ def attention(
             drawn from PyTorch's generator.
         alignment: where causal, window and ALiBi have their diagonal: "bottom_right" (the last query sees the last
             key) or "top_left" (query 0 sees key 0). They differ only where seqlen_q and seqlen_kv do.
-        out_dtype: dtype of out: q's (default) or torch.float32.
+        out_dtype: dtype of out: q's (default) or torch.float32; of 8-bit inputs torch.float16, torch.bfloat16 or
+            torch.float32, default: that of what was rounded.
         return_lse: return State(out, lse) instead of out.
         deterministic: gradients repeat bit for bit; default: torch.are_deterministic_algorithms_enabled().
         batch_invariant: a sequence gets the same bits alone, in any batch and in any packing; implies deterministic.
@@ -109,9 +112,9 @@ def attention(
 
 
 def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | Scaled,
+    k: Tensor | Scaled,
+    v: Tensor | Scaled,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     *,
@@ -303,9 +306,9 @@ def explain_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, **arguments: An
 
 
 def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | Scaled,
+    k: Tensor | Scaled,
+    v: Tensor | Scaled,
     *,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
@@ -378,9 +381,9 @@ def explain(
 
 
 def warmup(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | Scaled,
+    k: Tensor | Scaled,
+    v: Tensor | Scaled,
     *,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,

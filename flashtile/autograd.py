@@ -21,20 +21,20 @@ from flashtile.problem import Inputs, Options, Wanted, describe
 # The same tail in both operators: where sequences lie, the modifiers' tensors, the options.
 _TAIL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? bias, "
-    "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor[] mask_tensors, Tensor[] score_tensors, str mask, "
-    "str score_mod, float scale, float softcap, float dropout_p, str alignment, ScalarType out_dtype, "
-    "bool deterministic, bool batch_invariant, str? backend, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "str sharding"
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor[] mask_tensors, Tensor[] score_tensors, "
+    "Tensor[] scaled, str mask, str score_mod, float scale, float softcap, float dropout_p, str alignment, "
+    "ScalarType out_dtype, bool deterministic, bool batch_invariant, str? backend, SymInt? max_seqlen_q, "
+    "SymInt? max_seqlen_k, str sharding, str scaled_by"
 )
 _SAVED = "Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[] wanted"
-_OPTION_COUNT = 13  # the arguments of _TAIL from `mask` on
+_OPTION_COUNT = 14  # the arguments of _TAIL from `mask` on
 _FIRST_LIST = 11  # the fields of Inputs before `mask`, each a tensor or None
 
 
 def _unpack(tensors: tuple[Any, ...]) -> tuple[Inputs, Options]:
     """(q, k, v, *_TAIL) -> (Inputs, Options)."""
-    *leading, mask_tensors, score_tensors = tensors[:-_OPTION_COUNT]
-    inputs = Inputs(*[*leading, tuple(mask_tensors), tuple(score_tensors)])
+    *leading, masks, scores, scaled = tensors[:-_OPTION_COUNT]
+    inputs = Inputs(*[*leading, tuple(masks), tuple(scores), tuple(scaled)])
     return inputs, Options(*tensors[-_OPTION_COUNT:])
 
 
@@ -54,6 +54,7 @@ def _pack(inputs: Inputs, options: Options) -> tuple[Any, ...]:
         inputs.seed,
         list(inputs.mask),
         list(inputs.score),
+        list(inputs.scaled),
         options.mask,
         options.score_mod,
         options.scale,
@@ -67,6 +68,7 @@ def _pack(inputs: Inputs, options: Options) -> tuple[Any, ...]:
         options.max_seqlen_q,
         options.max_seqlen_k,
         options.sharding,
+        options.scaled,
     )
 
 
@@ -141,7 +143,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, options = _unpack(arguments)
     q = inputs.q
     lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    out = q.new_empty((*q.shape[:-1], inputs.v.shape[-1]), dtype=options.out_dtype)
+    out = q.new_empty((*q.shape[:-1], inputs.headdim_v), dtype=options.out_dtype)
     return out, q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=lse_dtype)
 
 
@@ -177,7 +179,8 @@ def _wanted(flags: Sequence[bool]) -> Wanted:
 
 def _sources(inputs: Inputs) -> list[Tensor | None]:
     """What may have a gradient, in the order of the backward operator's results."""
-    return [inputs.q, inputs.k, inputs.v, inputs.bias, inputs.alibi_slopes, inputs.sinks, *inputs.score]
+    exact = inputs.exact()
+    return [exact.q, exact.k, exact.v, inputs.bias, inputs.alibi_slopes, inputs.sinks, *inputs.score]
 
 
 def _flat(gradients: backends.Gradients) -> list[Tensor | None]:
@@ -196,8 +199,10 @@ def wanted_of(inputs: Inputs) -> Wanted:
 
 
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor], options: Options) -> None:
+    """Of 8-bit inputs, what they were rounded from."""
     ctx.set_materialize_grads(False)
-    ctx.counts = (len(inputs.mask), len(inputs.score))
+    ctx.counts = (len(inputs.mask), len(inputs.score), len(inputs.scaled))
+    inputs = inputs.exact()
     # One tensor more in sharded calls: checkpoints compare what is saved, so that none is computed again unsharded.
     mark = [output[1].new_empty(0)] if options.sharding else []
     ctx.save_for_backward(*output, *inputs[:_FIRST_LIST], *inputs.mask, *inputs.score, *mark)
@@ -205,7 +210,7 @@ def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor], options: Opti
 
 def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor, Tensor]]:
     """What `_save` kept: (inputs, (out, lse))."""
-    masks, scores = ctx.counts
+    masks, scores, _ = ctx.counts
     out, lse, *tensors = ctx.saved_tensors
     mask, score = tensors[_FIRST_LIST : _FIRST_LIST + masks], tensors[_FIRST_LIST + masks :][:scores]
     return Inputs(*[*tensors[:_FIRST_LIST], tuple(mask), tuple(score)]), (out, lse)
@@ -223,7 +228,10 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     grads = [next(found) if want else None for want in (True, True, True, *ctx.wanted)]
     q, k, v, bias, slopes, sinks, *score = grads
     masks = [None] * len(call.mask)
-    return (q, k, v, *(None,) * 4, bias, slopes, sinks, None, masks, score, *(None,) * _OPTION_COUNT)
+    scaled: list[Tensor | None] = [None] * ctx.counts[2]
+    if len(scaled) > 3:
+        q, k, v, scaled[3:] = None, None, None, [q, k, v]
+    return (q, k, v, *(None,) * 4, bias, slopes, sinks, None, masks, score, scaled, *(None,) * _OPTION_COUNT)
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
@@ -260,7 +268,7 @@ def plainly_eager(inputs: Inputs) -> bool:
     """No compiler, dispatch mode, functorch transform or tensor subclass is watching, and there are numbers to see."""
     if inputs.q.is_meta or watched():
         return False
-    tensors = (*inputs[:_FIRST_LIST], *inputs.mask, *inputs.score)
+    tensors = (*inputs[:_FIRST_LIST], *inputs.mask, *inputs.score, *inputs.scaled)
     return all(tensor is None or type(tensor) in PLAIN for tensor in tensors)
 
 
@@ -288,7 +296,7 @@ def eager(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         if call.options.backend is not None and not call.options.sharding:
             # One that takes no backward pass says so now.
             call.plan(inputs, False)
-            call.plan(inputs, True)
+            call.plan(inputs.exact(), True)
         return _Eager.apply(inputs, call, *sources)
     return run_forward(inputs, call)
 
@@ -301,7 +309,7 @@ def plans(inputs: Inputs, options: Options) -> plan.Plan:
     """What the forward pass would run, and, if anything requires a gradient, the backward pass."""
     call = Call.of(inputs, options)
     chosen = call.plan(inputs, False)
-    return replace(chosen, backward=call.plan(inputs, True)) if _requires_grad(_sources(inputs)) else chosen
+    return replace(chosen, backward=call.plan(inputs.exact(), True)) if _requires_grad(_sources(inputs)) else chosen
 
 
 def rehearse(inputs: Inputs, options: Options) -> None:
@@ -314,4 +322,4 @@ def rehearse(inputs: Inputs, options: Options) -> None:
             if config != chosen.config:
                 plan.kernel(chosen).forward(inputs, chosen.problem, config, {})
         if _requires_grad(_sources(inputs)):
-            run_backward(inputs, call, output, (torch.zeros_like(output[0]), None))
+            run_backward(inputs.exact(), call, output, (torch.zeros_like(output[0]), None))

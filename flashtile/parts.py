@@ -300,7 +300,7 @@ def _total(totals: Grads, source: tuple[str, int]) -> Tensor | None:
 def _call(part: Local, wanted: tuple[bool, ...]) -> autograd.Call:
     """What is known of calls that differ from this one in addresses alone."""
     inputs = part.inputs
-    layouts = recall.layouts((*inputs[:-2], *inputs.mask, *inputs.score))
+    layouts = recall.layouts((*inputs[:-3], *inputs.mask, *inputs.score))
     key = None if layouts is None else (part.options, wanted, len(inputs.mask), layouts)
     call = _calls.get(key)
     if call is None:

@@ -1,9 +1,13 @@
 """Problem -> Plan: which backend, which kernel, which tiles, and why nothing faster."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from flashtile import backends, masks
 from flashtile.backends import Decoder, Kernel
@@ -97,6 +101,30 @@ def decoder(plan: Plan) -> Decoder:
     """The same for a call over a KV cache."""
     run: Decoder = plan.run
     return run
+
+
+def quantizer(q: Tensor) -> Callable[..., Sequence[tuple[Tensor, Tensor]]]:
+    """What rounds such tensors to 8 bits, the fastest."""
+    for name in backends.ORDER:
+        module = backends.load(name)
+        if module.unavailable() is None:
+            for candidate in module.QUANTIZERS:
+                if candidate.refuses(q) is None:
+                    run: Callable[..., Sequence[tuple[Tensor, Tensor]]] = candidate.quantize
+                    return run
+    raise NotImplementedError(f"no backend rounds tensors on {q.device.type} to 8 bits")
+
+
+def eight_bits(device: torch.device) -> torch.dtype:
+    """The 8-bit format with the most digits that a device multiplies, or the most usual where it multiplies none."""
+    fnuz = device.type == "cuda" and torch.version.hip and _architecture(device).startswith("gfx94")
+    return torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
+
+
+@lru_cache
+def _architecture(device: torch.device) -> str:
+    name: str = torch.cuda.get_device_properties(device).gcnArchName
+    return name
 
 
 def builds() -> int:

@@ -15,7 +15,11 @@ from flashtile.region import region
 
 
 class Inputs(NamedTuple):
-    """The tensors of one call; an absent feature is None or an empty tuple."""
+    """The tensors of one call; an absent feature is None or an empty tuple.
+
+    scaled: the scales of 8-bit q, k and v, whose values then are `turned` unless packed (see `flashtile.scaled`); and
+    behind them the tensors that those were rounded from, where gradients are wanted.
+    """
 
     q: Tensor
     k: Tensor
@@ -30,6 +34,19 @@ class Inputs(NamedTuple):
     seed: Tensor | None = None
     mask: tuple[Tensor, ...] = ()
     score: tuple[Tensor, ...] = ()
+    scaled: tuple[Tensor, ...] = ()
+
+    @property
+    def headdim_v(self) -> int:
+        """Columns of a value."""
+        return self.v.shape[-2 if self.scaled and self.cu_seqlens_q is None else -1]
+
+    def exact(self) -> "Inputs":
+        """The call in the precision that gradients are computed in."""
+        if len(self.scaled) <= 3:
+            return self
+        q, k, v = self.scaled[3:]
+        return self._replace(q=q, k=k, v=v, scaled=())
 
 
 class CacheTensors(NamedTuple):
@@ -96,6 +113,7 @@ class Problem:
 
     described: rows of q, k and v begin at multiples of 16 bytes, no two of them at one, as copy engines ask.
     arch: of the GPU that the tensors lie on (see `facts.arch`): a machine may have several kinds.
+    scaled: of 8-bit inputs, the rows that share a scale: those of a "head", or of a "block"; "": there are no scales.
     """
 
     batch: int
@@ -123,6 +141,7 @@ class Problem:
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     described: bool = True
+    scaled: str = ""
     backward: bool = False
     wanted: Wanted = field(default_factory=Wanted)
     cached: Cached | None = None
@@ -161,6 +180,7 @@ class Options:
     """The static options of a call, as they travel through the operator. `max_seqlen_*`: promises of packed calls.
 
     sharding: "" or a name that `flashtile.sharding` knows: q, k and v are this process's share of longer sequences.
+    scaled: see `Problem`.
     """
 
     mask: str = '["full"]'
@@ -176,6 +196,7 @@ class Options:
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     sharding: str = ""
+    scaled: str = ""
 
 
 def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: Wanted | None = None) -> Problem:
@@ -189,7 +210,7 @@ def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: W
         heads=q.shape[-2],
         heads_kv=k.shape[-2],
         headdim=q.shape[-1],
-        headdim_v=v.shape[-1],
+        headdim_v=inputs.headdim_v,
         dtype=q.dtype,
         device=q.device.type,
         varlen=varlen,
@@ -208,6 +229,7 @@ def describe(inputs: Inputs, options: Options, backward: bool = False, wanted: W
         max_seqlen_q=options.max_seqlen_q,
         max_seqlen_k=options.max_seqlen_k,
         described=all(map(described, (q, k, v))),
+        scaled=options.scaled if inputs.scaled else "",
         backward=backward,
         wanted=wanted or Wanted(),
         arch=facts.arch(q.device),

@@ -14,7 +14,7 @@ from flashtile import autograd, sharding, trace
 from flashtile.forgetting import make_room
 from flashtile.masks import Mask
 from flashtile.problem import Inputs
-from flashtile.request import Arguments, Packing, build, mask_value
+from flashtile.request import Arguments, Packing, build, eight_of, mask_value
 
 _KEPT = 4096
 SIMPLE = frozenset((type(None), bool, int, float, str, tuple, torch.dtype))
@@ -43,7 +43,7 @@ class _Found(NamedTuple):
     inputs: Inputs
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None) -> Any:
+def attention(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None = None) -> Any:
     """(out, lse) of the call."""
     if sharding.current is not None and not arguments.sharding:
         sharded = sharding.current.attend(q, k, v, arguments, packing)
@@ -65,8 +65,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Pa
     return autograd.eager(inputs, call)
 
 
-def _find(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None) -> _Found | None:
+def _find(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None) -> _Found | None:
     """All that decides what the call comes to, beside its tensors; None: that cannot be said of it."""
+    eight = eight_of(q, k, v)
+    if eight.tensors:
+        q, k, v = q.data, k.data, v.data
     if autograd.watched() or type(q) not in autograd.PLAIN or not worth_it(q):
         return None
     if torch.is_autocast_enabled(q.device.type) or arguments.dropout_p:
@@ -84,14 +87,15 @@ def _find(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packin
     mask = _NO_MASK if arguments.mask is None else mask_value(arguments.mask)
     score = _NO_SCORE if arguments.score_mod is None else trace.lift(arguments.score_mod, "score")
     beside = (arguments.bias, arguments.alibi_slopes, arguments.sinks)
-    tensors = layouts((q, k, v, *offsets, *beside, *mask.tensors, *score.tensors))
+    tensors = layouts((q, k, v, *offsets, *beside, *mask.tensors, *score.tensors, *eight.tensors))
     if tensors is None:
         return None
     switches = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), packing is None)
-    key = (tensors, values, kinds, mask.token, score.key, switches)
+    key = (tensors, values, kinds, mask.token, score.key, switches, eight[1:])
     bias, slopes, sinks = beside
     cu_q, cu_k, used_q, used_k = offsets
-    inputs = Inputs(q, k, v, cu_q, cu_k, used_q, used_k, bias, slopes, sinks, None, mask.tensors, score.tensors)
+    lists = (mask.tensors, score.tensors, eight.tensors)
+    inputs = Inputs(q, k, v, cu_q, cu_k, used_q, used_k, bias, slopes, sinks, None, *lists)
     return _Found(key, inputs)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from flashtile import backends, check, masks, sharding, trace
 from flashtile.masks import Mask
 from flashtile.problem import Inputs, Options
+from flashtile.scaled import Scaled
 
 
 class Arguments(NamedTuple):
@@ -55,10 +56,8 @@ def described(**given: Any) -> Packing | None:
     return Packing(**given) if given["cu_seqlens_q"] is not None else None
 
 
-def build(
-    q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
-) -> tuple[Inputs, Options]:
-    """Checks everything, then says it in the engine's words."""
+def build(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None = None) -> tuple[Inputs, Options]:
+    """Checks everything, then says it in the engine's words; q, k and v: tensors, or `Scaled` ones."""
     if not arguments.sharding or torch.compiler.is_compiling():
         return _build(q, k, v, arguments, packing)
     try:
@@ -69,13 +68,9 @@ def build(
         raise
 
 
-def _build(
-    q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
-) -> tuple[Inputs, Options]:
-    check.tensors(q, k, v)
-    q, k, v = autocast(q), autocast(k), autocast(v)
-    check.qkv(q, k, v, varlen=packing is not None)
-    _check(_whole(q, arguments), _whole(k, arguments), arguments, packing)
+def _build(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None = None) -> tuple[Inputs, Options]:
+    q, k, v, eight = _opened(q, k, v, packing is not None)
+    _check(_whole(q, arguments), _whole(k, arguments), arguments, packing, bool(eight.tensors))
     mask = _mask(arguments)
     score = None if arguments.score_mod is None else trace.lift(arguments.score_mod, "score")
     inputs = Inputs(
@@ -92,6 +87,7 @@ def _build(
         seed=_seed(arguments, q),
         mask=mask.tensors,
         score=() if score is None else score.tensors,
+        scaled=eight.tensors,
     )
     options = Options(
         mask=mask.token,
@@ -100,15 +96,47 @@ def _build(
         softcap=float(arguments.softcap or 0.0),
         dropout_p=float(arguments.dropout_p),
         alignment=arguments.alignment,
-        out_dtype=arguments.out_dtype or q.dtype,
+        out_dtype=arguments.out_dtype or eight.dtype or q.dtype,
         deterministic=_deterministic(arguments.deterministic) or arguments.batch_invariant,
         batch_invariant=arguments.batch_invariant,
         backend=arguments.backend,
         max_seqlen_q=packing.max_seqlen_q if packing and not isinstance(packing.max_seqlen_q, Tensor) else None,
         max_seqlen_k=packing.max_seqlen_k if packing and not isinstance(packing.max_seqlen_k, Tensor) else None,
         sharding=arguments.sharding,
+        scaled=eight.by,
     )
     return inputs, options
+
+
+class Eight(NamedTuple):
+    """What 8-bit tensors have beside themselves: `Inputs.scaled`, `Options.scaled`, and the output's default dtype."""
+
+    tensors: tuple[Tensor, ...] = ()
+    by: str = ""
+    dtype: torch.dtype | None = None
+
+
+_SIXTEEN = Eight()
+
+
+def eight_of(q: Any, k: Any, v: Any) -> Eight:
+    """Of three `Scaled`; of tensors: nothing."""
+    if type(q) is not Scaled or type(k) is not Scaled or type(v) is not Scaled:
+        return _SIXTEEN
+    sources = (q.source, k.source, v.source)
+    kept = sources if torch.is_grad_enabled() and None not in sources else ()
+    return Eight((q.scale, k.scale, v.scale, *kept), "block" if q.granularity == "block" else "head", q.dtype)
+
+
+def _opened(q: Any, k: Any, v: Any, varlen: bool) -> tuple[Tensor, Tensor, Tensor, Eight]:
+    """Checked tensors, under autocast in its dtype unless they have 8 bits."""
+    if any(isinstance(value, Scaled) for value in (q, k, v)):
+        check.scaled(q, k, v, varlen)
+        return q.data, k.data, v.data, eight_of(q, k, v)
+    check.tensors(q, k, v)
+    q, k, v = autocast(q), autocast(k), autocast(v)
+    check.qkv(q, k, v, varlen=varlen)
+    return q, k, v, _SIXTEEN
 
 
 def _whole(tensor: Tensor, arguments: Arguments) -> Tensor:
@@ -116,7 +144,7 @@ def _whole(tensor: Tensor, arguments: Arguments) -> Tensor:
     return sharding.standing_for_all(tensor, arguments.sharding) if arguments.sharding else tensor
 
 
-def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) -> None:
+def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None, eight: bool) -> None:
     varlen = packing is not None
     if packing is not None:
         lengths = {
@@ -142,7 +170,10 @@ def _check(q: Tensor, k: Tensor, arguments: Arguments, packing: Packing | None) 
     check.sinks(arguments.sinks, q)
     check.scale(arguments.scale)
     check.dropout(arguments.dropout_p, arguments.seed, q)
-    check.out_dtype(arguments.out_dtype, q)
+    if eight:
+        check.scaled_out_dtype(arguments.out_dtype)
+    else:
+        check.out_dtype(arguments.out_dtype, q)
     check.backend(arguments.backend, backends.ORDER)
 
 

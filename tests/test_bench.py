@@ -445,3 +445,18 @@ class TestReport:
     def test_no_records_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="got no record"):
             report.write(tmp_path, tmp_path)
+
+
+def test_eight_bits(tmp_path: Path) -> None:
+    """Errors of the paper's table in its order; attention with 8-bit inputs passes a gate that rounds as it must."""
+    record, _ = suite.run("fp8_error", replace(TINY, error_seqlen=256), tmp_path)
+    for headdim in (64, 128):
+        rows = [row for row in record["rows"] if row["case"]["headdim"] == headdim]
+        rms = {row["peer"]: row["errors"]["out"]["rms"] for row in rows}
+        assert rms["float16, flashtile"] < rms["float16, standard"] < rms["FP8, flashtile, blocks, incoherent"]
+        assert rms["FP8, flashtile, blocks, incoherent"] < rms["FP8, standard, one scale a tensor"]
+    case = replace(SMALL, feature="causal", dtype="bfloat16", headdim=32)
+    names = ("flashtile_fp8", "flashtile_fp8_blocks", "flashtile_fp8_whole")
+    timed = [row for row in suite._timed(case, TINY, names, lambda text: None) if row["pass"] == "forward"]
+    assert {row["peer"]: row["status"] for row in timed} == dict.fromkeys(names, "ok")
+    assert all(row["gate"]["passed"] for row in timed)

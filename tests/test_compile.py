@@ -75,6 +75,25 @@ def test_hopper_kernels(variant: str, headdim: int) -> None:
     assert all(row["products"]["wgmma"] >= 16 for row in rows if row["products"])
 
 
+@pytest.mark.parametrize(
+    ("target", "headdim", "variant", "product"),
+    [
+        *(("sm_90a", headdim, "fp8_causal", "wgmma") for headdim in (64, 128, 256)),
+        ("sm_90a", 128, "fp8_softcap", "wgmma"),
+        ("sm_89", 64, "fp8", "mma.sync"),
+        ("sm_80", 64, "fp8", "mma.sync"),
+        ("gfx942", 64, "fp8_causal", "v_mfma"),
+    ],
+)
+def test_kernels_with_8_bits(target: str, headdim: int, variant: str, product: str) -> None:
+    """Where the target multiplies no 8-bit floats they become 16 bits."""
+    rows = [Row(**row) for row in build.rows(Entry(target, headdim, "bfloat16", variant))]
+    assert {row.kernel for row in rows} == {"forward_kernel"}
+    assert {row.backend for row in rows} == ({"portable", "hopper"} if target == "sm_90a" else {"portable"})
+    assert [str(row) for row in rows if row.broken] == []
+    assert all(row.products[product] > 0 for row in rows)
+
+
 def test_smaller_tiles_are_taken_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     short = TARGETS["sm_90a"]._replace(shared=48 * 1024)
     monkeypatch.setitem(TARGETS, "sm_90a", short)

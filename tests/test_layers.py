@@ -15,13 +15,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in the order of the imports: each may import its own room and those before it (README, "how it is laid out").
 ROOMS = {
     "words": {"problem", "facts", "forgetting", "check", "masks", "mask_nodes", "spans", "scores", "captures",
-              "recording", "scalar_graph", "trace", "interval_rules", "intervals", "dropout", "region", "cut"},
-    "mathematics": {"state", "reference", "fp8", "kvcache"},
+              "recording", "scalar_graph", "trace", "interval_rules", "intervals", "dropout", "region", "cut",
+              "scaled"},
+    "mathematics": {"state", "reference", "kvcache"},
     "triton": {"lower"},
     "kernels": {"kernels"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
-    "doors": {"sharding", "request", "autograd", "recall", "dtensors", "decoding", "gradients", "parts",
+    "doors": {"sharding", "request", "autograd", "recall", "dtensors", "decoding", "gradients", "parts", "fp8",
               "api"},
     "guests": {"distributed", "integrations", "bench", "demo", "cli", "compiling", "__main__"},
 }  # fmt: skip

@@ -63,10 +63,11 @@ def ladder() -> dict[str, str]:
 
 
 def bench() -> dict[str, str]:
-    """For each device: the plots of its records, and its longest sequences as a table."""
+    """For each device that has more than records of errors: its plots, and its longest sequences as a table."""
     found = records.read(RESULTS) if RESULTS.exists() else []
     # GPUs first.
-    ordered = sorted(found, key=lambda record: record["machine"]["device"] == "cpu")
+    shown = [record for record in found if record["kind"] != "error"]
+    ordered = sorted(shown, key=lambda record: record["machine"]["device"] == "cpu")
     devices = dict.fromkeys(record["machine"]["slug"] for record in ordered)
     parts = [_device([record for record in found if record["machine"]["slug"] == slug]) for slug in devices]
     return {"bench": "\n\n".join(parts)} if parts else {}

@@ -1,9 +1,10 @@
 """The backends, fastest first, and the contract that each one fulfils.
 
-A backend is a module `flashtile.backends.<name>` with four names: `unavailable() -> str | None` (why it cannot run on
-this machine), `builds() -> int` (how many kernels it has compiled), `KERNELS`, a tuple of `Kernel`s, fastest first, and
-`DECODERS`, the same of `Decoder`s, for calls over a KV cache. The planner asks each in turn whether it takes a Problem;
-the first that gives no reason against it runs. No backend imports another.
+A backend is a module `flashtile.backends.<name>` with five names: `unavailable() -> str | None` (why it cannot run on
+this machine), `builds() -> int` (how many kernels it has compiled), `KERNELS`, a tuple of `Kernel`s, fastest first,
+`DECODERS`, the same of `Decoder`s, for calls over a KV cache, and `QUANTIZERS`, of `Quantizer`s, which round to 8 bits.
+The planner asks each in turn whether it takes a Problem; the first that gives no reason against it runs. No backend
+imports another.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,6 +68,18 @@ class Decoder:
     refuses: Callable[[Problem], str | None]
     configure: Callable[[Problem], Any]
     decode: Callable[[Inputs, CacheTensors, Problem, Any, Memory], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One way of rounding q, k and v to 8-bit floats; refuses(q): the reason why it cannot take such tensors, or None.
+
+    quantize(q, k, v, granularity, incoherent, dtype, seed) -> (data, scale) of each (see `flashtile.fp8.quantize`).
+    """
+
+    name: str
+    refuses: Callable[[Tensor], str | None]
+    quantize: Callable[..., Sequence[tuple[Tensor, Tensor]]]
 
 
 def compiled(kernels: Sequence[Any]) -> int:

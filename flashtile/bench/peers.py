@@ -41,7 +41,7 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Peer:
     """`prepare(case)` gives the function to measure. `quadratic`: how many score matrices it holds at once.
-    `trains`: it has a backward pass."""
+    `trains`: it has a backward pass. `eight`: its inputs are rounded to 8 bits, and its errors are judged so."""
 
     name: str
     title: str
@@ -50,6 +50,7 @@ class Peer:
     devices: tuple[str, ...]
     quadratic: float
     trains: bool = True
+    eight: bool = False
 
     def bind(self, case: Case, tensors: Tensors) -> "Bound":
         """The peer with the case's inputs in its own layout.
@@ -112,13 +113,14 @@ def peer(
     devices: tuple[str, ...] = ("cpu", "cuda"),
     quadratic: float = 0.0,
     trains: bool = True,
+    eight: bool = False,
 ) -> Callable[[Callable[[Case], Attend]], Callable[[Case], Attend]]:
     """Registers a peer; see the module's description."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, need one of {', '.join(LAYOUTS)}")
 
     def register(prepare: Callable[[Case], Attend]) -> Callable[[Case], Attend]:
-        PEERS[name] = Peer(name, title, prepare, layout, devices, quadratic, trains)
+        PEERS[name] = Peer(name, title, prepare, layout, devices, quadratic, trains, eight)
         return prepare
 
     return register

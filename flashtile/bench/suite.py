@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flashtile.bench import accuracy, cases, decode, machine, memory, records, subject, timing
+from flashtile.bench import accuracy, cases, decode, eight, machine, memory, records, subject, timing
 from flashtile.bench.cases import Case
 from flashtile.bench.peers import FORWARD_ALONE, PEERS, Bound, Peer, Refused
 from flashtile.bench.records import Record, Row
@@ -116,21 +116,32 @@ FUSED = ("sdpa_flash", "sdpa_cudnn", "fa3", "fa4", "flashtile")
 
 @suite("grid", "16k tokens, hidden dimension 2048", "time", devices=("cuda",))
 def _grid(settings: Settings, note: Note) -> Iterator[Row]:
-    yield from _cells(settings, note, (1024, 4096, 16384))
+    yield from _cells(settings, note, (1024, 4096, 16384), FUSED)
 
 
 @suite("lengths", "16k tokens, hidden dimension 2048, the lengths between", "time", devices=("cuda",))
 def _lengths(settings: Settings, note: Note) -> Iterator[Row]:
-    yield from _cells(settings, note, (512, 2048, 8192))
+    yield from _cells(settings, note, (512, 2048, 8192), FUSED)
 
 
-def _cells(settings: Settings, note: Note, seqlens: Sequence[int]) -> Iterator[Row]:
+@suite("fp8", "8-bit floats, 16k tokens, hidden dimension 2048", "time", devices=("cuda",))
+def _fp8(settings: Settings, note: Note) -> Iterator[Row]:
+    yield from _cells(settings, note, (1024, 2048, 4096, 8192, 16384), eight.PEERS)
+
+
+@suite("fp8_error", "Error of 8-bit floats where some inputs are far larger than others", "error", devices=("cuda",))
+def _fp8_error(settings: Settings, note: Note) -> Iterator[Row]:
+    for headdim in (64, 128):
+        yield from eight.accuracy_rows(eight.cell(settings.error_seqlen, headdim, "plain", settings.device), note)
+
+
+def _cells(settings: Settings, note: Note, seqlens: Sequence[int], names: tuple[str, ...]) -> Iterator[Row]:
     for headdim in (64, 128, 256):
         for feature in ("plain", "causal"):
             for seqlen in seqlens:
                 heads = HIDDEN // headdim
                 case = Case(feature, TOKENS // seqlen, seqlen, heads, heads, headdim, "bfloat16", settings.device)
-                yield from _timed(case, settings, FUSED, note)
+                yield from _timed(case, settings, names, note)
 
 
 @suite("shapes", "Grouped heads, and a window in a long sequence", "time", devices=("cuda",))
@@ -208,10 +219,12 @@ def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -
     note(f"{case}: float64 reference")
     inputs = cases.tensors(case)
     truth = accuracy.truth(case, inputs)
+    chosen = _chosen(settings, names)
+    coarse = eight.coarse(truth, inputs) if any(peer.eight for peer in chosen) else truth
     bounds: dict[str, Bound] = {}
     gates: dict[str, Any] = {}
     known: dict[str, float] = {}
-    for peer in _chosen(settings, names):
+    for peer in chosen:
         note(f"{case}: gate of {peer.name}")
         status, reason = "ok", ""
         try:
@@ -221,7 +234,7 @@ def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -
             else:
                 bound = peer.bind(case, inputs)
                 begin = timing.clock(case.device)
-                status, reason, gates[peer.name] = _gate(truth, bound)
+                status, reason, gates[peer.name] = _gate(coarse if peer.eight else truth, bound)
                 known[peer.name] = timing.clock(case.device) - begin
         except Refused as refusal:
             status, reason = "refused", str(refusal)
@@ -234,7 +247,7 @@ def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -
             status, reason = "refused", FORWARD_ALONE
         for which in missing:
             yield records.row(case, peer.name, status, reason, **{"pass": which}, gate=gates.get(peer.name))
-    del truth
+    del truth, coarse
     samples = timing.interleave(bounds, case.device, settings.effort, lambda text: note(f"{case}: {text}"), known)
     for name in bounds:
         for which in timing.PASSES:

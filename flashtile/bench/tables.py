@@ -197,7 +197,8 @@ def _error(record: Record, spread: bool) -> list[Table]:
         table = Table(f"{record['title']}, {dtype}: largest (root mean square)", columns)
         for cell in records.cells(rows):
             found = {entry["peer"]: entry for entry in cell}
-            for what, names in (("output", NAMES[:1]), ("gradients", NAMES[1:])):
+            trained = any("dq" in entry.get("errors", {}) for entry in cell)
+            for what, names in (("output", NAMES[:1]), ("gradients", NAMES[1:]))[: 1 + trained]:
                 line = [_error_cell(found[peer], names) if peer in found else "" for peer in peers]
                 table.rows.append([label(cell[0]) if what == "output" else "", what, *line])
         table.notes.append("The textbook formula is computed in the inputs' dtype.")

@@ -42,6 +42,7 @@ from flashtile.check.options import (
     softcap,
     window,
 )
+from flashtile.check.scaled import quantizable, scaled, scaled_out_dtype
 from flashtile.check.sequences import offsets, packed_bias, packing, packing_complete
 from flashtile.check.sharding import known_sharding
 from flashtile.check.tensors import qkv, tensors
@@ -99,8 +100,11 @@ __all__ = [
     "pool",
     "prefix_length",
     "qkv",
+    "quantizable",
     "rotary",
     "scale",
+    "scaled",
+    "scaled_out_dtype",
     "scales",
     "score_mod",
     "seqlens",

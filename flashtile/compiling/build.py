@@ -62,6 +62,8 @@ def rows(entry: Entry) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     if entry.variant in matrix.CACHED:
         return [asdict(row) for row in _cached(entry)]
+    if entry.variant in matrix.EIGHT:
+        return [asdict(row) for row in _eight(entry)]
     found = [] if entry.variant in matrix.OWN_KERNELS else _portable(entry)
     if entry.target == "sm_90a":
         found += _hopper(entry)
@@ -90,6 +92,22 @@ def _cached(entry: Entry) -> list[Row]:
     problem = describe_cached(call.inputs, call.cache, call.options, call.interleaved, call.splits)
     config = portable.configure_decoding(problem, target.family)
     portable_cached.decode(call.inputs, call.cache, problem, config, _portable_machine(entry, found))
+    return found
+
+
+def _eight(entry: Entry) -> list[Row]:
+    """Of a forward pass with 8-bit inputs, which become 16 bits where the target multiplies no others."""
+    found: list[Row] = []
+    target = TARGETS[entry.target]
+    dtype = getattr(torch, target.eight_bits or "float8_e5m2")
+    inputs, options = matrix.eight_call(entry, dtype)
+    problem = describe(inputs, options)
+    config = portable.configure(problem, target.family)
+    how = "products" if target.eight_bits else "halves"
+    portable_launch.forward(inputs, problem, config, _portable_machine(entry, found), eight=how)
+    if entry.target == "sm_90a" and hopper.refuses(replace(problem, device=hopper.DEVICE)) is None:
+        for tiles in hopper.configs(problem):
+            hopper_launch.forward(inputs, problem, tiles, _compiling(entry, tiles, found))
     return found
 
 

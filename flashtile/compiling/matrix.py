@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import decoding
+from flashtile import decoding, fp8
 from flashtile.decoding import CacheArguments
 from flashtile.problem import Inputs, Options
 from flashtile.request import Arguments, Packing, build
@@ -70,7 +70,16 @@ CACHED: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Name -> queries of a sequence and options of a call over a KV cache."""
 
-NAMES = (*VARIANTS, *CACHED)
+EIGHT: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8": ("block", {}),
+    "fp8_causal": ("block", {"causal": True}),
+    "fp8_heads": ("head", {"causal": True}),
+    "fp8_softcap": ("block", {"causal": True, "softcap": 20.0}),
+    "fp8_mask_mod": ("block", {"mask": _documents}),
+}
+"""Name -> what shares a scale, and options of a forward pass with 8-bit inputs."""
+
+NAMES = (*VARIANTS, *CACHED, *EIGHT)
 
 
 LATENT = 576
@@ -117,6 +126,14 @@ def call(entry: Entry) -> tuple[Inputs, Options]:
     shape = (1, SEQLEN) if packing is None else (SEQLEN,)
     q, k, v = (torch.zeros(*shape, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (heads, 2, 2))
     return build(q, k, v, Arguments(**VARIANTS[entry.variant]()), packing)
+
+
+def eight_call(entry: Entry, dtype: torch.dtype) -> tuple[Inputs, Options]:
+    """The same of an entry with 8-bit inputs."""
+    granularity, options = EIGHT[entry.variant]
+    q, k, v = (torch.zeros(1, SEQLEN, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (4, 2, 2))
+    parts = fp8.quantize(q, k, v, granularity, dtype=dtype)
+    return build(parts.q, parts.k, parts.v, Arguments(**options))
 
 
 def entries(targets: list[str], headdims: list[int], dtypes: list[str], variants: list[str]) -> Iterator[Entry]:

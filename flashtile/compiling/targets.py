@@ -41,6 +41,13 @@ class Target(NamedTuple):
         """Whether it has NVIDIA's tensor memory accelerator."""
         return self.backend == "cuda" and int(self.arch) >= 90
 
+    @property
+    def eight_bits(self) -> str:
+        """The 8-bit format that its matrix instructions take; "": none."""
+        if self.backend == "cuda":
+            return "float8_e4m3fn" if int(self.arch) >= 89 else ""
+        return {"gfx942": "float8_e4m3fnuz", "gfx950": "float8_e4m3fn"}.get(str(self.arch), "")
+
 
 KB = 1024
 SIMDS = 4

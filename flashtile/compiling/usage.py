@@ -37,7 +37,7 @@ def nvidia(compiled: Any) -> Usage:
             subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    products, batches = (len(re.findall(pattern, text)) for pattern in (r"\bHGMMA\.", r"WARPGROUP\.ARRIVE"))
+    products, batches = (len(re.findall(pattern, text)) for pattern in (r"\b[HQ]GMMA\.", r"WARPGROUP\.ARRIVE"))
     ptx = compiled.asm["ptx"]
     threads = re.search(r"\.reqntid\s+(\d+)", ptx) or re.search(r"\.maxntid\s+(\d+)", ptx)
     return Usage(

@@ -224,7 +224,7 @@ class Scheme:
         return found
 
     def _agree(self, inputs: Inputs, options: Options) -> None:
-        shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs[:-2])
+        shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs[:-3])
         key = (options, shapes, *((tensor.shape, tensor.dtype) for tensor in (*inputs.mask, *inputs.score)))
         if self.agreement.reached(key):
             return
@@ -248,7 +248,7 @@ def _described(inputs: Inputs, options: Options) -> dict[str, str]:
     """What must be the same on all ranks, in words."""
     found = {
         name: "none" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-        for name, tensor in zip(Inputs._fields[:-2], inputs[:-2], strict=True)
+        for name, tensor in zip(Inputs._fields[:-3], inputs[:-3], strict=True)
     }
     for name, tensors in (("mask's tensors", inputs.mask), ("score_mod's tensors", inputs.score)):
         found[name] = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors) or "none"

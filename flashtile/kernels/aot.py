@@ -70,6 +70,8 @@ _NAMES = {
     "torch.float64": "fp64",
     "torch.float8_e4m3fn": "fp8e4nv",
     "torch.float8_e5m2": "fp8e5",
+    "torch.float8_e4m3fnuz": "fp8e4b8",
+    "torch.float8_e5m2fnuz": "fp8e5b16",
     "torch.uint8": "u8",
     "torch.int8": "i8",
     "torch.int16": "i16",

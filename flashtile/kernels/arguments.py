@@ -147,5 +147,5 @@ def functions_of(
 
 def beside(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """What kernels read beside queries, keys, values and lists of tiles."""
-    *plain, mask, score = inputs[3:]
-    return (*plain, *mask, *score)
+    *plain, mask, score, scaled = inputs[3:]
+    return (*plain, *mask, *score, *scaled)

@@ -128,7 +128,8 @@ def kept(rules, place, o_query, first_key, TILE: tl.constexpr):
 @triton.jit
 def only(m_kept, b_values):
     """The values, 0 where `m_kept`, all bits of an int32 or none, has none: even NaN, and without a boolean tile."""
-    WHOLE: tl.constexpr = tl.int32 if b_values.dtype.primitive_bitwidth == 32 else tl.int16
+    NARROW: tl.constexpr = tl.int16 if b_values.dtype.primitive_bitwidth == 16 else tl.int8
+    WHOLE: tl.constexpr = tl.int32 if b_values.dtype.primitive_bitwidth == 32 else NARROW
     return (b_values.to(WHOLE, bitcast=True) & m_kept.to(WHOLE)).to(b_values.dtype, bitcast=True)
 
 

@@ -40,13 +40,21 @@ _WIDE = (
     Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)),
 )
 
+_EIGHT_TWO = HopperConfig(consumers=2, tile_kv=128, stages=4)
+_EIGHT_THREE = HopperConfig(consumers=3, tile_kv=128, stages=4, turns=True)
+_EIGHT_WIDE = (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=128, stages=2)))
+
 FORWARD: dict[str, tuple[Row, ...]] = {
     "full": (Row(64, 1024, _TWO), Row(64, None, _THREE), *_WIDE),
     "window": (Row(64, 2048, _TWO), Row(64, None, _THREE), *_WIDE),
     "cut": (Row(64, None, _TWO), *_WIDE),
+    "eight_full": (Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
+    "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
+    "eight_cut": (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=4))),
 }
-"""By what the scores meet: nothing, a causal mask or another window, or anything. The first row that fits counts. The
-first two kinds were timed on an H100 at 1k, 2k, 4k, 8k and 16k tokens."""
+"""By what the scores meet: nothing, a causal mask or another window, or anything; then the same with 8-bit inputs,
+whose tiles of keys hold no more than the 128 that share a scale. The first row that fits counts. The first two of
+each three were timed on an H100, at 1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k."""
 
 
 class QueryConfig(NamedTuple):
@@ -130,8 +138,25 @@ def forward_config(headdim: int, kind: str, queries: int) -> HopperConfig:
 
 
 SPILLS: dict[tuple[str, int], dict[str, int]] = {
-    ("forward_kernel", 64): {"plain": 90, "causal": 70, "window": 70, "bias": 100, "table": 130},
-    ("forward_kernel", 128): {"bias": 280, "score_mod": 10, "table": 190, "mask_mod": 30, "varlen": 70},
+    ("forward_kernel", 64): {
+        "plain": 90,
+        "causal": 70,
+        "window": 70,
+        "bias": 100,
+        "table": 130,
+        "fp8": 20,
+        "fp8_causal": 30,
+        "fp8_heads": 30,
+        "fp8_mask_mod": 10,
+    },
+    ("forward_kernel", 128): {
+        "bias": 280,
+        "score_mod": 10,
+        "table": 190,
+        "mask_mod": 30,
+        "varlen": 70,
+        "fp8_mask_mod": 300,
+    },
     ("forward_kernel", 256): {
         "causal": 20,
         "window": 20,
@@ -141,6 +166,11 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "table": 80,
         "mask_mod": 580,
         "varlen": 620,
+        "fp8": 30,
+        "fp8_causal": 30,
+        "fp8_heads": 60,
+        "fp8_softcap": 30,
+        "fp8_mask_mod": 590,
     },
     ("bias_kernel", 64): {"bias": 20},
     ("bias_kernel", 128): {"bias": 20},

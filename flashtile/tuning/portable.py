@@ -46,9 +46,9 @@ class PortableConfig(NamedTuple):
 Rows = tuple[tuple[int, PortableConfig], ...]
 """(head dimension, tiles): a row holds up to the head dimension named."""
 
-KINDS = ("half", "masked", "modified", "single")
+KINDS = ("half", "masked", "modified", "single", "eight")
 """16-bit inputs under windows; under other masks, or packed; with changed scores or dropout, which take registers too;
-float32 inputs."""
+float32 inputs; 8-bit ones, timed nowhere, of which the forward tiles alone are used."""
 
 HOPPER: dict[str, Rows] = {
     "half": (
@@ -74,6 +74,12 @@ HOPPER: dict[str, Rows] = {
         (128, PortableConfig(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
         (256, PortableConfig(Tiles(32, 32, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 32, 8, 1))),
         (512, PortableConfig(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
+    ),
+    "eight": (
+        (64, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 4))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2))),
+        (256, PortableConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2))),
+        (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
 }
 """sm_90, 227 KB of shared memory. 16-bit rows of up to 256 columns were timed on an H100."""
@@ -185,9 +191,9 @@ SPILLS: dict[tuple[str, str, int], int] = {
 """How many spilling instructions a kernel may have, by family and head dimension, where not 0."""
 
 HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
-    ("forward_kernel", 64): {"dropout": 110, "table": 100, "mask_mod": 80},
-    ("forward_kernel", 128): {"mask_mod": 90},
-    ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 90},
+    ("forward_kernel", 64): {"dropout": 110, "table": 100, "mask_mod": 80, "fp8_mask_mod": 370},
+    ("forward_kernel", 128): {"mask_mod": 90, "fp8_mask_mod": 580},
+    ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 90, "fp8_mask_mod": 10},
     ("decode_kernel", 256): {"decode_many": 10},
     ("decode_kernel", 576): {"decode_many": 90},
     ("bias_kernel", 64): {"bias": 20},

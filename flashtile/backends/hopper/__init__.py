@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtile import backends, facts
-from flashtile.backends import Decoder, Gradients, Kernel, Memory
+from flashtile.backends import Decoder, Gradients, Kernel, Memory, Quantizer
 from flashtile.problem import Inputs, Problem
 from flashtile.region import region
 from flashtile.tuning.hopper import (
@@ -51,8 +51,9 @@ def refuses(problem: Problem) -> str | None:
             problem.backward and problem.deterministic and any(wanted.score),
             "it adds gradients of captured tensors in any order",
         ),
-        (problem.dtype not in (torch.float16, torch.bfloat16), f"it takes no {problem.dtype}"),
-        (problem.out_dtype is not problem.dtype, f"it writes {problem.dtype}, not {problem.out_dtype}"),
+        (problem.dtype not in (_EIGHT if problem.scaled else _HALF), f"it takes no {problem.dtype}"),
+        (problem.out_dtype not in _outputs(problem), f"it writes no {problem.out_dtype} for {problem.dtype}"),
+        (bool(problem.scaled) and problem.varlen, "it takes packed sequences of 16 bits only"),
         (_width(problem) > 256, "it takes up to headdim 256"),
         (
             problem.backward and _width(problem) > 128 and any(wanted.score),
@@ -66,6 +67,14 @@ def refuses(problem: Problem) -> str | None:
     )
     reason = next((reason for found, reason in checks if found), None)
     return reason or _functions(problem)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_EIGHT = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _outputs(problem: Problem) -> tuple[torch.dtype, ...]:
+    return _HALF if problem.scaled else (problem.dtype,)
 
 
 def _functions(problem: Problem) -> str | None:
@@ -105,9 +114,10 @@ def _modified(problem: Problem) -> bool:
 
 def _kind(problem: Problem) -> str:
     """Of `tuning.hopper.FORWARD`."""
+    of = "eight_" if problem.scaled else ""
     if _modified(problem) or region(problem.mask).rest:
-        return "cut"
-    return "full" if problem.mask == '["full"]' else "window"
+        return of + "cut"
+    return of + ("full" if problem.mask == '["full"]' else "window")
 
 
 @cache
@@ -137,3 +147,5 @@ def _kept(memory: Memory) -> Memory | None:
 KERNELS = (Kernel("warp_specialized", refuses, configure, _forward, _backward, configs),)
 
 DECODERS: tuple[Decoder, ...] = ()
+
+QUANTIZERS: tuple[Quantizer, ...] = ()

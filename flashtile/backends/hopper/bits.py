@@ -41,10 +41,10 @@ def words_at(visits, place, n, m_edge, META: gl.constexpr, KEYS: gl.constexpr, I
 
 
 @gluon.jit
-def seen(b_words, COLUMNS: gl.constexpr):
-    """(64, COLUMNS): what the mask allows, in the layout of an accumulator."""
+def seen(b_words, COLUMNS: gl.constexpr, DEPTH: gl.constexpr):
+    """(64, COLUMNS): what the mask allows, in the layout of an accumulator, whose products sum up DEPTH terms each."""
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, DEPTH])
     whole: gl.constexpr = parted(COLUMNS)
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     eights: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, whole)))
     pair: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, whole)))
     o_eights = gl.arange(0, COLUMNS // 8, eights).expand_dims(0).expand_dims(2).expand_dims(3)
@@ -54,8 +54,8 @@ def seen(b_words, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def cut(b_scores, b_words, m_edge):
+def cut(b_scores, b_words, m_edge, DEPTH: gl.constexpr = 16):
     """Scores, at an edge -inf where bits hide them."""
     if m_edge:
-        b_scores = gl.where(seen(b_words, b_scores.shape[1]), b_scores, float("-inf"))
+        b_scores = gl.where(seen(b_words, b_scores.shape[1], DEPTH), b_scores, float("-inf"))
     return b_scores

@@ -4,10 +4,12 @@ A weight of 0 does not stop NaN in a product. Here values are loaded only where 
 the math warpgroup itself and without specialised units, since this is rare: what is NaN afterwards was seen.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from flashtile.backends.hopper.compat import gl
+from flashtile.backends.hopper.eight import factor_of, query_unit, units_of
 from flashtile.backends.hopper.schedule import counts_of, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
 from flashtile.kernels.rules import ruled
@@ -31,6 +33,12 @@ def pointers_of(rows, i_batch, i_head, o_rows, o_columns):
     return base + o_rows.to(gl.int64) * rows.row + o_columns
 
 
+@triton.constexpr_function
+def half(dtype):
+    """The 16-bit type that holds all numbers of a type."""
+    return dtype if dtype.primitive_bitwidth == 16 else gl.bfloat16
+
+
 @gluon.jit
 def load_queries(q, place, first, META: gl.constexpr):
     """64 queries as the left side of a product."""
@@ -39,7 +47,7 @@ def load_queries(q, place, first, META: gl.constexpr):
     o_columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LEFT))
     p_q = pointers_of(q, place.batch, place.head, (place.first_q + o_rows)[:, None], o_columns[None, :])
     m_q = (o_rows < place.seqlen_q)[:, None] & (o_columns < META.headdim)[None, :]
-    return gl.load(p_q, mask=m_q, other=0.0)
+    return gl.load(p_q, mask=m_q, other=0.0).to(half(q.pointer.dtype.element_ty))
 
 
 @gluon.jit
@@ -51,7 +59,7 @@ def load_keys(k, place, first, META: gl.constexpr):
     i_head = place.head // META.group
     p_k = pointers_of(k, place.batch, i_head, (place.first_k + o_keys)[None, :], o_columns[:, None])
     m_k = (o_keys < place.seqlen_k)[None, :] & (o_columns < META.headdim)[:, None]
-    return gl.load(p_k, mask=m_k, other=0.0)
+    return gl.load(p_k, mask=m_k, other=0.0).to(half(k.pointer.dtype.element_ty))
 
 
 @gluon.jit
@@ -61,33 +69,44 @@ def load_values(v, place, first, m_tile, META: gl.constexpr):
     o_keys = first + gl.arange(0, KEYS, gl.SliceLayout(1, RIGHT))
     o_columns = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, RIGHT))
     i_head = place.head // META.group
-    p_v = pointers_of(v, place.batch, i_head, (place.first_k + o_keys)[:, None], o_columns[None, :])
+    if META.eight:
+        # Key 8 j + 2 t + e of 16 lies at place 4 t + 2 j + e of a row of its column (see `flashtile.scaled`).
+        o_places = first + 4 * ((o_keys - first) // 2 % 4) + 2 * ((o_keys - first) // 8) + o_keys % 2
+        p_v = pointers_of(v, place.batch, i_head, o_columns[None, :], o_places[:, None])
+    else:
+        p_v = pointers_of(v, place.batch, i_head, (place.first_k + o_keys)[:, None], o_columns[None, :])
     m_seen = gl.convert_layout(gl.max(m_tile.to(gl.int32), 0), gl.SliceLayout(1, RIGHT)) > 0
-    return gl.load(p_v, mask=m_seen[:, None] & (o_columns < META.headdim_v)[None, :], other=0.0)
+    b_v = gl.load(p_v, mask=m_seen[:, None] & (o_columns < META.headdim_v)[None, :], other=0.0)
+    return b_v.to(half(v.pointer.dtype.element_ty))
 
 
 @gluon.jit
 def careful_output(
-    sources, place, first, rules, visits, sinks, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr
+    sources, scales, place, first, rules, visits, sinks, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr
 ):  # fmt: skip
-    """The output of 64 rows; `sources`: queries, keys and values as `Rows`."""
+    """The output of 64 rows; `sources`: queries, keys and values as `Rows`, those of 8 bits with `scales`."""
     BLOCK_DV: gl.constexpr = META.block_dv
     q, k, v = sources
     o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
     b_q = load_queries(q, place, first, META)
-    b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, TILE))
+    b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, TILE), 0)
+    queries = query_unit(scales, place, first, META)
     b_out = gl.zeros([ROWS, BLOCK_DV], gl.float32, TILE)
     walk = walk_of(place, counts_of(place, visits, META), rules.window, visits, META)
     for n in range(0, walk[4]):
+        unit, values = units_of(scales, queries, place, tile_of(walk, n, META), META)
         first_key = tile_of(walk, n, META) * META.tile_kv
         for i_key in range(first_key, first_key + META.tile_kv, KEYS):
             o_key = i_key + gl.arange(0, KEYS, gl.SliceLayout(0, TILE))
             b_zeros = gl.zeros([ROWS, KEYS], gl.float32, TILE)
             b_scores = mma_v2(b_q, load_keys(k, place, i_key, META), b_zeros)
+            if META.eight and META.modified:
+                b_scores = b_scores * unit
             b_scores, m_tile, _capped, _plain = ruled(
                 b_scores, True, o_query[:, None], o_key[None, :], place, rules, META, SCORE, MASK, "always"
             )
-            b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, True)
-            b_left = gl.convert_layout(b_weights.to(b_q.dtype), LEFT)
+            factor = factor_of(rules, unit, META)
+            b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, True, 0)
+            b_left = gl.convert_layout((b_weights * values).to(b_q.dtype), LEFT)
             b_out = mma_v2(b_left, load_values(v, place, i_key, m_tile, META), b_out * b_rescale[:, None])
     return b_out / gl.where(b_sum == 0.0, 1.0, b_sum)[:, None]

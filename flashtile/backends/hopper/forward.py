@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.backends.hopper.bits import cut, words_at
 from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store, tma_store_wait
+from flashtile.backends.hopper.eight import factor_of, packed, query_unit, units_of, unpacked
 from flashtile.backends.hopper.loading import loader
 from flashtile.backends.hopper.memory import new_barriers, pass_turn, store_rows, take_turn
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
@@ -31,7 +32,7 @@ def multiply_scores(q_smem, k_smem, k_full, count, META: gl.constexpr):
     TILE_KV: gl.constexpr = META.tile_kv
     STAGES: gl.constexpr = k_smem.shape[0]
     BLOCK: gl.constexpr = k_smem.shape[4]
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
     slot = count % STAGES
     mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
     b_q = q_smem.reshape([ROWS, BLOCK])
@@ -47,37 +48,64 @@ def multiply_values(b_weights, b_out, v_smem, v_full, count, META: gl.constexpr)
     BLOCK_DV: gl.constexpr = META.block_dv
     slot = count % META.stages
     mbarrier.wait(v_full.index(slot), (count // META.stages) & 1)
-    b_v = v_smem.index(slot).reshape([TILE_KV, BLOCK_DV])
-    return warpgroup_mma(b_weights, b_v, b_out, is_async=True)
+    if META.eight:
+        b_v = v_smem.index(slot).reshape([BLOCK_DV, TILE_KV]).permute((1, 0))
+    else:
+        b_v = v_smem.index(slot).reshape([TILE_KV, BLOCK_DV])
+    return warpgroup_mma(as_left(b_weights, v_smem.dtype, META), b_v, b_out, is_async=True)
+
+
+@gluon.jit
+def narrowed(b_weights, dtype: gl.constexpr, META: gl.constexpr):
+    """Weights in the dtype of values; those of 8 bits in `eight.packed`."""
+    return packed(b_weights, dtype, META) if META.eight else b_weights.to(dtype)
+
+
+@gluon.jit
+def as_left(b_weights, dtype: gl.constexpr, META: gl.constexpr):
+    """Narrowed weights as the left side of their product with values, in the registers where they are."""
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.block_dv, META.depth])
+    left: gl.constexpr = gl.DotOperandLayout(0, output, META.depth // 8)
+    if META.eight:
+        b_left = unpacked(b_weights, dtype, left, META)
+    else:
+        b_left = gl.convert_layout(b_weights, left, assert_trivial=True)
+    return b_left
 
 
 @gluon.jit
 def rule(
-    b_scores, i_tile, m_edge, b_words, place, o_query, rules,
+    b_scores, i_tile, m_edge, b_words, place, o_query, rules, unit,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Scores as modifiers and the mask leave them, and the rest of what `ruled` says."""
+    """Scores as modifiers and the mask leave them, and the rest of what `ruled` says. unit: of 8-bit products; what
+    nothing modifies keeps it."""
     TILE_KV: gl.constexpr = META.tile_kv
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
     o_rows = o_query[:, None]
     o_columns = (i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores)))[None, :]
     MASKED_AT: gl.constexpr = MASKED if b_words is None else "never"
+    if META.eight and META.modified:
+        b_scores = b_scores * unit
     b_scores, m_valid, b_capped, b_plain = ruled(
         b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED_AT
     )
     if b_words is not None:
-        b_scores = cut(b_scores, b_words, m_edge)
+        b_scores = cut(b_scores, b_words, m_edge, META.depth)
     return b_scores, m_valid, b_capped, b_plain
 
 
 @gluon.jit
 def step(
-    b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, count, place, o_query, memory, barriers, rules,
-    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+    b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, unit, change, count, place, o_query, memory, barriers,
+    rules, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """A key tile: its scores and weights, while the weights of the tile before meet their values."""
+    """A key tile: its scores and weights, while the weights of the tile before meet their values.
+
+    unit: of 8-bit products; change: the unit of the values before over that of this tile's.
+    """
     BLOCK_DV: gl.constexpr = META.block_dv
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
     q_smem, k_smem, v_smem, _ = memory
     _, _, k_full, v_full, empty = barriers
     if META.turns:
@@ -89,71 +117,87 @@ def step(
     b_scores = warpgroup_mma_wait(1, [score_token])
     MASKED: gl.constexpr = META.asked
     b_scores, _valid, _capped, _plain = rule(
-        b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, MASKED
+        b_scores, i_tile, m_edge, b_words, place, o_query, rules, unit, META, SCORE, MASK, MASKED
     )
     GUARDED: gl.constexpr = MASKED != "never" or META.modified
-    b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, GUARDED)
-    b_half = b_new.to(k_smem.dtype)
+    factor = factor_of(rules, unit, META)
+    b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, GUARDED, META.lift)
+    if META.scaled == "block":
+        b_rescale = b_rescale * change
+    if not META.eight:
+        b_low = narrowed(b_new, k_smem.dtype, META)
     b_out = warpgroup_mma_wait(0, [out_token])
+    if META.eight:
+        # These go into the registers that the product has read; sooner, ptxas would make products wait for each other.
+        b_low = narrowed(b_new, k_smem.dtype, META)
     mbarrier.arrive(empty.index(count % META.stages), count=1)
-    b_weights = gl.convert_layout(b_half, gl.DotOperandLayout(0, output, 2))
     b_out = b_out * gl.convert_layout(b_rescale, gl.SliceLayout(1, output))[:, None]
-    return b_weights, b_out, b_max, b_sum
+    return b_low, b_out, b_max, b_sum
 
 
 @gluon.jit
 def first_step(
-    i_tile, m_edge, b_words, count, place, o_query, memory, barriers, rules, sinks,
+    i_tile, m_edge, b_words, unit, count, place, o_query, memory, barriers, rules, sinks,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """(weights, output, maximum, sum) after the first tile, whose scores have no other product to hide under."""
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_DV: gl.constexpr = META.block_dv
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
     q_smem, k_smem, _, _ = memory
     _, _, k_full, _, empty = barriers
     token = multiply_scores(q_smem, k_smem, k_full, count, META)
     b_scores = warpgroup_mma_wait(0, [token])
     mbarrier.arrive(empty.index(count % META.stages), count=1)
     b_scores, _valid, _capped, _plain = rule(
-        b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, "always"
+        b_scores, i_tile, m_edge, b_words, place, o_query, rules, unit, META, SCORE, MASK, "always"
     )
-    b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, scores))
-    b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, True)
-    b_weights = gl.convert_layout(b_new.to(k_smem.dtype), gl.DotOperandLayout(0, output, 2))
+    b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, scores), META.lift)
+    factor = factor_of(rules, unit, META)
+    b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_max, b_sum, factor, True, META.lift)
+    b_weights = narrowed(b_new, k_smem.dtype, META)
     return b_weights, gl.zeros([ROWS, BLOCK_DV], gl.float32, output), b_max, b_sum
 
 
 @gluon.jit
 def walk_keys(
-    place, counts, o_query, count, memory, barriers, rules, visits, sinks,
+    place, counts, o_query, first, count, memory, barriers, rules, visits, sinks, scales,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(weights of the last tile, output without it, maximum, sum, steps so far) of a query tile."""
+    """(weights of the last tile, output without it, maximum, sum, unit of its values, steps so far) of a query tile."""
     walk = walk_of(place, counts, rules.window, visits, META)
     _tiles, _first, full_begin, full_end, steps = walk
     # An empty list has bits that hide the tile of its one step.
     m_first = (full_begin > 0) | (full_end == 0)
     b_first = words_at(visits, place, 0, m_first, META, False, I_GROUP)
+    queries = query_unit(scales, place, first, META)
+    unit, values = units_of(scales, queries, place, tile_of(walk, 0, META), META)
+    change = 1.0
     b_weights, b_out, b_max, b_sum = first_step(
-        tile_of(walk, 0, META), m_first, b_first, count, place, o_query, memory, barriers, rules, sinks,
+        tile_of(walk, 0, META), m_first, b_first, unit, count, place, o_query, memory, barriers, rules, sinks,
         META, SCORE, MASK,
     )  # fmt: skip
     count += 1
     # Read one step ahead; lists have room for that.
     i_next = tile_of(walk, 1, META)
+    next_unit, next_values = units_of(scales, queries, place, i_next, META)
     for n in range(1, steps):
         i_tile = i_next
         i_next = tile_of(walk, n + 1, META)
+        if META.scaled == "block":
+            unit = next_unit
+            change = values / next_values
+            values = next_values
+            next_unit, next_values = units_of(scales, queries, place, i_next, META)
         m_edge = (n < full_begin) | (n >= full_end)
         b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
         b_weights, b_out, b_max, b_sum = step(
-            b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, count, place, o_query, memory, barriers, rules,
-            META, SCORE, MASK, I_GROUP,
+            b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, unit, change, count, place, o_query, memory,
+            barriers, rules, META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
         count += 1
-    return b_weights, b_out, b_max, b_sum, count
+    return b_weights, b_out, b_max, b_sum, values, count
 
 
 @gluon.jit
@@ -166,9 +210,9 @@ def consumer(
     BLOCK_DV: gl.constexpr = META.block_dv
     q_smem, k_smem, v_smem, o_smem = memory
     q_full, q_empty, _, v_full, _ = barriers
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    out, lse, sources = results
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
+    out, lse, sources, scales = results
     _packing, size, rules, visits, sinks = call
     count = 0
     turn = 0
@@ -180,22 +224,22 @@ def consumer(
         first = place.tile * META.tile_q + I_GROUP * ROWS
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
         mbarrier.wait(q_full.index(I_GROUP), turn & 1)
-        b_weights, b_out, b_max, b_sum, count = walk_keys(
-            place, counts, o_query, count, (q_smem.index(I_GROUP), k_smem, v_smem, o_smem), barriers, rules, visits,
-            sinks, META, SCORE, MASK, I_GROUP,
+        b_weights, b_out, b_max, b_sum, value_unit, count = walk_keys(
+            place, counts, o_query, first, count, (q_smem.index(I_GROUP), k_smem, v_smem, o_smem), barriers, rules,
+            visits, sinks, scales, META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
         if not META.shared_o:
             mbarrier.arrive(q_empty.index(I_GROUP), count=1)
         token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
         m_empty = b_sum == 0.0
-        b_lse = gl.where(m_empty, float("-inf"), (b_max + gl.log2(b_sum)) * LN2)
-        b_inverse = 1.0 / gl.where(m_empty, 1.0, b_sum)
+        b_lse = gl.where(m_empty, float("-inf"), (b_max + (gl.log2(b_sum) - META.lift)) * LN2)
+        b_inverse = value_unit / gl.where(m_empty, 1.0, b_sum)
         gl.store(number_pointers(lse, place, o_query), b_lse, mask=o_query < place.seqlen_q)
         b_out = warpgroup_mma_wait(0, [token])
         b_out = b_out * gl.convert_layout(b_inverse, gl.SliceLayout(1, output))[:, None]
         if META.careful:
             if any_nan(b_out):
-                b_new = careful_output(sources, place, first, rules, visits, sinks, META, SCORE, MASK)
+                b_new = careful_output(sources, scales, place, first, rules, visits, sinks, META, SCORE, MASK)
                 b_out = gl.convert_layout(b_new, output)
         store_tile(descriptors[3], out, o_smem.index(I_GROUP), b_out, place, first, META.headdim_v, META)
         if META.shared_o:
@@ -273,12 +317,13 @@ def specialize(
 
 @gluon.jit(do_not_specialize=["section", "total"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, sources, out, lse, counter, section, total, packing, size, rules, visits, sinks,
-    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, sources, scales, out, lse, counter, section, total, packing, size, rules, visits,
+    sinks, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs. Descriptors cover (batch, seqlen, heads, headdim), of packed tensors (1, total, ...).
 
-    sources: queries, keys and values once more, as `Rows`, where `careful`.
+    Values of 8 bits lie on their side: (batch, heads, headdim, seqlen).
+    sources: queries, keys and values once more, as `Rows`, where `careful`; scales: theirs, of 8-bit ones.
     """
     CONSUMERS: gl.constexpr = META.consumers
     STAGES: gl.constexpr = META.stages
@@ -288,7 +333,10 @@ def forward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
+    if META.eight:
+        v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_DV, TILE_KV], v_desc.layout)
+    else:
+        v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
     o_smem = q_smem
     if not META.shared_o:
         o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_DV], o_desc.layout)
@@ -305,7 +353,7 @@ def forward_kernel(
         (q_smem, k_smem, v_smem, o_smem),
         (q_full, q_empty, k_full, v_full, empty),
         (told, told_full, told_empty),
-        (out, lse, sources),
+        (out, lse, sources, scales),
         counter,
         (section, total),
         (packing, size, rules, visits, sinks),

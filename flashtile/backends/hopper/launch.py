@@ -35,6 +35,7 @@ from flashtile.kernels.bias import bias_kernel
 from flashtile.kernels.bits import bits_kernel
 from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
+from flashtile.kernels.words import Rows
 from flashtile.problem import Inputs, Problem, described
 from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig
@@ -45,13 +46,33 @@ REGISTERS = {2: 168, 3: 128}
 """Registers a thread that a kernel is compiled for, by consumers; they trade among the warps once it runs."""
 
 
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+_TYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.float8_e5m2: gl.float8e5,
+}
 
 
 def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
     """Tiles of `rows` of one head of a (batch, seqlen, heads, headdim) or packed (total, heads, headdim) tensor."""
-    tensor = tensor if tensor.ndim == 4 else tensor[None]
-    shape = [1, rows, 1, columns]
+    return _tiles(tensor if tensor.ndim == 4 else tensor[None], [1, rows, 1, columns])
+
+
+def _values(v: Tensor, meta: Meta) -> Any:
+    """Tiles of values; those of 8 bits lie on their side."""
+    if meta.eight:
+        return _tiles(v, [1, 1, meta.block_dv, meta.tile_kv])
+    return descriptor(v, meta.tile_kv, meta.block_dv)
+
+
+def _value_rows(v: Tensor, meta: Meta) -> Rows:
+    """The same without tiles; of those on their side `row` is the stride of a column."""
+    return Rows(v, v.stride(0), v.stride(2), v.stride(1)) if meta.eight else rows_of(v)
+
+
+def _tiles(tensor: Tensor, shape: list[int]) -> Any:
     layout = gl.NVMMASharedLayout.get_default_for(shape, _TYPES[tensor.dtype])
     return TensorDescriptor(tensor, tensor.shape, tensor.stride(), shape, layout)
 
@@ -178,9 +199,10 @@ def forward(
         given = {
             "q_desc": descriptor(q, rows, meta.block_d),
             "k_desc": descriptor(k, meta.tile_kv, meta.block_d),
-            "v_desc": descriptor(v, meta.tile_kv, meta.block_dv),
+            "v_desc": _values(v, meta),
             "o_desc": descriptor(out, rows, meta.block_dv),
-            "sources": tuple(map(rows_of, (q, k, v))) if meta.careful else None,
+            "sources": (rows_of(q), rows_of(k), _value_rows(v, meta)) if meta.careful else None,
+            "scales": tuple(map(numbers_of, inputs.scaled[:3])) if meta.eight else None,
             "out": rows_of(out) if problem.varlen else None,
             "lse": numbers_of(lse),
             "counter": counter,

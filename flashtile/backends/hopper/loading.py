@@ -75,6 +75,8 @@ def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers
         load_queries(descriptors, memory, barriers, place, turn, META)
     wait_for_slot(v_empty, count + v_late, v_smem.shape[0])
     mbarrier.expect(v_full.index(slot_v), v_desc.block_type.nbytes)
+    if META.eight:
+        where = [place.batch, place.head // META.group, 0, i_tile * META.tile_kv]
     tma_load(v_desc, where, v_full.index(slot_v), v_smem.index(slot_v))
     return i_after
 

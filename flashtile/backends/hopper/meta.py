@@ -8,6 +8,9 @@ from flashtile.problem import Problem
 from flashtile.region import region
 from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig, QueryConfig
 
+LIFT = 8
+"""Weights of 8 bits are at most 2^8: below 448, the largest number of e4m3, whose smallest are 2^-9."""
+
 
 @dataclass(frozen=True)
 class Meta:
@@ -22,6 +25,7 @@ class Meta:
     may hold NaN. collects: gradients of captured tensors are added.
     adds: the kernel of keys adds up dQ. for_dq: this is the kernel of dQ alone. split: two warpgroups share 64 keys.
     stages_v: slots for values, where they are not as many as those for keys.
+    eight: inputs have 8 bits; scaled: which rows of them share a scale, see `Problem`; lift: see `softmax`.
     """
 
     tile_q: int
@@ -54,6 +58,14 @@ class Meta:
     adds: bool
     for_dq: bool
     split: bool
+    eight: bool
+    scaled: str
+    lift: int
+
+    @property
+    def depth(self) -> int:
+        """Terms that one instruction sums up."""
+        return 32 if self.eight else 16
 
     @property
     def asked(self) -> str:
@@ -101,6 +113,9 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         adds=isinstance(config, BackwardConfig) and config.queries is None,
         for_dq=isinstance(config, QueryConfig),
         split=isinstance(config, BackwardConfig) and config.tile_kv == 64,
+        eight=bool(problem.scaled),
+        scaled=problem.scaled,
+        lift=LIFT if problem.scaled else 0,
     )
 
 

@@ -86,7 +86,7 @@ def grad_scores(
     o_query, b_lse, b_delta = rows
     b_scores = warpgroup_mma_wait(1 + LATER, [score_token])
     b_scores, m_valid, b_capped, b_plain = rule(
-        b_scores, i_tile, m_edge, b_words, place, o_query, rules, META, SCORE, MASK, MASKED
+        b_scores, i_tile, m_edge, b_words, place, o_query, rules, None, META, SCORE, MASK, MASKED
     )
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[:, None])
     b_grad_weights = warpgroup_mma_wait(LATER, [weight_token])

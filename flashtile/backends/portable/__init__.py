@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtile import facts
-from flashtile.backends import Decoder, Gradients, Kernel, Memory, compiled
+from flashtile.backends import Decoder, Gradients, Kernel, Memory, Quantizer, compiled
 from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
 from flashtile.tuning import decoding
@@ -29,17 +29,38 @@ def unavailable() -> str | None:
 
 def builds() -> int:
     """Interpreted kernels are not compiled."""
-    return compiled((*_launch().KERNELS, *_cached().KERNELS))
+    return compiled((*_launch().KERNELS, *_cached().KERNELS, *_rounding().KERNELS))
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FNUZ = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 _LARGEST = 512
 _LARGEST_KEY = 576
 """Over a KV cache: multi-head latent attention has 512 columns and 64 more with positions."""
 
 
 def refuses(problem: Problem) -> str | None:
-    """Takes head dimensions to 512 and the functions that can be written in Triton."""
+    """Takes head dimensions to 512 and the functions that can be written in Triton; 8 bits where the GPU does."""
+    if problem.scaled and problem.device == ("cpu" if interpreted() else "cuda"):
+        name = str(problem.dtype).removeprefix("torch.")
+        if interpreted():
+            return f"Triton's interpreter multiplies no {name}"
+        if not multiplies_eight_bits(problem.dtype):
+            return f"the GPU multiplies no {name}"
+        if min(problem.headdim, problem.headdim_v) <= _SMALLEST_EIGHT:
+            return f"8-bit products sum up more than {_SMALLEST_EIGHT} columns at a time"
+    return _refuses_shape(problem)
+
+
+_SMALLEST_EIGHT = 16
+
+
+def refuses_halves(problem: Problem) -> str | None:
+    """Takes what has 8 bits, and makes 16 of them."""
+    return _refuses_shape(problem) if problem.scaled else "its inputs have 8 bits"
+
+
+def _refuses_shape(problem: Problem) -> str | None:
     if max(problem.headdim, problem.headdim_v) > _LARGEST:
         return f"headdim {problem.headdim} and headdim_v {problem.headdim_v}: it takes up to {_LARGEST}"
     return _refuses_numbers(problem)
@@ -52,7 +73,7 @@ def _refuses_numbers(problem: Problem) -> str | None:
         return f"it runs on {device}, the tensors are on {problem.device}"
     if interpreted() and problem.dtype is torch.bfloat16:
         return "Triton's interpreter multiplies no bfloat16"
-    if problem.dtype not in _DTYPES:
+    if problem.dtype not in _DTYPES and not problem.scaled:
         return f"it computes in float32; the tensors are {problem.dtype}"
     from flashtile.kernels import support
 
@@ -121,6 +142,8 @@ def kind_of(problem: Problem) -> str:
     """Which rows of the tuning tables hold (see `KINDS`)."""
     if problem.dtype is torch.float32:
         return "single"
+    if problem.scaled:
+        return "eight"
     if set(problem.modified) - {"sinks"}:
         return "modified"
     packed = problem.varlen and not problem.batch_invariant
@@ -152,11 +175,6 @@ def _cached() -> ModuleType:
     return cached
 
 
-def _forward(inputs: Inputs, problem: Problem, config: PortableConfig, memory: Memory) -> tuple[Tensor, Tensor]:
-    out_and_lse: tuple[Tensor, Tensor] = _launch().forward(inputs, problem, config, memory=_kept(memory))
-    return out_and_lse
-
-
 def _backward(inputs: Inputs, problem: Problem, config: PortableConfig, *rest: Any) -> Gradients:
     *saved, memory = rest
     gradients: Gradients = _launch().backward(inputs, problem, config, *saved, memory=_kept(memory))
@@ -170,11 +188,66 @@ def _decode(
     return out_and_lse
 
 
+def refuses_rounding(q: Tensor) -> str | None:
+    """Rounds what the device, or for tests an emulator of one, converts by itself."""
+    if interpreted():
+        return "Triton's interpreter rounds nothing to 8-bit floats"
+    if q.device.type != "cuda":
+        return f"it runs on cuda, the tensors are on {q.device.type}"
+    return None if _architecture() >= (8, 9) else "the GPU converts no float8_e4m3fn"
+
+
+@cache
+def _rounding() -> ModuleType:
+    """As `_launch`, of rounding to 8 bits."""
+    from flashtile.backends.portable import quantize
+
+    return quantize
+
+
+def _quantize(*arguments: Any) -> Any:
+    return _rounding().quantize(*arguments)
+
+
+def multiplies_eight_bits(dtype: torch.dtype) -> bool:
+    """Whether matrix instructions of the current GPU take this format: Ada, Hopper and later, CDNA4; CDNA3 in fnuz."""
+    if torch.version.hip:
+        return _architecture() == ((9, 4) if dtype in _FNUZ else (9, 5))
+    return _architecture() >= (8, 9) and dtype not in _FNUZ
+
+
+@cache
+def _architecture() -> tuple[int, int]:
+    """Of the current GPU: the compute capability, or (9, 4) of gfx942."""
+    if not torch.version.hip:
+        return torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName
+    return (9, int(name[4])) if name.startswith("gfx9") and name[4].isdigit() else (0, 0)
+
+
 def _kept(memory: Memory) -> Memory | None:
     """Interpreted launches leave nothing behind."""
     return None if interpreted() else memory
 
 
-KERNELS = (Kernel("sweep", refuses, configure, _forward, _backward),)
+def _forward_eight(eight: str) -> Any:
+    """The forward pass of 8-bit inputs; see `Meta.eight`."""
+
+    def forward(inputs: Inputs, problem: Problem, config: PortableConfig, memory: Memory) -> tuple[Tensor, Tensor]:
+        mode = eight if problem.scaled else ""
+        out_and_lse: tuple[Tensor, Tensor] = _launch().forward(
+            inputs, problem, config, memory=_kept(memory), eight=mode
+        )
+        return out_and_lse
+
+    return forward
+
+
+KERNELS = (
+    Kernel("sweep", refuses, configure, _forward_eight("products"), _backward),
+    Kernel("sweep_halves", refuses_halves, configure, _forward_eight("halves"), _backward),
+)
 
 DECODERS = (Decoder("split_keys", refuses_cached, configure_decoding, _decode),)
+
+QUANTIZERS = (Quantizer("fused", refuses_rounding, _quantize),)

@@ -3,6 +3,13 @@
 import triton
 import triton.language as tl
 
+from flashtile.backends.portable.eight import (
+    in_places,
+    key_scales,
+    load_turned,
+    only_seen_turned,
+    query_scales,
+)
 from flashtile.kernels.places import keys_of_tile, locate, masked_in, stats_pointers, steps_of, tile_at
 from flashtile.kernels.rules import has_nan, kept, only, only_seen, ruled
 from flashtile.kernels.tiles import (
@@ -37,11 +44,11 @@ def online_softmax(b_out, b_max, b_sum, b_scores, factor, EXACT: tl.constexpr):
 def forward_sweep(
     b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
     META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
-    stored=None, b_q_rest=None,
+    stored=None, b_q_rest=None, scales=None,
 ):  # fmt: skip
     """The key tiles that `steps` names. MASKED: the mask is evaluated "always", "never", or at the "edges". GUARDED:
     values that no row sees are not multiplied; a weight of 0 does not stop NaN. `stored`: keys and values lie in a
-    cache; `b_q_rest`: see `Meta.rest`."""
+    cache; `b_q_rest`: see `Meta.rest`; `scales`: of 8-bit queries, keys and values."""
     TILE: tl.constexpr = META.tile_kv
     # What a row of the cache is in memory.
     DIM: tl.constexpr = META.headdim // META.held
@@ -56,6 +63,10 @@ def forward_sweep(
     i_next = tile_at(steps, steps.begin, LISTS)
     if META.page:
         b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page)
+    # What the output is multiplied by, once all is added up.
+    b_unit = 1.0
+    if META.scaled != "":
+        b_q_scale = query_scales(scales, place, o_query, META)
     for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
         i_tile = i_next
         i_next = tile_at(steps, i_step + 1, LISTS)
@@ -69,10 +80,14 @@ def forward_sweep(
         b_k = load_tile(keys, i_tile, DIM, TILE, BLOCK, META.tma, table, b_pages, META.page)
         if META.latent:
             b_v = b_k
+        elif META.turned:
+            b_v = load_turned(values, i_tile, META.headdim_v, TILE, META.block_dv)
         else:
             b_v = load_tile(values, i_tile, DIM_V, TILE, BLOCK_V, META.tma, table, b_pages, META.page)
         if META.quantized:
             b_k, b_v = widened(b_k, b_q.dtype), widened(b_v, b_q.dtype)
+        if META.eight == "halves":
+            b_k, b_v = b_k.to(tl.float16), b_v.to(tl.float16)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
         if META.rest:
             further = columns_from(keys, DIM)
@@ -86,14 +101,28 @@ def forward_sweep(
                 # As far apart as scales may be, bfloat16 holds the products.
                 WIDE: tl.constexpr = b_v.dtype if stored.q_scale is None else tl.bfloat16
                 b_v = (b_v.to(tl.float32) * scales_of_rows(stored.v_scale, stored.head, b_pages)[:, None]).to(WIDE)
+        if META.scaled != "":
+            o_keys = i_tile * TILE + tl.arange(0, TILE)
+            b_scores *= b_q_scale[:, None] * key_scales(scales[1], place, o_keys, META)[None, :]
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_scores, m_tile, _, _ = ruled(b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED)
         if GUARDED and MASKED == "always":
-            b_v = only_seen(m_tile, b_v)
+            b_v = only_seen_turned(m_tile, b_v) if META.turned else only_seen(m_tile, b_v)
         b_out, b_max, b_sum, b_weights = online_softmax(b_out, b_max, b_sum, b_scores, rules.factor, META.modified)
         if rules.dropout is not None:
             b_weights = only(kept(rules, place, o_query, i_tile * TILE, TILE), b_weights)
+        if META.scaled != "":
+            # The largest scale of the tile becomes the output's unit, so that weights fill what 8 bits hold.
+            b_v_scale = key_scales(scales[2], place, o_keys, META)
+            b_next = tl.max(b_v_scale, 0) * META.lowered
+            b_out *= b_unit / b_next
+            b_weights *= (b_v_scale / b_next)[None, :]
+            b_unit = b_next
+        if META.turned:
+            b_weights, b_v = in_places(b_weights), tl.trans(b_v)
         b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out, input_precision=META.precision)
+    if META.scaled != "":
+        b_out *= b_unit
     return b_out, b_max, b_sum
 
 
@@ -122,7 +151,7 @@ def normalized(b_out, b_max, b_sum, unit):
 
 @triton.jit
 def walk_keys(
-    b_q, o_query, keys, values, place, rules, visits, sinks, unit,
+    b_q, o_query, keys, values, place, rules, visits, sinks, unit, scales,
     META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
     """(output, maximum, sum) of all key tiles that a query tile meets."""
@@ -136,14 +165,14 @@ def walk_keys(
         steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
         b_out, b_max, b_sum = forward_sweep(
             b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
-            META, SCORE, MASK, masked_in(META.masked, PHASE, GUARDED), GUARDED,
+            META, SCORE, MASK, masked_in(META.masked, PHASE, GUARDED), GUARDED, scales=scales,
         )  # fmt: skip
     return b_out, b_max, b_sum
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, packing, size, rules, visits, sinks,
+    q, k, v, out, lse, packing, size, rules, visits, sinks, scales,
     META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One program a query tile and head."""
@@ -151,16 +180,18 @@ def forward_kernel(
     place = locate(packing, size, visits, TILE, False, META.reversed, META.masked == "lists")
     o_query = place.tile * TILE + tl.arange(0, TILE)
     b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
+    if META.eight == "halves":
+        b_q = b_q.to(tl.float16)
     keys, values = open_keys(k, v, place, rules.window, META)
     # The maximum is kept as scores, or as dot products if nothing modifies.
     unit = 1.0 if META.modified else rules.scale
     b_out, b_max, b_sum = walk_keys(
-        b_q, o_query, keys, values, place, rules, visits, sinks, unit, META, SCORE, MASK, False
+        b_q, o_query, keys, values, place, rules, visits, sinks, unit, scales, META, SCORE, MASK, False
     )
     if META.repeats:
         if has_nan(b_out):  # it may come from a key that nobody sees
             b_out, b_max, b_sum = walk_keys(
-                b_q, o_query, keys, values, place, rules, visits, sinks, unit, META, SCORE, MASK, True
+                b_q, o_query, keys, values, place, rules, visits, sinks, unit, scales, META, SCORE, MASK, True
             )
 
     b_out, b_lse = normalized(b_out, b_max, b_sum, unit)

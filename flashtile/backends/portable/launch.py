@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from flashtile.kernels.arguments import (
     empty_stats,
     functions_of,
     modified,
+    numbers_of,
     packing_of,
     padded,
     programs_of,
@@ -29,7 +31,7 @@ from flashtile.kernels.arguments import (
 from flashtile.kernels.bias import bias_kernel
 from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
-from flashtile.kernels.words import Packing, Rules
+from flashtile.kernels.words import Packing, Rows, Rules
 from flashtile.problem import Inputs, Problem
 from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.portable import PortableConfig, Tiles, smaller
@@ -73,12 +75,18 @@ class Call:
     packing: Packing
     rules: Rules
     functions: dict[str, Any]
+    eight: str = ""
 
     @classmethod
     def of(
-        cls, machine: Machine, inputs: Inputs, problem: Problem, totals: Sequence[Tensor | None] | None = None
+        cls,
+        machine: Machine,
+        inputs: Inputs,
+        problem: Problem,
+        totals: Sequence[Tensor | None] | None = None,
+        eight: str = "",
     ) -> "Call":
-        """`totals`: where gradients of captured tensors go; None: this is a forward pass."""
+        """`totals`: where gradients of captured tensors go; None: this is a forward pass. `eight`: see `Meta`."""
         functions, arguments = functions_of(inputs, problem, totals)
         return cls(
             machine,
@@ -88,6 +96,7 @@ class Call:
             packing_of(inputs),
             rules_of(inputs, problem, *arguments),
             functions,
+            eight,
         )
 
     def launch(self, kernel: Any, tiles: Tiles, tensors: Sequence[Any], gives: str | None = None, **more: Any) -> None:
@@ -96,7 +105,10 @@ class Call:
         keys = gives is not None
         heads = problem.heads_kv if keys else problem.heads
         total = (inputs.k if keys else inputs.q).shape[-3]
-        tma = by_copy_engine(tensors[:4], self.machine.copy_engine)
+        tma = not problem.scaled and by_copy_engine(tensors[:4], self.machine.copy_engine)
+        meta = partial(
+            meta_of, problem, listed=self.listed, keys=keys, tma=tma, gives=gives or "both", eight=self.eight
+        )
 
         def attempt(tiles: Tiles) -> None:
             count = programs_of(problem, total, tiles.tile_kv if keys else tiles.tile_q)
@@ -111,11 +123,11 @@ class Call:
                 visits.of(inputs, problem, tiles.tile_q, tiles.tile_kv, keys) if self.listed else None,
                 **self.functions,
                 **more,
-                META=meta_of(problem, tiles, self.listed, keys, tma, gives or "both"),
+                META=meta(tiles),
                 enable_fp_fusion=self.fused(),
             )
 
-        self.fit(kernel, tiles, attempt, meta_of(problem, tiles, self.listed, keys, tma, gives or "both"))
+        self.fit(kernel, tiles, attempt, meta(tiles))
 
     def run(self, kernel: Any, programs: int, tiles: Tiles, *arguments: Any, **options: Any) -> None:
         """Nothing to do is no launch."""
@@ -160,8 +172,9 @@ def forward(
     config: PortableConfig,
     machine: Machine = Machine(),
     memory: dict[Any, Any] | None = None,
+    eight: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse)."""
+    """(out, lse); `eight`: see `Meta`."""
     q, k, v = inputs.q, inputs.k, inputs.v
     # Rows between packed sequences belong to no program.
     make = torch.zeros if problem.varlen else torch.empty
@@ -169,13 +182,22 @@ def forward(
     lse = stats(inputs, problem, -torch.inf)
 
     def launches(tape: Tape | None) -> None:
-        call = Call.of(machine._replace(tape=tape), inputs, problem)
-        tensors = [rows_of(tensor) for tensor in (q, k, v, out)]
-        call.launch(forward_kernel, config.forward, (*tensors, stats_of(lse)), sinks=inputs.sinks)
+        call = Call.of(machine._replace(tape=tape), inputs, problem, eight=eight)
+        tensors = (rows_of(q), rows_of(k), _values(inputs), rows_of(out), stats_of(lse))
+        scales = tuple(map(numbers_of, inputs.scaled[:3])) or None
+        call.launch(forward_kernel, config.forward, tensors, sinks=inputs.sinks, scales=scales)
 
     lists = visits.tensors_of(inputs, problem, *config.forward[:2], False)
     perform(launches, (q, k, v, out, lse, *lists, *beside(inputs)), memory)
     return out, lse.contiguous()
+
+
+def _values(inputs: Inputs) -> Rows:
+    """Of 8-bit values, which lie on their side unless packed, `row` is the stride of a column."""
+    v = inputs.v
+    if not inputs.scaled or inputs.cu_seqlens_q is not None:
+        return rows_of(v)
+    return Rows(v, v.stride(0), v.stride(2), v.stride(1))
 
 
 def backward(

@@ -28,6 +28,9 @@ class Meta:
     held: numbers that an element of the cache holds: 2 of four bits.
     rest: columns of queries and keys behind the first `headdim`, a tile of their own (`block_rest`); 0: none.
     latent: values are the first `headdim` columns of the keys.
+    eight: what becomes of 8-bit inputs: "products" of them, or "halves", of 16 bits, before; "": they have more.
+    scaled: which rows of them share a scale, see `Problem`; turned: values lie on their side; lowered: one over what
+    weights of 8 bits are multiplied by, as there are few small numbers of 8 bits.
     """
 
     tile_q: int
@@ -55,11 +58,22 @@ class Meta:
     rest: int
     block_rest: int
     latent: bool
+    eight: str
+    scaled: str
+    turned: bool
+    lowered: float
 
 
 @lru_cache(maxsize=4096)
 def meta_of(
-    problem: Problem, tiles: Tiles, listed: bool, keys: bool, tma: bool, gives: str = "both", latent: bool = False
+    problem: Problem,
+    tiles: Tiles,
+    listed: bool,
+    keys: bool,
+    tma: bool,
+    gives: str = "both",
+    latent: bool = False,
+    eight: str = "",
 ) -> Meta:
     """`listed`: tiles come from lists; `keys`: the kernel walks the queries of a key tile; the rest: see `Meta`."""
     place = region(problem.mask)
@@ -96,8 +110,15 @@ def meta_of(
         rest=rest,
         block_rest=block(rest, narrowest) if rest else 0,
         latent=latent,
+        eight=eight,
+        scaled=problem.scaled,
+        turned=bool(problem.scaled) and not problem.varlen,
+        lowered=2.0**-LIFT if eight == "products" else 1.0,
     )
 
+
+LIFT = 7
+"""Weights of 8 bits are at most 2^7: below 240, the largest number of e4m3fnuz."""
 
 WIDEST = 512
 """Columns of a tile at most."""

@@ -4,8 +4,8 @@ Two kernels. `aten_flash` is PyTorch's own CPU flash operator, for what it compu
 sweep of this package and takes everything. Over a KV cache both walk one sequence after the other.
 """
 
-from flashtile.backends import Decoder, Kernel
-from flashtile.backends.pytorch import cached, native, packed, sweep
+from flashtile.backends import Decoder, Kernel, Quantizer
+from flashtile.backends.pytorch import cached, native, packed, quantize, sweep
 
 
 def unavailable() -> str | None:
@@ -27,3 +27,5 @@ DECODERS = (
     Decoder("aten_flash", cached.refuses_native, sweep.configure, cached.decode_natively),
     Decoder("tiled", sweep.refuses, sweep.configure, cached.decode),
 )
+
+QUANTIZERS = (Quantizer("eager", lambda q: None, quantize.quantize),)

@@ -10,6 +10,7 @@ from torch import Tensor
 from flashtile import check
 from flashtile.backends import Gradients, Memory
 from flashtile.problem import Inputs, Problem
+from flashtile.scaled import plain
 from flashtile.scores import Grads, zero_grads
 from flashtile.tuning.cpu import SweepConfig
 
@@ -25,6 +26,7 @@ def over_sequences(dense_forward: DenseForward, dense_backward: DenseBackward) -
     """A kernel's forward and backward, for dense and packed calls, from those of one dense problem."""
 
     def forward(inputs: Inputs, problem: Problem, config: SweepConfig, memory: Memory) -> tuple[Tensor, Tensor]:
+        inputs, problem = plain(inputs, problem)
         if not problem.varlen:
             return dense_forward(inputs, problem, config, 0)
         q = inputs.q

@@ -1,0 +1,88 @@
+"""8-bit calls and their oracle, for the CPU, emulators and GPUs.
+
+The truth is the float64 reference on what the 8-bit numbers stand for: rounding the inputs is `quantize`, which
+is tested apart. The textbook formula of the tolerance rule (see `oracle`) rounds as such kernels must: the
+weights, relative to their row's largest, to the format of the values.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtile import State, fp8, reference
+from flashtile.fp8 import Quantized
+from tests import oracle
+from tests.oracle import Ratio
+from tests.problems import Draw, Shape, dense
+
+LIFT = 2.0**8
+"""What weights are multiplied by before they are rounded to 8 bits."""
+
+
+@dataclass(frozen=True)
+class Eight:
+    """A call: sizes, what shares a scale, options of `attention` that the reference takes too."""
+
+    name: str
+    shape: Shape
+    granularity: str = "block"
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float8_e4m3fn
+    incoherent: bool = True
+
+    def tensors(self, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, of which some blocks are far larger than others."""
+        shape, draw = self.shape, Draw(self.name, device)
+        q = draw.normal(shape.batch, shape.seqlen_q, shape.heads, shape.headdim)
+        k = draw.normal(shape.batch, shape.seqlen_kv, shape.heads_kv, shape.headdim)
+        v = draw.normal(shape.batch, shape.seqlen_kv, shape.heads_kv, shape.headdim_v)
+        v[:, :128] *= 20.0
+        k[:, 128:256] *= 2.0
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+
+    def quantized(self, device: str = "cpu") -> Quantized:
+        return fp8.quantize(*self.tensors(device), self.granularity, self.incoherent, dtype=self.dtype)
+
+
+def _document(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return q_idx // 90 == kv_idx // 90
+
+
+CASES = (
+    Eight("plain_heads", dense(1, 100, 150, 2, 2, 64), "head"),
+    Eight("causal_gqa", dense(1, 130, 300, 2, 1, 128), "block", {"causal": True}),
+    Eight("tensor_window", dense(1, 150, 150, 1, 1, 64), "tensor", {"window": (70, 3)}),
+    Eight("wide", dense(1, 70, 200, 1, 1, 256), "block"),
+    Eight("softcap", dense(1, 70, 200, 1, 1, 64), "block", {"causal": True, "softcap": 10.0}),
+    Eight("document", dense(1, 200, 200, 1, 1, 64), "block", {"mask": _document}),
+    Eight("e5m2", dense(1, 70, 150, 1, 1, 64), "block", {}, torch.float8_e5m2, False),
+    Eight("odd_columns", dense(1, 70, 150, 1, 1, 96, 48), "block", {"causal": True}),
+)
+
+
+def check(case: Eight, quantized: Quantized, found: State, lse_extra: float = 0.0) -> list[Ratio]:
+    """Asserts the tolerance rule; `lse_extra`: of accumulators that hold fewer bits than float32."""
+    q, k, v = (part.dequantize(torch.float64).cpu() for part in quantized)
+    truth = reference.attention(q, k, v, **case.options)
+    single = reference.attention(q.float(), k.float(), v.float(), dtype=torch.float32, **case.options)
+    errors = {"out": _textbook(case, q, k, v) - truth.out, "lse": oracle._error(single.lse, truth.lse)}
+    ratios = []
+    for name, value, right in (("out", found.out, truth.out), ("lse", found.lse, truth.lse)):
+        extra = lse_extra if name == "lse" else 0.0
+        ratios += oracle.compare_one(name, value.cpu(), right, [errors[name]], case.shape, extra)
+    worst = max(ratios, key=lambda ratio: ratio.value)
+    assert worst.value <= 1, f"{case.name} {worst.name}: error {worst.error:.3e}, allowed {worst.allowed:.3e}"
+    return ratios
+
+
+def _textbook(case: Eight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The output with weights rounded to 8 bits."""
+    keys = k.shape[1]
+    identity = torch.eye(keys, dtype=k.dtype)[None, :, None].expand(k.shape[0], keys, k.shape[2], keys)
+    weights = reference.attention(q, k, identity, **case.options).out
+    largest = weights.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    rounded = (weights / largest * LIFT).float().to(case.dtype).double() * (largest / LIFT)
+    values = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
+    return torch.einsum("bqhk,bkhd->bqhd", rounded, values)

@@ -1,0 +1,130 @@
+"""8-bit kernels, emulated: rounding gives PyTorch's bits, and the Hopper forward pass obeys the tolerance rule."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashtile
+from flashtile import scaled
+from flashtile.backends.portable import quantize
+from flashtile.kernels import aot
+from flashtile.tuning import hopper as tables
+from flashtile.tuning.hopper import HopperConfig
+from tests import eight
+from tests.conformance import watched
+from tests.eight import Eight
+from tests.emulated.hopper import emulated, plain
+from tests.oracle import assert_equal_bits
+from tools.ptx_emulation import SWEEP, emulate_kernel
+
+BY_NAME = {case.name: case for case in eight.CASES}
+
+
+def _run(case: Eight, schedule: dict[str, Any]) -> flashtile.State:
+    quantized = case.quantized()
+    with emulated(schedule) as device, watched() as ran:
+        state: flashtile.State = flashtile.attention(*quantized, return_lse=True, backend="hopper", **case.options)
+    assert device.complaints == []
+    assert [(plan.backend, plan.kernel, plan.problem.scaled != "") for plan in ran] == [
+        ("hopper", "warp_specialized", True)
+    ]
+    eight.check(case, quantized, state)
+    return state
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_hopper_matches_reference(name: str) -> None:
+    _run(BY_NAME[name], SWEEP[0])
+
+
+@pytest.mark.parametrize("name", ["causal_gqa", "tensor_window"])
+def test_every_schedule_gives_the_same_bits(name: str) -> None:
+    first = None
+    for schedule in SWEEP:
+        state = _run(BY_NAME[name], schedule)
+        first = first or state
+        assert_equal_bits([state.out, state.lse], [first.out, first.lse])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HopperConfig(consumers=3, tile_kv=64, stages=2, turns=True),
+        HopperConfig(consumers=2, tile_kv=64, stages=1, section=1),
+    ],
+    ids=str,
+)
+def test_tiles(config: HopperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of keys that are smaller than the blocks that share a scale."""
+    monkeypatch.setattr(tables, "FORWARD", dict.fromkeys(tables.FORWARD, (tables.Row(256, None, config),)))
+    _run(Eight("tiles", eight.dense(1, 200, 333, 2, 1, 64), "block", {"causal": True}), SWEEP[-1])
+
+
+def test_nan_of_padding_does_not_spread() -> None:
+    """What a mask hides is no number; it is rounded to one that is none."""
+    used = torch.tensor([90])
+    q, k, v = Eight("padding", eight.dense(1, 150, 150, 1, 1, 64)).tensors()
+    k[:, 90:], v[:, 90:] = 0.0, 0.0
+    found = []
+    for poison in (0.0, torch.nan, torch.inf):
+        k[:, 90:], v[:, 90:] = poison, poison
+        with emulated(SWEEP[0]) as device:
+            arguments = flashtile.fp8.quantize(q, k, v)
+            out = flashtile.attention(*arguments, mask=lambda b, h, q_idx, kv_idx: kv_idx < used[b], backend="hopper")
+        assert device.complaints == []
+        found.append(out.float())
+    for other in found[1:]:
+        # Tiles that are done again multiply 16-bit weights.
+        torch.testing.assert_close(other, found[0], rtol=0.0, atol=2**-4 * float(found[0].abs().max()))
+
+
+ROUNDED = (
+    ((1, 100, 2, 64), "block", scaled.QUERIES, False, 0, torch.bfloat16, torch.float8_e4m3fn),
+    ((1, 150, 1, 128), "block", scaled.KEYS, True, None, torch.bfloat16, torch.float8_e4m3fn),
+    ((150, 2, 96), "head", scaled.KEYS, False, 0, torch.float16, torch.float8_e5m2),
+    ((2, 70, 2, 40), "tensor", scaled.KEYS, True, None, torch.float16, torch.float8_e4m3fn),
+    ((1, 70, 2, 40), "block", scaled.QUERIES, False, 0, torch.float32, torch.float8_e4m3fn),
+)
+
+
+@pytest.mark.parametrize(("shape", "granularity", "rows", "turned", "seed", "dtype", "low"), ROUNDED, ids=str)
+def test_rounding_gives_the_bits_of_pytorch(
+    shape: tuple[int, ...], granularity: str, rows: int, turned: bool, seed: int | None, dtype: Any, low: Any
+) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    tensor[..., 3] *= 10
+    tensor[..., 0, 0][..., :1] = torch.nan
+    tensor = tensor.to(dtype)
+    data, scale = quantize._rounded(tensor, granularity, low, rows, seed, turned, _emulate)
+    rows_of = tensor.float()
+    if seed is not None:
+        rows_of = scaled.rotation(shape[-1], seed, tensor.device, torch.float32).apply(rows_of)
+    expected, expected_scale = scaled.rounded(rows_of, low, granularity, rows)
+    expected = scaled.turned(expected) if turned else expected
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(data.float().nan_to_num(nan=-1e9), expected.float().nan_to_num(nan=-1e9))
+    assert bool(data.float().isnan().any())
+
+
+def _emulate(kernel: Any, programs: int, given: dict[str, Any], warps: int) -> None:
+    """A launch of the rounding kernel as for a Hopper."""
+    compiled = aot.build(kernel, given, aot.HOPPER, num_warps=warps)
+    constants = aot.source(kernel, given).constants
+    values = [
+        plain(leaf)
+        for index, parameter in enumerate(kernel.params)
+        for path, leaf in aot.leaves(given[parameter.name], (index,))
+        if path not in constants
+    ]
+    report = emulate_kernel(compiled, (programs, 1, 1), values)
+    assert report.warnings == []
+
+
+def test_parts_of_a_call_lie_where_they_say() -> None:
+    """What the kernel takes for key 8 j + 2 t + e of a group is that key."""
+    order = scaled.turned(torch.arange(16).view(1, 16, 1, 1)).flatten().tolist()
+    assert order == [8 * j + 2 * t + e for t in range(4) for j in range(2) for e in range(2)]
+    values: Tensor = torch.randn(2, 37, 3, 5)
+    assert torch.equal(scaled.straight(scaled.turned(values), 37), values)
