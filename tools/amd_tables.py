@@ -28,7 +28,6 @@ def sections(folder: Path) -> dict[str, str]:
         versions = record["versions"]
         said = f"Triton {versions['triton']}, PyTorch {versions['torch']}, {record['date']}:"
         found["emulated"] = f"{said}\n\n{_table(_emulated(record['tests']))}"
-        found["banks"] = _table(_banks(record["tests"]))
     return found
 
 
@@ -92,15 +91,3 @@ def _emulated(tests: Rows) -> Iterator[list[str]]:
         launches = sum(sum(test["kernels"].values()) for test in found)
         instructions, seconds = (sum(test[name] for test in found) for name in ("instructions", "seconds"))
         yield [arch, KINDS[file], str(len(found)), str(launches), f"{instructions:,}", f"{seconds:.0f}"]
-
-
-def _banks(tests: Rows) -> Iterator[list[str]]:
-    """By GPU, head dimension and kernel: cycles of LDS beside those without conflicts."""
-    yield ["GPU", "test", "kernel", "LDS instruction", "accesses", "cycles", "without conflicts"]
-    for test in tests:
-        for kernel, found in test.get("conflicts", {}).items():
-            for name, (accesses, cycles, least) in found.items():
-                if cycles > least:
-                    label = test["test"].split("[")[1].rstrip("]")
-                    row = [label, kernel.removesuffix("_kernel"), name.lower(), str(accesses), str(cycles), str(least)]
-                    yield [test["arch"], *row]
