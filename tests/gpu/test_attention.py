@@ -3,6 +3,7 @@
 Most of the time goes into compiling kernels: `python -m pytest tests/gpu -n 14` does that in 14 processes.
 """
 
+import gc
 import threading
 import time
 
@@ -162,6 +163,8 @@ def test_cuda_graph_replays(backend: str, options: dict[str, object]) -> None:
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
+    # Compiling in there may set Python's collector off, and what it frees of an earlier graph would end the capture.
+    gc.collect()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         held = step()
