@@ -456,7 +456,7 @@ def test_eight_bits(tmp_path: Path) -> None:
         assert rms["float16, flashtile"] < rms["float16, standard"] < rms["FP8, flashtile, blocks, incoherent"]
         assert rms["FP8, flashtile, blocks, incoherent"] < rms["FP8, standard, one scale a tensor"]
     case = replace(SMALL, feature="causal", dtype="bfloat16", headdim=32)
-    names = ("flashtile_fp8", "flashtile_fp8_blocks", "flashtile_fp8_whole")
+    names = ("flashtile_eight", "flashtile_eight_blocks", "flashtile_eight_whole")
     timed = [row for row in suite._timed(case, TINY, names, lambda text: None) if row["pass"] == "forward"]
     assert {row["peer"]: row["status"] for row in timed} == dict.fromkeys(names, "ok")
     assert all(row["gate"]["passed"] for row in timed)

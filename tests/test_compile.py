@@ -68,7 +68,7 @@ def test_hopper_kernels(variant: str, headdim: int) -> None:
     """Products are in flight together, none waits for another, and spills do not grow."""
     rows = [row for row in build.rows(Entry("sm_90a", headdim, "bfloat16", variant)) if row["backend"] == "hopper"]
     assert [row["broken"] for row in rows if row["broken"]] == []
-    passes = {"forward_kernel", "backward_kernel"} if headdim < 256 else {"forward_kernel"}
+    passes = {"forward_kernel", "backward_kernel", *(["query_kernel"] if headdim == 256 else [])}
     assert {row["kernel"] for row in rows if row["products"]} == passes
     forward = [row["tiles"] for row in rows if row["kernel"] == "forward_kernel"]
     assert len(forward) == (2 if headdim == 64 and variant != "softcap" else 1)
@@ -91,7 +91,7 @@ def test_kernels_with_8_bits(target: str, headdim: int, variant: str, product: s
     assert {row.kernel for row in rows} == {"forward_kernel"}
     assert {row.backend for row in rows} == ({"portable", "hopper"} if target == "sm_90a" else {"portable"})
     assert [str(row) for row in rows if row.broken] == []
-    assert all(row.products[product] > 0 for row in rows)
+    assert all(any(name.startswith(product) for name in row.products) for row in rows)
 
 
 def test_smaller_tiles_are_taken_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,8 @@ def test_sums_keep_a_single_gradient_as_it_is() -> None:
     total = parts.Sums(like)
     total.add(slice(0, 4), one)
     assert total.result() is one
+    total = parts.Sums(like)
+    total.add(slice(0, 4), one)
     total.add(slice(1, 2), one[:, :1])
     assert total.result()[0, :, 0, 0].tolist() == [1, 2, 1, 1]
     assert not parts.Sums(like).result().any()

@@ -7,6 +7,8 @@ The planner asks each in turn whether it takes a Problem; the first that gives n
 imports another.
 """
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -88,8 +90,15 @@ def compiled(kernels: Sequence[Any]) -> int:
     return sum(len(device[0]) for cache in caches for device in cache.values())
 
 
+_loading = threading.RLock()
+# A process that is forked while another thread imports would wait for that import for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release)
+
+
 def load(name: str) -> ModuleType:
     """The backend module of that name."""
     from importlib import import_module
 
-    return import_module(f"flashtile.backends.{name}")
+    with _loading:
+        return import_module(f"flashtile.backends.{name}")

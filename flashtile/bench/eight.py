@@ -18,7 +18,7 @@ from flashtile.bench.peers import Attend, Refused, peer
 from flashtile.bench.records import Row
 from flashtile.scaled import KEYS, rounded
 
-PEERS = ("fa3_fp8", "flashtile", "flashtile_fp8_whole", "flashtile_fp8_blocks", "flashtile_fp8")
+PEERS = ("fa3_fp8", "flashtile", "flashtile_eight_whole", "flashtile_eight_blocks", "flashtile_eight")
 
 
 def _once(make: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor, Tensor], Any]:
@@ -48,18 +48,18 @@ def _rounded_once(case: Case, granularity: str) -> Attend:
     return lambda q, k, v: flashtile.attention(*made(q, k, v), causal=causal)
 
 
-@peer("flashtile_fp8", title="flashtile FP8", trains=False, eight=True)
+@peer("flashtile_eight", title="flashtile FP8", trains=False, eight=True)
 def _heads(case: Case) -> Attend:
     """A scale for each head, as the peer's; rounding is not timed."""
     return _rounded_once(case, "head")
 
 
-@peer("flashtile_fp8_blocks", title="flashtile FP8, blocks", trains=False, eight=True)
+@peer("flashtile_eight_blocks", title="flashtile FP8, blocks", trains=False, eight=True)
 def _blocks(case: Case) -> Attend:
     return _rounded_once(case, "block")
 
 
-@peer("flashtile_fp8_whole", title="flashtile FP8, blocks, with rounding", trains=False, eight=True)
+@peer("flashtile_eight_whole", title="flashtile FP8, blocks, with rounding", trains=False, eight=True)
 def _whole(case: Case) -> Attend:
     causal = _dense(case)
     return lambda q, k, v: flashtile.attention(*fp8.quantize(q.detach(), k.detach(), v.detach()), causal=causal)

@@ -119,7 +119,7 @@ def _emulate(kernel: Any, programs: int, given: dict[str, Any], warps: int) -> N
         if path not in constants
     ]
     report = emulate_kernel(compiled, (programs, 1, 1), values)
-    assert report.warnings == []
+    assert report.warnings == {}
 
 
 def test_parts_of_a_call_lie_where_they_say() -> None:
