@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import backends, masks
+from flashtile import backends, facts, masks
 from flashtile.backends import Decoder, Kernel
 from flashtile.problem import Problem
 
@@ -117,14 +117,7 @@ def quantizer(q: Tensor) -> Callable[..., Sequence[tuple[Tensor, Tensor]]]:
 
 def eight_bits(device: torch.device) -> torch.dtype:
     """The 8-bit format with the most digits that a device multiplies, or the most usual where it multiplies none."""
-    fnuz = device.type == "cuda" and torch.version.hip and _architecture(device).startswith("gfx94")
-    return torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
-
-
-@lru_cache
-def _architecture(device: torch.device) -> str:
-    name: str = torch.cuda.get_device_properties(device).gcnArchName
-    return name
+    return torch.float8_e4m3fnuz if facts.arch(device).startswith("gfx94") else torch.float8_e4m3fn
 
 
 def builds() -> int:

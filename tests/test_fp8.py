@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import flashtile
-from flashtile import check, fp8, scaled
+from flashtile import check, facts, fp8, plan, scaled
+from flashtile.backends import portable
 from flashtile.fp8 import Scaled
 from tests import eight
 from tests.conformance import watched
@@ -181,3 +182,29 @@ def test_every_message_is_in_the_table() -> None:
     file = Path(check.__file__).parent / "scaled.py"
     calls = [(wrong, kind) for wrong, kind, _ in WRONG]
     assert sorted(raises([file]) - lines_run(file.parent, calls)) == []
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "multiplied"),
+    [
+        ("sm_80", torch.float8_e4m3fn, False),
+        ("sm_89", torch.float8_e4m3fn, True),
+        ("sm_90", torch.float8_e5m2, True),
+        ("sm_90", torch.float8_e4m3fnuz, False),
+        ("sm_100", torch.float8_e4m3fn, True),
+        ("gfx90a", torch.float8_e4m3fn, False),
+        ("gfx942", torch.float8_e4m3fn, False),
+        ("gfx942", torch.float8_e4m3fnuz, True),
+        ("gfx950", torch.float8_e4m3fn, True),
+        ("gfx1100", torch.float8_e4m3fn, False),
+    ],
+)
+def test_which_gpus_multiply_which_formats(arch: str, dtype: torch.dtype, multiplied: bool) -> None:
+    """By the GPU that the tensors lie on."""
+    assert portable.multiplies_eight_bits(dtype, arch) == multiplied
+
+
+def test_the_usual_format_is_that_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "arch", lambda device: "gfx942" if device.index == 1 else "gfx950")
+    assert plan.eight_bits(torch.device("cuda", 0)) is torch.float8_e4m3fn
+    assert plan.eight_bits(torch.device("cuda", 1)) is torch.float8_e4m3fnuz

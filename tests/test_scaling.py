@@ -115,7 +115,7 @@ def test_the_command_predicts_and_draws(
     assert cli.main(["bench", "scaling", "--heads", "32", "--heads-kv", "8", "--tokens", "131072", *options]) == 0
     text = capsys.readouterr().out
     assert "131,072 tokens, 32/8 heads" in text
-    assert "fastest rounds" in text
+    assert "predicted and measured, medians" in text
     assert (tmp_path / "docs" / "images" / "scaling.png").stat().st_size > 1000
     assert page.read_text() == f"Before\n{costs_report.BEGIN}\n{costs_report.END}\nafter\n", "CPUs have no tables"
 
@@ -146,4 +146,6 @@ def test_two_cards_keep_what_is_promised() -> None:
             assert ring[which]["median"] < peer[which]["median"]
             assert length == 2**15 or one[which]["median"] >= 0.92 * 2 * ring[which]["median"], (length, which)
     for each in costs.validate(record):
-        assert each.measured == pytest.approx(each.predicted, rel=0.25), each
+        # The model leaves out the host's time, which shows in the shortest sequence.
+        rel = 0.1 if each.seqlen > 2**15 else 0.25
+        assert each.measured == pytest.approx(each.predicted, rel=rel), each

@@ -179,7 +179,7 @@ def machine_of(record: dict[str, Any], row: dict[str, Any]) -> Machine:
     settings, link = record["settings"], record["link"]
     work = Work(row["seqlen"], settings["heads"], settings["heads"], settings["headdim"])
     rates = [
-        factor * work.flops() / (min(row[name]["samples"]) / 1e3)
+        factor * work.flops() / (row[name]["median"] / 1e3)
         for name, factor in (("forward", 1.0), ("backward", BACKWARD))
     ]
     bandwidth = link["bandwidth"]
@@ -188,7 +188,7 @@ def machine_of(record: dict[str, Any], row: dict[str, Any]) -> Machine:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Milliseconds of a pass of a scheme, as predicted and as measured: the fastest rounds, which nothing disturbed."""
+    """Milliseconds of a pass of a scheme, as predicted and as measured, medians of rounds."""
 
     seqlen: int
     scheme: str
@@ -216,5 +216,5 @@ def validate(record: dict[str, Any]) -> list[Comparison]:
         work = Work(row["seqlen"], settings["heads"], settings["heads"], settings["headdim"], element)
         times = predict(row["way"], work, record["ranks"], machine)
         for which, seconds in (("forward", times.forward), ("backward", times.backward)):
-            found.append(Comparison(row["seqlen"], row["way"], which, 1e3 * seconds, min(row[which]["samples"])))
+            found.append(Comparison(row["seqlen"], row["way"], which, 1e3 * seconds, row[which]["median"]))
     return found

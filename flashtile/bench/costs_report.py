@@ -53,7 +53,7 @@ def _predictions(work: Work, ranks: Sequence[int], machine: Machine) -> Table:
 
 
 def _comparison(record: dict[str, Any]) -> Table:
-    title = f"{record['ranks']} x {record['machine']['name']}: predicted and measured, fastest rounds"
+    title = f"{record['ranks']} x {record['machine']['name']}: predicted and measured, medians"
     table = _new(title, "tokens", "scheme", "pass", "predicted ms", "measured ms", "measured / predicted")
     for each in costs.validate(record):
         row = (f"{each.seqlen:,}", each.scheme, each.which, f"{each.predicted:.2f}", f"{each.measured:.2f}")
@@ -113,7 +113,7 @@ def _memories(record: dict[str, Any], rows: Rows, lengths: Sequence[int]) -> lis
 
 
 def _predicted(record: dict[str, Any]) -> list[str]:
-    lines = ["", "| fastest rounds | scheme | pass | predicted, ms | measured, ms | measured / predicted |"]
+    lines = ["", "| tokens | scheme | pass | predicted, ms | measured, ms | measured / predicted |"]
     lines.append("| --- | --- | --- | ---: | ---: | ---: |")
     for each in costs.validate(record):
         times = f"{each.predicted:.2f} | {each.measured:.2f} | {each.measured / each.predicted:.2f}"
@@ -163,7 +163,7 @@ def _winners(axes: Axes, work: Work, ranks: Sequence[int], machine: Machine) -> 
 
 
 def _check(axes: Axes, compared: Sequence[Comparison]) -> None:
-    plots.style(axes, "Measured, fastest rounds", "measured ms", "predicted ms")
+    plots.style(axes, "Measured, medians", "measured ms", "predicted ms")
     for scheme in dict.fromkeys(each.scheme for each in compared):
         for which, mark in (("forward", "o"), ("backward", "s")):
             chosen = [each for each in compared if (each.scheme, each.which) == (scheme, which)]

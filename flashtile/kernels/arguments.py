@@ -25,6 +25,14 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, batch, tensor.stride(-3), tensor.stride(-2))
 
 
+def values_of(inputs: Inputs) -> Rows:
+    """Of 8-bit values, which lie on their side unless packed, `row` is the stride of a column."""
+    v = inputs.v
+    if not inputs.scaled or inputs.cu_seqlens_q is not None:
+        return rows_of(v)
+    return Rows(v, v.stride(0), v.stride(2), v.stride(1))
+
+
 def grid_of(tensor: Tensor) -> Grid:
     """A contiguous (batch, heads, rows, columns) tensor."""
     return Grid(tensor, *map(odd, (*tensor.stride()[:2], *tensor.shape[2:])))

@@ -1,4 +1,4 @@
-"""Launches: descriptors over the caller's tensors, and the grid."""
+"""Launches: arguments and the grid."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,17 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends import Gradients
 from flashtile.backends.hopper.around import after_kernel, before_kernel
 from flashtile.backends.hopper.backward import backward_kernel
+from flashtile.backends.hopper.descriptors import descriptor, piece_descriptor, value_descriptor
 from flashtile.backends.hopper.forward import forward_kernel
 from flashtile.backends.hopper.meta import Meta, block, meta_of
 from flashtile.backends.hopper.queries import query_kernel
 from flashtile.backends.hopper.softmax import ROWS
-from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_ROWS
+from flashtile.backends.hopper.sums import PIECE_COLUMNS
 from flashtile.kernels import bias, visits
 from flashtile.kernels.arguments import (
     beside,
@@ -30,12 +29,12 @@ from flashtile.kernels.arguments import (
     rules_of,
     size_of,
     stats_of,
+    values_of,
 )
 from flashtile.kernels.bias import bias_kernel
 from flashtile.kernels.bits import bits_kernel
 from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
-from flashtile.kernels.words import Rows
 from flashtile.problem import Inputs, Problem, described
 from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig
@@ -44,44 +43,6 @@ KERNELS = (forward_kernel, before_kernel, backward_kernel, query_kernel, after_k
 
 REGISTERS = {2: 168, 3: 128}
 """Registers a thread that a kernel is compiled for, by consumers; they trade among the warps once it runs."""
-
-
-_TYPES = {
-    torch.bfloat16: gl.bfloat16,
-    torch.float16: gl.float16,
-    torch.float32: gl.float32,
-    torch.float8_e4m3fn: gl.float8e4nv,
-    torch.float8_e5m2: gl.float8e5,
-}
-
-
-def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
-    """Tiles of `rows` of one head of a (batch, seqlen, heads, headdim) or packed (total, heads, headdim) tensor."""
-    return _tiles(tensor if tensor.ndim == 4 else tensor[None], [1, rows, 1, columns])
-
-
-def _values(v: Tensor, meta: Meta) -> Any:
-    """Tiles of values; those of 8 bits lie on their side."""
-    if meta.eight:
-        return _tiles(v, [1, 1, meta.block_dv, meta.tile_kv])
-    return descriptor(v, meta.tile_kv, meta.block_dv)
-
-
-def _value_rows(v: Tensor, meta: Meta) -> Rows:
-    """The same without tiles; of those on their side `row` is the stride of a column."""
-    return Rows(v, v.stride(0), v.stride(2), v.stride(1)) if meta.eight else rows_of(v)
-
-
-def _tiles(tensor: Tensor, shape: list[int]) -> Any:
-    layout = gl.NVMMASharedLayout.get_default_for(shape, _TYPES[tensor.dtype])
-    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), shape, layout)
-
-
-def piece_descriptor(sums: Tensor) -> Any:
-    """Pieces of the sums of dQ."""
-    shape = [1, 1, PIECE_ROWS.value, PIECE_COLUMNS.value]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float32)
-    return TensorDescriptor(sums, sums.shape, sums.stride(), shape, layout)
 
 
 def on_device(kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -108,6 +69,11 @@ DEVICE = Machine()
 @lru_cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def entries(problem: Problem) -> int:
+    """Of the batch, as programs are counted: packed sequences are one."""
+    return 1 if problem.varlen else problem.batch
 
 
 @dataclass(frozen=True)
@@ -146,12 +112,11 @@ class Call:
         if keys:
             rows, tile, heads = self.inputs.k.shape[-3], config.tile_kv, problem.heads_kv
         count = programs_of(problem, rows, tile)
-        total = count * heads * (1 if problem.varlen else problem.batch)
-        return total, {**self.shared, "size": size_of(problem, heads, count)}
+        return count * heads * entries(problem), {**self.shared, "size": size_of(problem, heads, count)}
 
     def section(self) -> int:
         """Heads whose tiles are handed out together."""
-        return int(min(self.config.section, self.problem.heads * (1 if self.problem.varlen else self.problem.batch)))
+        return int(min(self.config.section, self.problem.heads * entries(self.problem)))
 
     def lists(self, keys: bool) -> dict[str, Any]:
         """Which tiles a tile meets, where the mask is no window."""
@@ -199,9 +164,9 @@ def forward(
         given = {
             "q_desc": descriptor(q, rows, meta.block_d),
             "k_desc": descriptor(k, meta.tile_kv, meta.block_d),
-            "v_desc": _values(v, meta),
+            "v_desc": value_descriptor(v, meta),
             "o_desc": descriptor(out, rows, meta.block_dv),
-            "sources": (rows_of(q), rows_of(k), _value_rows(v, meta)) if meta.careful else None,
+            "sources": (rows_of(q), rows_of(k), values_of(inputs)) if meta.careful else None,
             "scales": tuple(map(numbers_of, inputs.scaled[:3])) if meta.eight else None,
             "out": rows_of(out) if problem.varlen else None,
             "lse": numbers_of(lse),
@@ -249,10 +214,9 @@ def _stats(inputs: Inputs, problem: Problem, fill: float) -> Tensor:
 
 def _sums(inputs: Inputs, problem: Problem, config: BackwardConfig) -> Tensor:
     """Memory for the sums of dQ, (heads of all batch entries, query tiles, rows, columns): see `sums`."""
-    heads = problem.heads * (1 if problem.varlen else problem.batch)
     tiles = programs_of(problem, inputs.q.shape[-3], config.tile_q)
     numbers = config.tile_q * block(problem.headdim)
-    shape = heads, tiles, numbers // PIECE_COLUMNS.value, PIECE_COLUMNS.value
+    shape = problem.heads * entries(problem), tiles, numbers // PIECE_COLUMNS.value, PIECE_COLUMNS.value
     return torch.empty(shape, dtype=torch.float32, device=inputs.q.device)
 
 

@@ -45,7 +45,7 @@ def refuses(problem: Problem) -> str | None:
         name = str(problem.dtype).removeprefix("torch.")
         if interpreted():
             return f"Triton's interpreter multiplies no {name}"
-        if not multiplies_eight_bits(problem.dtype):
+        if not multiplies_eight_bits(problem.dtype, problem.arch):
             return f"the GPU multiplies no {name}"
         if min(problem.headdim, problem.headdim_v) <= _SMALLEST_EIGHT:
             return f"8-bit products sum up more than {_SMALLEST_EIGHT} columns at a time"
@@ -91,7 +91,7 @@ def refuses_cached(problem: Problem) -> str | None:
         return reason
     if interpreted():
         return "Triton's interpreter rounds nothing to 8-bit floats" if cached.appended else None
-    if stored is torch.float8_e4m3fn and problem.arch.startswith("sm_") and int(problem.arch[3:]) < 89:
+    if stored is torch.float8_e4m3fn and problem.arch.startswith("sm_") and not _converts_eight_bits(problem.arch):
         return "the GPU converts no float8_e4m3fn; float8_e5m2 or int8 would do"
     return None
 
@@ -194,7 +194,7 @@ def refuses_rounding(q: Tensor) -> str | None:
         return "Triton's interpreter rounds nothing to 8-bit floats"
     if q.device.type != "cuda":
         return f"it runs on cuda, the tensors are on {q.device.type}"
-    return None if _architecture() >= (8, 9) else "the GPU converts no float8_e4m3fn"
+    return None if _converts_eight_bits(facts.arch(q.device)) else "the GPU converts no float8_e4m3fn"
 
 
 @cache
@@ -209,20 +209,16 @@ def _quantize(*arguments: Any) -> Any:
     return _rounding().quantize(*arguments)
 
 
-def multiplies_eight_bits(dtype: torch.dtype) -> bool:
-    """Whether matrix instructions of the current GPU take this format: Ada, Hopper and later, CDNA4; CDNA3 in fnuz."""
-    if torch.version.hip:
-        return _architecture() == ((9, 4) if dtype in _FNUZ else (9, 5))
-    return _architecture() >= (8, 9) and dtype not in _FNUZ
+def multiplies_eight_bits(dtype: torch.dtype, arch: str) -> bool:
+    """Whether matrix instructions take this format: on Ada, Hopper and later, CDNA4; on CDNA3 in fnuz."""
+    if arch.startswith("gfx"):
+        return arch.startswith("gfx94" if dtype in _FNUZ else "gfx95")
+    return dtype not in _FNUZ and _converts_eight_bits(arch)
 
 
-@cache
-def _architecture() -> tuple[int, int]:
-    """Of the current GPU: the compute capability, or (9, 4) of gfx942."""
-    if not torch.version.hip:
-        return torch.cuda.get_device_capability()
-    name = torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName
-    return (9, int(name[4])) if name.startswith("gfx9") and name[4].isdigit() else (0, 0)
+def _converts_eight_bits(arch: str) -> bool:
+    """Whether there are instructions from and to e4m3."""
+    return int(arch[3:]) >= 89 if arch.startswith("sm_") else arch.startswith("gfx9")
 
 
 def _kept(memory: Memory) -> Memory | None:

@@ -27,11 +27,12 @@ from flashtile.kernels.arguments import (
     rules_of,
     size_of,
     stats_of,
+    values_of,
 )
 from flashtile.kernels.bias import bias_kernel
 from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
-from flashtile.kernels.words import Packing, Rows, Rules
+from flashtile.kernels.words import Packing, Rules
 from flashtile.problem import Inputs, Problem
 from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.portable import PortableConfig, Tiles, smaller
@@ -183,21 +184,13 @@ def forward(
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine._replace(tape=tape), inputs, problem, eight=eight)
-        tensors = (rows_of(q), rows_of(k), _values(inputs), rows_of(out), stats_of(lse))
+        tensors = (rows_of(q), rows_of(k), values_of(inputs), rows_of(out), stats_of(lse))
         scales = tuple(map(numbers_of, inputs.scaled[:3])) or None
         call.launch(forward_kernel, config.forward, tensors, sinks=inputs.sinks, scales=scales)
 
     lists = visits.tensors_of(inputs, problem, *config.forward[:2], False)
     perform(launches, (q, k, v, out, lse, *lists, *beside(inputs)), memory)
     return out, lse.contiguous()
-
-
-def _values(inputs: Inputs) -> Rows:
-    """Of 8-bit values, which lie on their side unless packed, `row` is the stride of a column."""
-    v = inputs.v
-    if not inputs.scaled or inputs.cu_seqlens_q is not None:
-        return rows_of(v)
-    return Rows(v, v.stride(0), v.stride(2), v.stride(1))
 
 
 def backward(

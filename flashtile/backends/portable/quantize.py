@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtile.forgetting import make_room
 from flashtile.kernels.arguments import numbers_of, rows_of
 from flashtile.kernels.places import number_of
 from flashtile.kernels.tape import Tape, perform, prepared
@@ -116,8 +117,7 @@ def _memory(*key: Any) -> dict[Any, Any]:
     """What earlier calls of a kind left; the oldest make room."""
     found = _memories.get(key)
     if found is None:
-        while len(_memories) >= _KEPT:
-            _memories.pop(next(iter(_memories)))
+        make_room(_memories, _KEPT)
         found = _memories[key] = {}
     return found
 
