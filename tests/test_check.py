@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flashtile
-from flashtile import attention, attention_varlen, check, dropout_mask, explain, masks, merge, trace
+from flashtile import attention, attention_varlen, check, dropout_mask, explain, fp8, masks, merge, trace
 from flashtile.check import sharding as sharded
 from tests.raises import lines_run, raises
 
@@ -406,6 +406,12 @@ SHARDING = [
     Refusal(NotImplementedError, "dropout_p", "cu_seqlens_q.*need 0.*ulysses", lambda: sharded.no_packed_dropout(0.1)),
     Refusal(TypeError, "options", "'cauzal', need keyword", lambda: sharded.no_options(["cauzal"])),
     Refusal(ValueError, "k", r"placements .*need Shard\(1\)", lambda: sharded.sequence_sharded("k", [None], 1)),
+    Refusal(
+        NotImplementedError,
+        "k",
+        "fp8.Scaled, need a tensor where.*try the one",
+        lambda: sharded.unrounded(Q, fp8.quantize(Q, KV, KV).k, KV),
+    ),
     Refusal(TypeError, "q, k, v", "plain tensors, need all", lambda: sharded.all_distributed([True, False])),
     Refusal(
         NotImplementedError, "q", "cu_seqlens_q, need plain .*try flashtile", lambda: sharded.dtensors([True] * 3, True)

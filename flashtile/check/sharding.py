@@ -5,6 +5,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from flashtile.scaled import Scaled
+
 LAYOUTS = ("zigzag", "contiguous")
 SCHEMES = ("ring", "ulysses", "gather", "mixed")
 
@@ -104,6 +106,16 @@ def all_distributed(distributed: Sequence[bool]) -> None:
         raise TypeError(
             "q, k, v: got DTensors and plain tensors, need all of one kind; try .to_local() on the DTensors"
         )
+
+
+def unrounded(q: Any, k: Any, v: Any) -> None:
+    """Parts of a sequence begin anywhere in the blocks of rows that share a scale."""
+    for name, value in zip("qkv", (q, k, v), strict=True):
+        if isinstance(value, Scaled):
+            raise NotImplementedError(
+                f"{name}: got flashtile.fp8.Scaled, need a tensor where processes share a sequence; try the one that "
+                "was rounded"
+            )
 
 
 def dtensors(distributed: Sequence[bool], packed: bool) -> None:

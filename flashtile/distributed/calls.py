@@ -53,6 +53,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None, names: tuple[str, str | None]
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of this rank's tokens."""
+    check.unrounded(q, k, v)
     name, dealer = names
     arguments = arguments._replace(sharding=name)
     if dealer is None:

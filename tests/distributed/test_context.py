@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 import flashtile
-from flashtile import distributed, sharding
+from flashtile import distributed, fp8, sharding
 from flashtile.distributed import context_parallel, shard
 from tests.distributed import processes
 
@@ -202,6 +202,14 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_8_bit_tensors_are_refused() -> None:
+    """Their scales belong to blocks of a whole sequence's rows."""
+    quantized = fp8.quantize(*torch.randn(3, 1, 30, 2, 16))
+    with context_parallel(None), pytest.raises(NotImplementedError, match=r"q: got flashtile\.fp8\.Scaled"):
+        flashtile.attention(*quantized)
 
 
 @pytest.mark.usefixtures("one_process")

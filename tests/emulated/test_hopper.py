@@ -15,7 +15,7 @@ from tests import conformance, invariance, oracle
 from tests.conformance import HALF, HOPPER_REFUSES
 from tests.emulated.hopper import emulated
 from tests.oracle import assert_equal_bits
-from tests.problems import CASES, Case, Feature, Shape, compose, dense
+from tests.problems import CASES, Case, Feature, Shape, compose, dense, packed
 from tools.ptx_emulation import SWEEP
 
 LONG = {"window_long"}
@@ -36,6 +36,7 @@ WIDE = (
     _case("tall_window", dense(1, 200, 450, 2, 2, 64), "window"),
     _case("widest_gqa", dense(1, 100, 150, 2, 1, 256), "causal", "softcap"),
     _case("widest_document", dense(1, 130, 130, 1, 1, 192), "document"),
+    _case("widest_varlen", packed((50, 33), (70, 20), 2, 1, 256), "causal"),
     _case("deterministic_document", dense(1, 150, 150, 1, 1, 64), "document", "deterministic"),
 )
 
