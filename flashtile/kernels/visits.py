@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashtile import mask_nodes
 from flashtile.forgetting import make_room
-from flashtile.kernels import bits
+from flashtile.kernels import bits, capture
 from flashtile.kernels.words import Visits, odd
 from flashtile.problem import Inputs, Problem
 from flashtile.region import region
@@ -17,12 +17,16 @@ from flashtile.spans import FULL, PARTIAL, Tiling
 _KEPT = 64
 _KEPT_BYTES = 2**28
 _known: dict[Any, tuple[list[weakref.ref[Tensor]], Visits]] = {}
+_in_graphs: dict[Any, Visits] = {}
+"""Those that CUDA graphs read, which nobody can tell to be gone. They belong to no stream: what made them is done."""
 
 
 def possible(inputs: Inputs, problem: Problem) -> bool:
-    """Packed sequences have lengths that only the device knows, and while a CUDA graph is captured none may be asked:
-    the mask is then evaluated in every tile that the window leaves."""
-    return not problem.varlen and not (inputs.q.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Packed sequences have lengths that only the device knows, and what a mask reads may be something else when a
+    CUDA graph is replayed: the mask is then evaluated in every tile that the window leaves."""
+    if problem.varlen:
+        return False
+    return not capture.under_way() or (not inputs.mask and capture.possible_aside())
 
 
 def listed(inputs: Inputs, problem: Problem) -> bool:
@@ -40,15 +44,24 @@ class Maker(NamedTuple):
 def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, maker: Maker | None = None) -> Visits:
     """The tiles that each query tile visits; `keys`: each key tile. With a `maker`, the mask's bits too."""
     sizes = (problem.seqlen_q, problem.seqlen_kv, problem.batch, problem.heads)
-    tensors = tuple((id(tensor), tensor._version) for tensor in inputs.mask)
-    key = (problem.mask, sizes, tile_q, tile_kv, keys, _queue(inputs.q.device), tensors, maker and maker.machine)
+    device = inputs.q.device
+    alone = (problem.mask, sizes, tile_q, tile_kv, keys, maker and maker.machine)
+
+    def made() -> Visits:
+        lists = _make(inputs, problem, tile_q, tile_kv, keys)
+        return lists._replace(bits=bits.of(lists, tile_kv if keys else tile_q, maker.launch)) if maker else lists
+
+    if capture.under_way():
+        place = (device, *alone)
+        if place not in _in_graphs:
+            with capture.aside(device):
+                _in_graphs[place] = made()
+        return _in_graphs[place]
+    key = (*alone, _queue(device), tuple((id(tensor), tensor._version) for tensor in inputs.mask))
     found = _known.get(key)
     if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], inputs.mask, strict=True)):
-        made = _make(inputs, problem, tile_q, tile_kv, keys)
-        if maker is not None:
-            made = made._replace(bits=bits.of(made, tile_kv if keys else tile_q, maker.launch))
         # The lists of a mask whose tensors are gone are gone with them.
-        found = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in inputs.mask], made
+        found = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in inputs.mask], made()
         make_room(_known, _KEPT)
         _known[key] = found
         while len(_known) > 1 and _bytes() > _KEPT_BYTES:
