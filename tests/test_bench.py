@@ -406,7 +406,7 @@ class TestReport:
         rows = [
             entry
             for feature in features
-            for entry in suite._timed(settings.case(feature, 200, "float32"), settings, ("flashtile",), print)
+            for entry in suite.timed(settings.case(feature, 200, "float32"), settings, ("flashtile",), print)
         ]
         for entry in rows:
             entry["case"]["device"], entry["host_us"] = "cuda", 12.0
@@ -464,6 +464,6 @@ def test_eight_bits(tmp_path: Path) -> None:
         assert rms["FP8, flashtile, blocks, incoherent"] < rms["FP8, standard, one scale a tensor"]
     case = replace(SMALL, feature="causal", dtype="bfloat16", headdim=32)
     names = ("flashtile_eight", "flashtile_eight_blocks", "flashtile_eight_whole")
-    timed = [row for row in suite._timed(case, TINY, names, lambda text: None) if row["pass"] == "forward"]
+    timed = [row for row in suite.timed(case, TINY, names, lambda text: None) if row["pass"] == "forward"]
     assert {row["peer"]: row["status"] for row in timed} == dict.fromkeys(names, "ok")
     assert all(row["gate"]["passed"] for row in timed)

@@ -97,14 +97,14 @@ def _dense(settings: Settings, note: Note) -> Iterator[Row]:
         for feature in ("plain", "causal"):
             for seqlen in settings.seqlens:
                 case = settings.case(feature, seqlen, dtype)
-                yield from _timed(case, settings, ("sdpa", "textbook", "flashtile"), note)
+                yield from timed(case, settings, ("sdpa", "textbook", "flashtile"), note)
 
 
 @suite("masks", "Window and document masks", "time")
 def _masks(settings: Settings, note: Note) -> Iterator[Row]:
     for dtype in settings.dtypes:
         for feature in ("window", "document", "causal document"):
-            yield from _timed(settings.case(feature, settings.longest, dtype), settings, ("sdpa", "flashtile"), note)
+            yield from timed(settings.case(feature, settings.longest, dtype), settings, ("sdpa", "flashtile"), note)
 
 
 TOKENS, HIDDEN = 16384, 2048
@@ -141,23 +141,23 @@ def _cells(settings: Settings, note: Note, seqlens: Sequence[int], names: tuple[
             for seqlen in seqlens:
                 heads = HIDDEN // headdim
                 case = Case(feature, TOKENS // seqlen, seqlen, heads, heads, headdim, "bfloat16", settings.device)
-                yield from _timed(case, settings, names, note)
+                yield from timed(case, settings, names, note)
 
 
 @suite("shapes", "Grouped heads, and a window in a long sequence", "time", devices=("cuda",))
 def _shapes(settings: Settings, note: Note) -> Iterator[Row]:
     for seqlen in (2048, 8192):
         case = Case("causal", TOKENS // seqlen, seqlen, 32, 8, 128, "bfloat16", settings.device)
-        yield from _timed(case, settings, FUSED, note)
+        yield from timed(case, settings, FUSED, note)
     case = Case("window 1024", 1, TOKENS, 16, 16, 128, "bfloat16", settings.device)
-    yield from _timed(case, settings, ("flex", "flashtile"), note)
+    yield from timed(case, settings, ("flex", "flashtile"), note)
 
 
 @suite("functions", "Masks and score functions beside compiled FlexAttention", "time", devices=("cuda",))
 def _functions(settings: Settings, note: Note) -> Iterator[Row]:
     for feature in ("causal", "window", "document", "causal document", "alibi", "softcap", "causal document softcap"):
         case = Case(feature, 2, 8192, 16, 16, 128, "bfloat16", settings.device)
-        yield from _timed(case, settings, ("flex", "flashtile_functions", "flashtile"), note)
+        yield from timed(case, settings, ("flex", "flashtile_functions", "flashtile"), note)
 
 
 @suite("packed", "Packed sequences of long-tailed lengths", "time", devices=("cuda",))
@@ -166,14 +166,14 @@ def _packed(settings: Settings, note: Note) -> Iterator[Row]:
         for seqlen in (8192, 32768):
             heads = HIDDEN // headdim
             case = Case("packed causal", 1, seqlen, heads, heads, headdim, "bfloat16", settings.device)
-            yield from _timed(case, settings, ("sdpa_padded", "flashtile"), note)
+            yield from timed(case, settings, ("sdpa_padded", "flashtile"), note)
 
 
 @suite("sparsity", "Time against the share of the keys that a mask leaves", "time", devices=("cuda",))
 def _sparsity(settings: Settings, note: Note) -> Iterator[Row]:
     for feature in cases.SPARSE:
         case = Case(feature, 1, 16384, 16, 16, 128, "bfloat16", settings.device)
-        yield from _timed(case, settings, ("flashtile",), note)
+        yield from timed(case, settings, ("flashtile",), note)
 
 
 @suite("decode", "One query a sequence over a KV cache", "bandwidth", devices=("cuda",))
@@ -214,8 +214,8 @@ def _too_big(case: Case, peer: Peer) -> str | None:
     return f"would need {memory.gib(needed)}, {memory.gib(free)} are free"
 
 
-def _timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -> Iterator[Row]:
-    """Gate, then interleaved rounds of all that pass it."""
+def timed(case: Case, settings: Settings, names: tuple[str, ...], note: Note) -> Iterator[Row]:
+    """Rows of a case: gate, then interleaved rounds of all that pass it."""
     note(f"{case}: float64 reference")
     inputs = cases.tensors(case)
     truth = accuracy.truth(case, inputs)

@@ -197,7 +197,7 @@ class Mode:
     def is_target_verify(self) -> bool:
         return self.verifying
 
-    def is_draft_extend(self) -> bool:
+    def is_draft_extend_v2(self) -> bool:
         return False
 
 

@@ -115,6 +115,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "causal": ({"causal": True}, {"causal": True}),
     "window": ({"window_size": (5, 2), "softmax_scale": 0.3}, {"window": (5, 2), "scale": 0.3}),
     "left window": ({"window_size": (4, -1), "causal": True}, {"window": (4, None), "causal": True}),
+    "window in a tensor": ({"window_size": torch.tensor([5, 2])}, {"window": (5, 2)}),
     "right window": ({"window_size": (-1, 3)}, {"window": (None, 3)}),
     "softcap": ({"softcap": 2.0, "deterministic": True}, {"softcap": 2.0}),
     "alibi": ({"alibi_slopes": SLOPES, "causal": True}, {"alibi_slopes": SLOPES, "causal": True}),
@@ -308,6 +309,14 @@ class TestLowLevel:
         assert sums.shape == (4, 11)
 
 
+def _turned(rows: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding, written as a product of complex numbers: rows (seqlen, heads, headdim), angles of each row."""
+    size, dim = 2 * angles.shape[1], -1 if interleaved else -2
+    pairs = rows[..., :size].unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    turned = torch.complex(*pairs.unbind(dim)) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([torch.stack([turned.real, turned.imag], dim=dim).flatten(-2), rows[..., size:]], dim=-1)
+
+
 class TestCaches:
     """The cache as flash-attn documents it: written in place, then attended over like any keys."""
 
@@ -377,6 +386,41 @@ class TestCaches:
         torch.testing.assert_close(found, flash_attn.flash_attn_func(q, k, v, **how))
         swapped = flash_attn.flash_attn_with_kvcache(q, k, v, cache_batch_idx=torch.tensor([1, 0], dtype=torch.int32))
         torch.testing.assert_close(swapped, flash_attn.flash_attn_func(q, k.flip(0), v.flip(0)))
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("interleaved", [False, True])
+    def test_rotary(self, causal: bool, interleaved: bool) -> None:
+        """More queries than new keys, and tables for no more places than the cache has, as flash-attn asks for: causal
+        queries turn each by its own place, others all by that of the first."""
+        lengths = torch.tensor([3, 9], dtype=torch.int32)
+        q, k, v = (torch.randn(2, n, 2, 16) for n in (5, 3, 3))
+        caches = [torch.randn(2, 14, 2, 16) for _ in range(2)]
+        angles = torch.rand(14, 4) * 6
+        given = [cache.clone() for cache in caches]
+        found = flash_attn.flash_attn_with_kvcache(
+            q, *given, k, v, angles.cos(), angles.sin(), lengths, causal=causal, rotary_interleaved=interleaved
+        )
+        for index, length in enumerate(lengths.tolist()):
+            places = length + torch.arange(5)
+            turned_k = _turned(k[index], angles[places[:3]], interleaved)
+            turned_q = _turned(q[index], angles[places if causal else places[:1].expand(5)], interleaved)
+            keys = torch.cat((caches[0][index, :length], turned_k))[None]
+            values = torch.cat((caches[1][index, :length], v[index]))[None]
+            expected = flash_attn.flash_attn_func(turned_q[None], keys, values, causal=causal)
+            torch.testing.assert_close(found[index], expected[0])
+            torch.testing.assert_close(given[0][index, length : length + 3], turned_k)
+
+    @pytest.mark.parametrize("paged", [False, True])
+    def test_no_gradient(self, paged: bool) -> None:
+        """Tensors that want one are taken, for flash-attn takes them, and the result has none."""
+        q, k, v = _normal(5, 2, 16), _normal(2, 16, 2, 16), _normal(2, 16, 2, 16)
+        if paged:
+            table = torch.tensor([[1, 0]], dtype=torch.int32)
+            offsets = torch.tensor([[0, 5], [0, 20]], dtype=torch.int32)
+            found = flash_attn.flash_attn_varlen_func(q, k, v, *offsets, 5, 20, causal=True, block_table=table)
+        else:
+            found = flash_attn.flash_attn_with_kvcache(q[None].expand(2, -1, -1, -1), k, v)
+        assert not found.requires_grad
 
     def test_new_keys_need_a_place(self) -> None:
         q = torch.randn(1, 2, 2, 16)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from flashtile.bench import machine, memory, records, timing
 
@@ -125,6 +126,27 @@ def timed(pair: Pair, setting: Setting, note: Note) -> Figures:
     return Figures(baseline, ours, "ms", ratio, difference, details)
 
 
+def with_busy(found: Figures, pair: Pair, setting: Setting, note: Note) -> Figures:
+    """The figures with the share of a call's time in which the GPU runs kernels, of both; the host's time is the rest.
+
+    Not for graphs, which the host does not hold up. Where the profiler sees no kernels, nothing is added.
+    """
+    if not setting.cuda:
+        return found
+    note("profiling")
+    calls = {"baseline": (pair.baseline, found.baseline), "ours": (pair.ours, found.ours)}
+    busy = {name: round(_kernels(call) / ms, 3) for name, (call, ms) in calls.items()}
+    return found._replace(details={**found.details, "gpu_busy": busy}) if all(busy.values()) else found
+
+
+def _kernels(call: Call) -> float:
+    """Milliseconds that a call's kernels take."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in trace.key_averages()) / 1e3
+
+
 def _alone(call: Call, setting: Setting) -> float:
     """Milliseconds a call, the median of five rounds."""
     repeats = _repeats(call, setting)
@@ -215,6 +237,11 @@ def run(row: Row, setting: Setting, note: Note = lambda text: None) -> dict[str,
 def failed(row: Row, reason: str) -> dict[str, Any]:
     """The entry of a row that has no figures for this reason."""
     return _entry(row, "failed", reason[:500])
+
+
+def not_run(row: Row) -> dict[str, Any]:
+    """The entry of a row that a record does not hold."""
+    return _entry(row, "not run", "the record has no figures of it")
 
 
 def _entry(row: Row, status: str, reason: str = "") -> dict[str, Any]:

@@ -5,7 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.bench.paper.experiment import Call, Figures, Note, Pair, Row, Setting, no_attention, timed, with_peaks
+from flashtile.bench.paper.experiment import (
+    Call,
+    Figures,
+    Note,
+    Pair,
+    Row,
+    Setting,
+    no_attention,
+    timed,
+    with_busy,
+    with_peaks,
+)
 
 CHANNELS, HEADDIM, HEADS = 256, 32, 8
 
@@ -65,7 +76,7 @@ def _row(residues: int, sequences: int, training: bool) -> Any:
             )
         )
         pair = Pair(theirs, ours, without=without)
-        return with_peaks(timed(pair, setting, note), pair, setting)
+        return with_peaks(with_busy(timed(pair, setting, note), pair, setting, note), pair, setting)
 
     return measure
 

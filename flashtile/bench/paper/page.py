@@ -20,13 +20,16 @@ from flashtile.bench.tables import Table
 LIMIT = 150.0
 """Seconds after which a row is given up, building kernels and models included."""
 
+BUSY = 0.9
+"""Share of a step in which a GPU computes, below which the host's time is named as a reason."""
+
 HEADING = """# The published speed-ups, measured again
 
 Written by `flashtile bench paper`. Each row names a claim that users of attention libraries know, and measures it on
 the device below against the baseline named, with random weights. Both columns run in turns; a row whose two results
 differ has no figure. A claim that was not met is shown as not met, beside what the same step comes to with no attention
 in it at all, which nothing that replaces attention alone can beat. Some claims rest on more than attention; the last
-column says so. FP8 has tables of its own.
+column says so. FP8's other cells have tables of their own.
 """
 
 
@@ -106,22 +109,48 @@ def table(entries: list[dict[str, Any]], brief: bool = False) -> Table:
     found = Table("Claimed and measured", ["row", "claimed", "measured", "baseline", "flashtile", *prose])
     for entry in entries:
         claimed = "–" if entry["claimed"] is None else f"{entry['claimed']:g}x"
-        words = [] if brief else [entry["baseline"], entry["share"]]
+        words = [] if brief else [entry["baseline"], "; ".join([entry["share"], *_reasons(entry)])]
         what, claim = (entry["name"], claimed) if brief else (entry["title"], f"{entry['claim']} ({claimed})")
         found.rows.append([what, claim, *_measured(entry), *words])
     return found
+
+
+def _missed(entry: dict[str, Any]) -> bool:
+    if entry["status"] != "ok" or entry["claimed"] is None:
+        return False
+    return bool(round(entry["figures"]["ratio"], 2) < entry["claimed"])
 
 
 def _measured(entry: dict[str, Any]) -> list[str]:
     if entry["status"] != "ok":
         return [f"{entry['status']}: {entry['reason']}", "–", "–"]
     figures = entry["figures"]
-    missed = entry["claimed"] is not None and round(figures["ratio"], 2) < entry["claimed"]
+    missed = _missed(entry)
     ratio = f"{figures['ratio']:.2f}x{', not met' if missed else ''}"
     ceiling = figures["details"].get("ceiling")
     if missed and ceiling is not None:
-        ratio += f": {ceiling:.2f}x if attention took no time"
+        ratio += f": {ceiling:.2f}x if attention took no {'time' if figures['unit'] == 'ms' else 'memory'}"
     return [ratio, *(_amount(figures[name], figures["unit"]) for name in ("baseline", "ours"))]
+
+
+def _reasons(entry: dict[str, Any]) -> list[str]:
+    """What was measured of why a claim is missed: attention's part of either step, and the host's."""
+    if not _missed(entry):
+        return []
+    figures = entry["figures"]
+    details, found = figures["details"], []
+    if "without_attention_ms" in details:
+        parts = (1 - 1 / details["ceiling"], 1 - details["without_attention_ms"] / figures["ours"])
+        found.append(
+            "attention takes {:.0%} of the baseline's time and {:.0%} of ours".format(*(max(0, p) for p in parts))
+        )
+    theirs = details.get("rates", {}).get("fa3_fp8")
+    if theirs:
+        found.append(f"the claim's own program comes to {theirs:.0f} TFLOP/s on this GPU")
+    busy = details.get("gpu_busy")
+    if busy and min(busy.values()) < BUSY:
+        found.append(f"the GPU is at work in {busy['baseline']:.0%} and {busy['ours']:.0%} of it: the host is too slow")
+    return found
 
 
 def _amount(value: float, unit: str) -> str:
@@ -165,7 +194,8 @@ def write(results: Path, docs: Path) -> list[Path]:
         if drawn is not None:
             written.append(drawn)
             parts.append(f"![Claimed and measured]({drawn.relative_to(docs).as_posix()})\n")
-        parts.append(table(found["rows"]).markdown())
+        known = {entry["name"]: entry for entry in found["rows"]}
+        parts.append(table([known.get(name) or experiment.not_run(row) for name, row in ROWS.items()]).markdown())
     if len(parts) == 1:
         return []
     page = docs / "paper.md"

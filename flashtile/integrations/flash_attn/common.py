@@ -9,7 +9,7 @@ from torch import Tensor
 from flashtile.api import attention, attention_varlen
 from flashtile.dropout import dropout_mask
 
-Window = Sequence[int]
+Window = Sequence[int] | Tensor
 Maximum = int | Tensor
 
 
@@ -21,8 +21,12 @@ def options(
     deterministic: bool = False,
     alibi_slopes: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of `attention`. A window side of -1 has no limit, a softcap of 0 is off."""
-    left, right = (None if side < 0 else side for side in window_size)
+    """Keyword arguments of `attention`. A window side of -1 has no limit, a softcap of 0 is off.
+
+    window_size may be a tensor or hold some, as the bindings of flash-attn take them.
+    """
+    sides = (int(side) if isinstance(side, Tensor) else side for side in window_size)
+    left, right = (None if side < 0 else side for side in sides)
     return {
         "scale": softmax_scale,
         "causal": causal,

@@ -60,7 +60,7 @@ class TileBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Once a step, before its layers run."""
         mode = forward_batch.forward_mode
-        check.engine_layer("speculative decoding", not (mode.is_target_verify() or mode.is_draft_extend()))
+        check.engine_layer("speculative decoding", not (mode.is_target_verify() or mode.is_draft_extend_v2()))
         requests = len(forward_batch.seq_lens)
         extended = forward_batch.extend_seq_lens_cpu or []
         counts = [1] * requests if mode.is_decode() else list(extended)
