@@ -173,8 +173,9 @@ def functions_of(
     `totals`: where gradients of captured tensors go; None: this is a forward pass, which has no DERIVATIVE.
     """
     rest, key = region(problem.mask).rest, problem.score_mod
-    score = lower.score_hook(key, inputs.score) if key else None
-    derivative = lower.derivative_hook(key, totals) if key and totals is not None else None
+    quick = problem.dtype is not torch.float32
+    score = lower.score_hook(key, inputs.score, quick) if key else None
+    derivative = lower.derivative_hook(key, totals, quick) if key and totals is not None else None
     mask = lower.mask_hook(rest, inputs.mask) if rest else None
     functions = {"SCORE": score and score.function, "MASK": mask and mask.function}
     if totals is not None:
