@@ -57,7 +57,7 @@ def test_lists_that_graphs_read_are_made_aside_and_stay(monkeypatch: pytest.Monk
         yield
 
     monkeypatch.setattr(visits, "_in_graphs", {})
-    monkeypatch.setattr(capture, "under_way", lambda: True)
+    monkeypatch.setattr(visits, "capturing", lambda device: True)
     monkeypatch.setattr(capture, "aside", aside)
     assert visits.listed(inputs, problem)
     assert not visits.listed(other, of_tensors), "what tensors hold may change between replays"

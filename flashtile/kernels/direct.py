@@ -51,7 +51,7 @@ def flattened(value: Any, path: tuple[int, ...], constants: Any) -> Iterator[Any
 
 
 class Block:
-    """The memory that parameters lie in, and which of them are addresses."""
+    """The memory that parameters lie in, and which of them are addresses; `mapped`: those in descriptors now."""
 
     def __init__(
         self, values: Sequence[Any], declared: Sequence[Parameter], metas: Sequence[Any], place: Place
@@ -63,6 +63,7 @@ class Block:
         """
         self.pointers: list[tuple[Any, int]] = []
         self.maps: list[tuple[int, int]] = []
+        self.mapped: dict[int, int] = {}
         self._kept: list[Any] = []
         self._metas = iter(metas)
         self._addresses: list[int] = []
@@ -120,6 +121,7 @@ class Block:
         start = -(-ctypes.addressof(memory) // 64) * 64
         self._addresses.append(start)
         encode(start, descriptor, meta)
+        self.mapped[start] = descriptor.base.data_ptr()
         return start
 
 
@@ -221,7 +223,10 @@ class Direct:
             for cell, place in block.pointers:
                 cell.value = addresses[place]
             for tensor_map, place in block.maps:
-                cuda.cuTensorMapReplaceAddress(tensor_map, addresses[place])
+                address = addresses[place]
+                if block.mapped[tensor_map] != address:
+                    cuda.cuTensorMapReplaceAddress(tensor_map, address)
+                    block.mapped[tensor_map] = address
             result = self._launch(cuda, stream)
             if result == _NO_CONTEXT:
                 _bind(torch.cuda.current_device())

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from flashtile import mask_nodes
-from flashtile.forgetting import make_room
+from flashtile.forgetting import make_room, marks
 from flashtile.kernels import bits, capture
 from flashtile.kernels.words import Visits, odd
 from flashtile.problem import Inputs, Problem
+from flashtile.queues import capturing, queue
 from flashtile.region import region
 from flashtile.spans import FULL, PARTIAL, Tiling
 
@@ -26,7 +27,7 @@ def possible(inputs: Inputs, problem: Problem) -> bool:
     CUDA graph is replayed: the mask is then evaluated in every tile that the window leaves."""
     if problem.varlen:
         return False
-    return not capture.under_way() or (not inputs.mask and capture.possible_aside())
+    return not capturing(inputs.q.device) or (not inputs.mask and capture.possible_aside())
 
 
 def listed(inputs: Inputs, problem: Problem) -> bool:
@@ -43,25 +44,24 @@ class Maker(NamedTuple):
 
 def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, maker: Maker | None = None) -> Visits:
     """The tiles that each query tile visits; `keys`: each key tile. With a `maker`, the mask's bits too."""
+    marked = marks(inputs.mask)
+    if marked is None:
+        return _made(inputs, problem, tile_q, tile_kv, keys, maker)
     sizes = (problem.seqlen_q, problem.seqlen_kv, problem.batch, problem.heads)
-    device = inputs.q.device
     alone = (problem.mask, sizes, tile_q, tile_kv, keys, maker and maker.machine)
-
-    def made() -> Visits:
-        lists = _make(inputs, problem, tile_q, tile_kv, keys)
-        return lists._replace(bits=bits.of(lists, tile_kv if keys else tile_q, maker.launch)) if maker else lists
-
-    if capture.under_way():
+    device = inputs.q.device
+    if capturing(device):
         place = (device, *alone)
         if place not in _in_graphs:
             with capture.aside(device):
-                _in_graphs[place] = made()
+                _in_graphs[place] = _made(inputs, problem, tile_q, tile_kv, keys, maker)
         return _in_graphs[place]
-    key = (*alone, _queue(device), tuple((id(tensor), tensor._version) for tensor in inputs.mask))
+    key = (*alone, queue(device), marked)
     found = _known.get(key)
     if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], inputs.mask, strict=True)):
+        made = _made(inputs, problem, tile_q, tile_kv, keys, maker)
         # The lists of a mask whose tensors are gone are gone with them.
-        found = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in inputs.mask], made()
+        found = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in inputs.mask], made
         make_room(_known, _KEPT)
         _known[key] = found
         while len(_known) > 1 and _bytes() > _KEPT_BYTES:
@@ -69,9 +69,9 @@ def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, 
     return found[1]
 
 
-def _queue(device: torch.device) -> Any:
-    """The stream that lists are made in, used in and, once they are gone, overwritten in: others have their own."""
-    return (device, torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else device
+def _made(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, maker: Maker | None) -> Visits:
+    made = _lists(inputs, problem, tile_q, tile_kv, keys)
+    return made if maker is None else made._replace(bits=bits.of(made, tile_kv if keys else tile_q, maker.launch))
 
 
 def _bytes() -> int:
@@ -89,7 +89,7 @@ def tensors_of(
     return found.counts, found.tiles, found.order, found.bits
 
 
-def _make(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:
+def _lists(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:
     lengths = (problem.seqlen_q, problem.seqlen_kv)
     tiling = Tiling(*lengths, tile_q, tile_kv, problem.batch, problem.heads, inputs.q.device)
     state = mask_nodes.parse(problem.mask).lower(tiling, inputs.mask).to_layout(tiling).state
