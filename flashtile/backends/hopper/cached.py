@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashtile.backends.hopper import launch
 from flashtile.backends.hopper.descriptors import descriptor
 from flashtile.backends.hopper.latent import latent_kernel
-from flashtile.backends.hopper.launch import DEVICE, Call, Machine
+from flashtile.backends.hopper.launch import Call, Machine
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.kernels import cached
 from flashtile.kernels.arguments import beside, exact, functions_of, modified, numbers_of, rows_of, rules_of, size_of
@@ -74,7 +75,7 @@ def decode(
         words = cache_of(cache)
         shared = {"rules": rules_of(inputs, problem, *arguments), "cache": words}
         meta: Any = meta_of(problem, config)
-        call = Call(machine or DEVICE, tape, inputs, problem, config, meta, shared, functions)
+        call = Call(machine or launch.DEVICE, tape, inputs, problem, config, meta, shared, functions)
         _run(call, cached.append(inputs, cache, problem, words, turned, append_rows, True))
         _attend(call, cache, turned, parts)
         if splits > 1:
@@ -84,12 +85,12 @@ def decode(
     return out, lse
 
 
-def _run(call: Call, launch: cached.Launch | None) -> None:
-    if launch is None:
+def _run(call: Call, around: cached.Launch | None) -> None:
+    if around is None:
         return
-    names = [parameter.name for parameter in launch.kernel.params]
-    given = dict(zip(names, launch.arguments, strict=False)) | launch.constants
-    call.launch(launch.kernel, launch.programs, given, num_warps=launch.warps, **_early(launch.early))
+    names = [parameter.name for parameter in around.kernel.params]
+    given = dict(zip(names, around.arguments, strict=False)) | around.constants
+    call.launch(around.kernel, around.programs, given, num_warps=around.warps, **_early(around.early))
 
 
 def _early(early: bool) -> Mapping[str, bool]:

@@ -76,7 +76,8 @@ def _attend(
 ) -> None:
     problem, inputs = call.problem, call.inputs
     parted = parts_of(problem, config.splits, config.part)
-    latent = _latent(inputs, problem)
+    # Values that lie in the keys' first tile of columns are read once.
+    latent = problem.cached is not None and problem.cached.latent and problem.headdim_v == cut(problem)[0]
     after = early and cache.k is not None
     launched = {"launch_pdl": True} if after else {}
 
@@ -97,10 +98,3 @@ def _attend(
         )
 
     call.fit(decode_kernel, config.tiles, attempt, meta_of(problem, config.tiles, False, False, False, latent=latent))
-
-
-def _latent(inputs: Inputs, problem: Problem) -> bool:
-    """Whether values are the first columns of the keys' first tile, as in multi-head latent attention (DeepSeek-V2,
-    section 2.1): they are then read once."""
-    k, v = inputs.k, inputs.v
-    return v.data_ptr() == k.data_ptr() and v.stride() == k.stride() and problem.headdim_v == cut(problem)[0]
