@@ -1,8 +1,9 @@
-"""Times latent attention over a KV cache on a Hopper, by CUDA graphs: its own kernel, in pages too, and the portable one.
+"""Times latent attention over a KV cache on a Hopper, by CUDA graphs: its own kernel, in pages too, and portable.
 
 Run it from the root of the repository: python tools/time_latent.py
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -47,14 +48,11 @@ def main() -> None:
             "portable": (k, {"backend": "portable"}),
         }
         for name, (cache, options) in kinds.items():
-
-            def call(cache: torch.Tensor = cache, options: dict[str, Any] = options) -> torch.Tensor:
-                out: torch.Tensor = flashtile.attention_kvcache(
-                    q, cache, cache[..., :VALUES], cache_seqlens=lengths, **options
+            taken = microseconds(
+                functools.partial(
+                    flashtile.attention_kvcache, q, cache, cache[..., :VALUES], cache_seqlens=lengths, **options
                 )
-                return out
-
-            taken = microseconds(call)
+            )
             products = 2 * heads * (COLUMNS + VALUES) * rows * batch / taken / 1e6
             read = 2 * COLUMNS * rows * batch / taken / 1e3
             print(f"{batch} x {rows}, {heads} heads, {name}: {taken:.1f} us, {products:.0f} TFLOP/s, {read:.0f} GB/s")

@@ -40,8 +40,8 @@ def test_matches_reference(case: CacheCase) -> None:
     _run(case, torch.bfloat16, SWEEP[0], 2)
 
 
-SHORT = replace(LATENT[0], name="short", heads=40, lengths=(250, 0), capacity=256)
-"""Every slot is used twice."""
+SHORT = replace(LATENT[0], name="short", heads=40, lengths=(250, 40), capacity=256)
+"""Every slot is used twice, or a part has few tiles."""
 
 
 @pytest.mark.parametrize("schedule", range(len(SWEEP)))

@@ -187,6 +187,8 @@ def scores(descriptors, memory, barriers, lse, call, META: gl.constexpr, EARLY: 
         b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, True, 0)
         weights_in(memory[1], slot, META).store(b_weights.to(memory[1].dtype))
         hand_over(b_rescale, i_step, memory, barriers, META)
+    # Nobody may be two turns of `go` behind.
+    mbarrier.wait(empty.index((end - begin) % STAGES), ((end - begin) // STAGES) & 1)
     mbarrier.arrive(go, count=1, pred=end > begin)
     let_next_begin(EARLY)
     m_empty = b_sum == 0.0
