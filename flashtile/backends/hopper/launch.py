@@ -65,6 +65,10 @@ class Machine(NamedTuple):
         """Of a kernel whose programs take one tile after the other."""
         return min(total, self.processors or _processors(device))
 
+    def room(self) -> int:
+        """Programs that run at once on the current device."""
+        return self.processors or _processors(torch.device("cuda", torch.cuda.current_device()))
+
 
 DEVICE = Machine()
 """Where launches go if nobody says otherwise: to the device that holds the tensors."""
