@@ -47,3 +47,19 @@ def test_each_role_changes_its_own_tiles() -> None:
     assert tune.config_for("key", D, base._replace(value=B)) == PortableConfig(A, A, D)
     assert tune.config_for("dk", D, base) == PortableConfig(A, A, D, A)
     assert tune.config_for("dv", D, base) == PortableConfig(A, A, A, D)
+
+
+def test_what_is_like_the_tiles_in_use_is_tried_first() -> None:
+    ordered = tune.nearest_first((D, A, B), C)
+    assert ordered == [C, B, A, D] or ordered == [C, B, D, A]
+    base = PortableConfig(A, B, C)
+    assert [tune.tiles_of(role, base) for role in tune.ROLES] == [A, B, C, C, C]
+    assert tune.tiles_of("dv", base._replace(value=D)) == D
+
+
+def test_the_search_ends_when_its_time_is_over() -> None:
+    def measure(tiles: Tiles) -> float:
+        return 1.0
+
+    assert len(tune.fastest((A, B, C), lambda tiles: "", measure, lambda text: None, seconds=0.0)) == 1
+    assert len(tune.fastest((A, B, C), lambda tiles: "", measure, lambda text: None, seconds=60.0)) == 3

@@ -170,6 +170,13 @@ def _textbook(case: Case) -> Attend:
     return lambda q, k, v: textbook.attention(q, k, v, allowed=allowed, added=added)
 
 
+@peer("flashtile_portable", title="flashtile, portable", devices=("cuda",))
+def _flashtile_portable(case: Case) -> Attend:
+    """The backend in Triton, named, where another would be faster."""
+    options: dict[str, Any] = cases.options(case)
+    return lambda q, k, v: flashtile.attention(q, k, v, **options, backend="portable")
+
+
 @peer("sdpa", title="SDPA", layout="bhsd")
 def _sdpa(case: Case) -> Attend:
     return _scaled_dot_product(case)

@@ -124,6 +124,11 @@ def _lengths(settings: Settings, note: Note) -> Iterator[Row]:
     yield from _cells(settings, note, (512, 2048, 8192), FUSED)
 
 
+@suite("portable", "16k tokens, hidden dimension 2048, the portable backend", "time", devices=("cuda",))
+def _portable(settings: Settings, note: Note) -> Iterator[Row]:
+    yield from _cells(settings, note, (4096, 16384), ("sdpa_flash", "flashtile_portable"))
+
+
 @suite("fp8", "8-bit floats, 16k tokens, hidden dimension 2048", "time", devices=("cuda",))
 def _fp8(settings: Settings, note: Note) -> Iterator[Row]:
     yield from _cells(settings, note, (1024, 2048, 4096, 8192, 16384), eight.PEERS)

@@ -5,6 +5,7 @@ the row's kind, the other kernels keeping the tiles that they have; what is time
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,12 +78,35 @@ def config_for(role: str, tiles: Tiles, base: PortableConfig) -> PortableConfig:
     return base._replace(key=tiles, value=value) if role == "dk" else base._replace(value=tiles)
 
 
+def tiles_of(role: str, config: PortableConfig) -> Tiles:
+    """What `config_for` changes."""
+    tiles: Tiles = getattr(config, {"dk": "key", "dv": "value"}.get(role, role)) or config.key
+    return tiles
+
+
+def nearest_first(tried: Iterable[Tiles], base: Tiles) -> list[Tiles]:
+    """Those that differ least from the tiles that are in use, these first of all: by halvings and doublings."""
+
+    def distance(tiles: Tiles) -> float:
+        return sum(abs(math.log2(a / b)) for a, b in zip(tiles[:4], base[:4], strict=True))
+
+    return sorted({base, *tried}, key=lambda tiles: (distance(tiles), tiles))
+
+
 def fastest(
-    tried: Iterable[Tiles], gate: Callable[[Tiles], str], measure: Callable[[Tiles], float], note: Note
+    tried: Iterable[Tiles],
+    gate: Callable[[Tiles], str],
+    measure: Callable[[Tiles], float],
+    note: Note,
+    seconds: float | None = None,
 ) -> list[Tried]:
-    """All candidates, the fastest right one first; `gate` says what is wrong, "" if nothing is."""
-    found = []
+    """All candidates, or those that come about in so many seconds, one at least, the fastest right one first; `gate`
+    says what is wrong, "" if nothing is."""
+    found: list[Tried] = []
+    begin = time.perf_counter()
     for tiles in tried:
+        if found and seconds is not None and time.perf_counter() - begin > seconds:
+            break
         note(str(tuple(tiles)))
         try:
             reason = gate(tiles)
@@ -147,7 +171,8 @@ def _shared_memory() -> int:
 class Search:
     """What is searched for: a row, by head dimension and kind, on a device.
 
-    tokens, heads: of the call that is timed; the call that is compared with float64 is smaller.
+    tokens, heads: of the call that is timed; the call that is compared with float64 is smaller. seconds: for the row,
+    shared by its roles; None: until all was tried.
     """
 
     headdim: int
@@ -156,6 +181,7 @@ class Search:
     tokens: int = 8192
     heads: int = 16
     only: tuple[Tiles, ...] | None = None
+    seconds: float | None = None
 
     def case(self, tokens: int, heads: int) -> Case:
         feature, dtype = KINDS[self.kind]
@@ -175,7 +201,11 @@ class Search:
             def measure(tiles: Tiles) -> float:
                 return large.milliseconds(role, config_for(role, tiles, base))
 
-            return fastest(tried, gate, measure, lambda text: note(f"{self.headdim} {self.kind} {role}: {text}"))
+            ordered = self.only or nearest_first(tried, tiles_of(role, base))
+            share = self.seconds and self.seconds / len(ROLES)
+            return fastest(
+                ordered, gate, measure, lambda text: note(f"{self.headdim} {self.kind} {role}: {text}"), share
+            )
 
         return {role: search(role) for role in ROLES}
 

@@ -15,6 +15,7 @@ def add_tune(commands: Any) -> None:
     command.add_argument("--kind", nargs="+", choices=("half", "masked", "modified", "single"))
     command.add_argument("--device", default="cuda")
     command.add_argument("--tokens", type=int, default=8192, metavar="N", help="default %(default)s")
+    command.add_argument("--seconds", type=float, metavar="S", help="for each row; default: until all was tried")
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
 
 
@@ -29,5 +30,7 @@ def _tune(given: argparse.Namespace) -> int:
     from flashtile.bench import show, tune
 
     chosen = [(headdim, kind) for headdim in given.headdim for kind in given.kind or list(tune.KINDS)]
-    searches = [tune.Search(headdim, kind, given.device, given.tokens) for headdim, kind in chosen]
+    searches = [
+        tune.Search(headdim, kind, given.device, given.tokens, seconds=given.seconds) for headdim, kind in chosen
+    ]
     return show.tune(searches, given.results)
