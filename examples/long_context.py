@@ -7,12 +7,15 @@
 
 The text is the prose that every Python carries (its `help()` texts), byte by byte. The model knows nothing of the other
 processes: it calls `flashtile.attention`, and takes positions as an input. What is left to do is what data parallelism
-does, too: average gradients over the processes.
+does, too: average gradients over the processes. `--record FILE` keeps losses, seconds and memory.
 """
 
 import argparse
+import json
 import os
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import flashtile
+from flashtile.bench import machine
 from flashtile.demo.training import corpus
 from flashtile.distributed import context_parallel
 
@@ -76,13 +80,13 @@ def pieces(text: Tensor, tokens: int, step: int) -> list[Tensor]:
     return [piece[None, :-1], torch.arange(tokens, device=text.device)[None], piece[None, 1:]]
 
 
-def train(given: argparse.Namespace, device: torch.device) -> list[float]:
-    """The losses, step by step, averaged over the processes."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+def train(given: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Of every step the loss, averaged over the processes, and the seconds that it took."""
+    ranks = processes()
     torch.manual_seed(0)
     model = GPT(given.layers, given.width, given.heads).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.rate)
-    text, losses = corpus().to(device), []
+    text, losses, seconds = corpus().to(device), [], []
     for step in range(given.steps):
         begun = time.perf_counter()
         if ranks == 1:
@@ -96,11 +100,20 @@ def train(given: argparse.Namespace, device: torch.device) -> list[float]:
                 value /= ranks
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
-        if ranks == 1 or dist.get_rank() == 0:
-            seconds = time.perf_counter() - begun
-            print(f"step {step:3}  loss {losses[-1]:.5f}  {given.tokens / seconds:,.0f} tokens a second", flush=True)
-    return losses
+        losses.append(float(loss))  # waits for the device
+        seconds.append(time.perf_counter() - begun)
+        if is_first():
+            speed = f"{given.tokens / seconds[-1]:,.0f} tokens a second"
+            print(f"step {step:3}  loss {losses[-1]:.5f}  {speed}", flush=True)
+    return {"losses": losses, "seconds": seconds}
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def one_step(model: nn.Module, batch: list[Tensor], device: torch.device) -> Tensor:
@@ -113,6 +126,20 @@ def one_step(model: nn.Module, batch: list[Tensor], device: torch.device) -> Ten
     return loss.detach()
 
 
+def record(given: argparse.Namespace, device: torch.device, steps: dict[str, list[float]]) -> None:
+    """Writes what the run found; memory: the most that the first process had allocated, on a GPU."""
+    found: dict[str, Any] = {
+        "kind": "long_context",
+        "processes": processes(),
+        "machine": machine.describe(str(device)),
+        "settings": {name: value for name, value in vars(given).items() if name != "record"},
+        "memory": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+        **steps,
+    }
+    given.record.parent.mkdir(parents=True, exist_ok=True)
+    given.record.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -120,6 +147,7 @@ def main() -> None:
     for name, value in (("steps", 20), ("layers", 4), ("width", 256), ("heads", 4)):
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--rate", type=float, default=3e-4, help="of learning; default %(default)s")
+    parser.add_argument("--record", type=Path, help="a file for losses, seconds and memory, as JSON")
     given = parser.parse_args()
     given.tokens = given.tokens or (2**17 if given.device == "cuda" else 2**12)
     if given.device == "cuda":
@@ -127,7 +155,9 @@ def main() -> None:
     device = torch.device(given.device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if given.device == "cuda" else "gloo")
-    train(given, device)
+    steps = train(given, device)
+    if given.record is not None and is_first():
+        record(given, device, steps)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -74,16 +74,20 @@ def _pack(inputs: Inputs, options: Options) -> tuple[Any, ...]:
 
 @dataclass
 class Call:
-    """What is known of a call beside its tensors; calls that differ in addresses alone share one (see `recall`)."""
+    """What is known of a call beside its tensors; calls that differ in addresses alone share one (see `recall`).
+
+    differentiable: its output has gradients to give.
+    """
 
     options: Options
     wanted: Sequence[bool]
+    differentiable: bool = False
     plans: dict[bool, plan.Plan] = field(default_factory=dict)
     memories: tuple[backends.Memory, backends.Memory] = field(default_factory=lambda: ({}, {}))
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options) -> "Call":
-        return cls(options, _asked(inputs))
+        return cls(options, _asked(inputs), torch.is_grad_enabled() and _requires_grad(_sources(inputs)))
 
     def plan(self, inputs: Inputs, backward: bool) -> plan.Plan:
         """What the forward or the backward pass runs."""
@@ -250,6 +254,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         inputs, output = _saved(ctx)
+        if not torch.is_grad_enabled():
+            return (None, None, *run_backward(inputs, ctx.call, output, (grad_out, grad_lse)))
         with torch.no_grad():
             found = run_backward(inputs, ctx.call, output, (grad_out, grad_lse))
         return (None, None, *_last(found))
@@ -257,8 +263,6 @@ class _Eager(torch.autograd.Function):
 
 def _last(gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
     """Gradients that have none of their own: to ask for one is an error, where a constant would drop it silently."""
-    if not torch.is_grad_enabled():
-        return gradients
     leaves = [None if gradient is None else gradient.detach().requires_grad_() for gradient in gradients]
     refuse: Any = torch._C._functions.DelayedError(b"flashtile: attention has no second derivative", len(leaves))
     return tuple(refuse(*leaves))
@@ -291,14 +295,13 @@ def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 
 def eager(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """The same for a call that is `plainly_eager`."""
-    sources = _sources(inputs)
-    if torch.is_grad_enabled() and _requires_grad(sources):
-        if call.options.backend is not None and not call.options.sharding:
-            # One that takes no backward pass says so now.
-            call.plan(inputs, False)
-            call.plan(inputs.exact(), True)
-        return _Eager.apply(inputs, call, *sources)
-    return run_forward(inputs, call)
+    if not call.differentiable:
+        return run_forward(inputs, call)
+    if call.options.backend is not None and not call.options.sharding:
+        # One that takes no backward pass says so now.
+        call.plan(inputs, False)
+        call.plan(inputs.exact(), True)
+    return _Eager.apply(inputs, call, *_sources(inputs))
 
 
 def _requires_grad(sources: Sequence[Tensor | None]) -> bool:

@@ -125,7 +125,7 @@ class _Walk:
         self.looked, self.incomplete = False, False
 
     def over(self, value: Any, path: Path, depth: int) -> Iterator[Leaf]:
-        if isinstance(value, (*_SCALARS, Tensor)) or _itself(value):
+        if final(value):
             yield Leaf(path, value)
             return
         if id(value) in self.seen:
@@ -201,6 +201,11 @@ def _itself(value: Any) -> bool:
     return isinstance(value, _COMPILED)
 
 
+def final(value: Any) -> bool:
+    """Whether nothing lies behind it: a tensor, a constant, a library's own."""
+    return isinstance(value, (*_SCALARS, Tensor)) or _itself(value)
+
+
 def _opaque(value: Any) -> bool:
     """Containers of the standard library and of NumPy beyond the usual ones: what they hold cannot be listed."""
     known = (*_LISTS, *_DICTS, types.FunctionType, types.MethodType, types.ModuleType, type, types.SimpleNamespace)
@@ -245,3 +250,8 @@ def _names(body: types.CodeType) -> frozenset[str]:
     inner = (_names(constant) for constant in body.co_consts if isinstance(constant, types.CodeType))
     spelled = body.co_consts if "getattr" in body.co_names else ()
     return frozenset(body.co_names).union((name for name in spelled if isinstance(name, str)), *inner)
+
+
+def mentioned(body: types.CodeType) -> tuple[str, ...]:
+    """Every name that a function of this code may find among its globals, in a fixed order."""
+    return tuple(sorted(_names(body)))

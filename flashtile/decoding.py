@@ -13,7 +13,16 @@ from torch import Tensor
 
 from flashtile import autograd, backends, check, masks, plan, recall
 from flashtile.plan import Plan
-from flashtile.problem import CacheTensors, Inputs, Options, ahead, capacity, columns, describe_cached
+from flashtile.problem import (
+    CacheTensors,
+    Inputs,
+    Options,
+    ahead,
+    capacity,
+    columns,
+    describe_cached,
+    shares_memory,
+)
 from flashtile.request import autocast
 
 
@@ -171,7 +180,9 @@ def _key(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) -> 
     if not simple or given.debug is not False or torch.is_autocast_enabled(q.device.type):
         return None
     tensors = recall.layouts((q, k_cache, v_cache, *_tensors(given), given.alibi_slopes, given.sinks))
-    return None if tensors is None else (tensors, values, kinds, torch.is_grad_enabled())
+    if tensors is None:
+        return None
+    return tensors, values, kinds, torch.is_grad_enabled(), shares_memory(k_cache, v_cache)
 
 
 def _plainly_eager(call: Call) -> bool:

@@ -9,6 +9,7 @@ i + seqlen_kv - seqlen_q, so that the last query sees the last key; `"top_left"`
 """
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from flashtile import check
+from flashtile.forgetting import marks
+from flashtile.queues import capturing, queue
 from flashtile.spans import FULL, PARTIAL
 
 Alignment = Literal["bottom_right", "top_left"]
@@ -132,10 +135,35 @@ def custom(mask_mod: Callable[..., Any]) -> Mask:
 def from_block_mask(block_mask: Any) -> Mask:
     """The Mask of a FlexAttention `BlockMask`: its block lists say where to go, its `mask_mod` rules partial blocks."""
     check.block_mask_value(block_mask)
-    state = _listed(block_mask.kv_num_blocks, block_mask.kv_indices) * PARTIAL
-    if block_mask.full_kv_num_blocks is not None:
-        state = torch.maximum(state, _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices) * FULL)
-    return block(state, tuple(block_mask.BLOCK_SIZE), custom(block_mask.mask_mod))
+    return block(_state_of(block_mask), tuple(block_mask.BLOCK_SIZE), custom(block_mask.mask_mod))
+
+
+_states: dict[Any, tuple[list[weakref.ref[Tensor]], Tensor]] = {}
+
+
+def _state_of(block_mask: Any) -> Tensor:
+    """0 masked, 1 partial, 2 full, a block; made once for lists that stay as they are."""
+    count = block_mask.kv_num_blocks
+    lists = (count, block_mask.kv_indices, block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    if torch.compiler.is_compiling() or type(count) is not Tensor or capturing(count.device):
+        return _state(*lists)
+    marked = marks(lists)
+    if marked is None:
+        return _state(*lists)
+    there = [tensor for tensor in lists if tensor is not None]
+    key = (queue(count.device), marked)
+    known = _states.get(key)
+    if known is None or any(ref() is not tensor for ref, tensor in zip(known[0], there, strict=True)):
+        known = [weakref.ref(tensor, lambda _: _states.pop(key, None)) for tensor in there], _state(*lists)
+        _states[key] = known
+    return known[1]
+
+
+def _state(count: Tensor, indices: Tensor, full_count: Tensor | None, full_indices: Tensor | None) -> Tensor:
+    state = _listed(count, indices) * PARTIAL
+    if full_count is None or full_indices is None:
+        return state
+    return torch.maximum(state, _listed(full_count, full_indices) * FULL)
 
 
 def _listed(count: Tensor, indices: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ class Cached:
     page: rows of a page, 0: sequences lie in one piece. appended: rows that the call adds to each sequence. rotary:
     columns that are turned, in pairs side by side (`interleaved`) or half of them apart. splits: parts that the keys
     are cut into, None: the plan's choice. stored: the dtype of a quantised cache, None: the queries'. by_page: it has
-    scales for each page.
+    scales for each page. padded: sequences may begin behind the first row. latent: values are the first columns of the
+    keys, in the same memory.
     """
 
     page: int = 0
@@ -105,6 +106,8 @@ class Cached:
     splits: int | None = None
     stored: torch.dtype | None = None
     by_page: bool = False
+    padded: bool = False
+    latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,12 +252,20 @@ def describe_cached(
         splits=splits,
         stored=inputs.k.dtype if inputs.k.dtype is not inputs.q.dtype else None,
         by_page=cache.k_scale is not None and cache.k_scale.ndim == 2,
+        padded=cache.leftpad is not None,
+        latent=shares_memory(inputs.k, inputs.v),
     )
     problem = describe(inputs, options)
     window = region(options.mask)
     counted = window.left is not None or window.right is not None
     room = capacity(inputs.k, table, cache.rotary_cos, ahead(inputs.q, cached.appended, counted))
-    return replace(problem, seqlen_kv=room, headdim_v=columns(inputs.v), described=False, cached=cached)
+    described = cached.latent and problem.described
+    return replace(problem, seqlen_kv=room, headdim_v=columns(inputs.v), described=described, cached=cached)
+
+
+def shares_memory(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether values are the first columns of the keys: multi-head latent attention (DeepSeek-V2, section 2.1)."""
+    return k_cache.data_ptr() == v_cache.data_ptr() and k_cache.stride() == v_cache.stride()
 
 
 def capacity(k_cache: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None = None, ahead: int = 0) -> int:

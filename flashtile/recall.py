@@ -1,7 +1,7 @@
 """Calls that were made before, so that a call which differs in addresses alone is neither checked nor planned again.
 
 What a call is known by holds everything that checks and plans look at; of a function, what it was traced to and the
-tensors that it captures now. Calls with dropout, with a BlockMask and under autocast are not kept.
+tensors that it captures now; of dropout, that there is a seed.
 """
 
 from operator import attrgetter
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flashtile import autograd, sharding, trace
 from flashtile.forgetting import make_room
-from flashtile.masks import Mask
+from flashtile.masks import Mask, from_block_mask
 from flashtile.problem import Inputs
-from flashtile.request import Arguments, Packing, build, eight_of, mask_value
+from flashtile.request import Arguments, Packing, autocast, build, eight_of, mask_value, seed_of
 
 _KEPT = 4096
 SIMPLE = frozenset((type(None), bool, int, float, str, tuple, torch.dtype))
@@ -23,6 +23,7 @@ _values = attrgetter(
     "window",
     "softcap",
     "scale",
+    "dropout_p",
     "alignment",
     "out_dtype",
     "return_lse",
@@ -55,7 +56,11 @@ def attention(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | N
         return dtensors.attention(q, k, v, arguments, packing)
     found = _find(q, k, v, arguments, packing)
     if found is not None and (call := _known.get(found.key)) is not None:
-        return autograd.eager(found.inputs, call)
+        inputs = found.inputs
+        if arguments.dropout_p:
+            # Drawn once a call, and not before it is known that nobody else draws it.
+            inputs = inputs._replace(seed=seed_of(arguments, inputs.q))
+        return autograd.eager(inputs, call)
     inputs, options = build(q, k, v, arguments, packing)
     if not autograd.plainly_eager(inputs):
         return autograd.attention(inputs, options)
@@ -72,31 +77,47 @@ def _find(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None)
         q, k, v = q.data, k.data, v.data
     if autograd.watched() or type(q) not in autograd.PLAIN or not worth_it(q):
         return None
-    if torch.is_autocast_enabled(q.device.type) or arguments.dropout_p:
-        return None
-    if arguments.seed is not None or arguments.block_mask is not None:
-        return None
+    if not eight.tensors and torch.is_autocast_enabled(q.device.type):
+        if type(k) not in autograd.PLAIN or type(v) not in autograd.PLAIN:
+            return None
+        q, k, v = autocast(q), autocast(k), autocast(v)
     values = _values(arguments)
     offsets: tuple[Tensor | None, ...] = (None, None, None, None)
     if packing is not None:
         offsets = packing[:4]
         values += packing[4:]
-    kinds = tuple(map(type, values))
-    if not SIMPLE.issuperset(kinds) or not SIMPLE.issuperset(map(type, arguments.window or ())):
+    window, seed = arguments.window, arguments.seed
+    kinds = (*map(type, values), *(map(type, window) if type(window) is tuple else ()))
+    if not SIMPLE.issuperset(kinds):
         return None
-    mask = _NO_MASK if arguments.mask is None else mask_value(arguments.mask)
+    given: Any = None if type(seed) is int and -(2**63) <= seed < 2**63 else seed
+    mask = _mask(arguments)
+    if mask is None:
+        return None
     score = _NO_SCORE if arguments.score_mod is None else trace.lift(arguments.score_mod, "score")
     beside = (arguments.bias, arguments.alibi_slopes, arguments.sinks)
-    tensors = layouts((q, k, v, *offsets, *beside, *mask.tensors, *score.tensors, *eight.tensors))
+    tensors = layouts((q, k, v, *offsets, *beside, given, *mask.tensors, *score.tensors, *eight.tensors))
     if tensors is None:
         return None
-    switches = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), packing is None)
-    key = (tensors, values, kinds, mask.token, score.key, switches, eight[1:])
+    made_for = None if arguments.block_mask is None else getattr(arguments.block_mask, "seq_lengths", None)
+    switches = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), packing is None, type(seed))
+    key = (tensors, values, kinds, mask.token, score.key, switches, made_for, eight[1:])
     bias, slopes, sinks = beside
     cu_q, cu_k, used_q, used_k = offsets
     lists = (mask.tensors, score.tensors, eight.tensors)
     inputs = Inputs(q, k, v, cu_q, cu_k, used_q, used_k, bias, slopes, sinks, None, *lists)
     return _Found(key, inputs)
+
+
+def _mask(arguments: Arguments) -> Mask | None:
+    """What the arguments `mask` and `block_mask` come to; None: not what they should be."""
+    mask = _NO_MASK if arguments.mask is None else mask_value(arguments.mask)
+    blocks = arguments.block_mask
+    if blocks is None:
+        return mask
+    if not (hasattr(blocks, "kv_num_blocks") and hasattr(blocks, "mask_mod")):
+        return None
+    return mask & from_block_mask(blocks)
 
 
 def keep(known: dict[Any, Any], key: Any, value: Any) -> None:

@@ -84,7 +84,7 @@ def _build(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None
         bias=arguments.bias,
         alibi_slopes=arguments.alibi_slopes,
         sinks=arguments.sinks,
-        seed=_seed(arguments, q),
+        seed=seed_of(arguments, q),
         mask=mask.tensors,
         score=() if score is None else score.tensors,
         scaled=eight.tensors,
@@ -213,7 +213,7 @@ def mask_value(mask: Mask | Tensor | Callable[..., Any]) -> Mask:
     return masks.dense(mask) if isinstance(mask, Tensor) else masks.custom(mask)
 
 
-def _seed(arguments: Arguments, q: Tensor) -> Tensor | None:
+def seed_of(arguments: Arguments, q: Tensor) -> Tensor | None:
     """Dropout's seed; drawn from PyTorch's generator, so that checkpointing replays it and manual_seed fixes it."""
     if arguments.dropout_p == 0:
         return None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import captures, recording
+from flashtile import captures, glance, recording
 from flashtile.check import modifiers as check
 from flashtile.forgetting import make_room
 from flashtile.scalar_graph import Kind, Traced
@@ -64,9 +64,13 @@ def lift(function: Callable[..., Any], kind: Kind) -> Lifted:
     """
     if torch.compiler.is_compiling():
         return _lift_compiled(function, kind)
+    seen = glance.known(function, kind)
+    if seen is not None:
+        return Lifted(*seen)
     route, leaves = _route(function, kind)
     if route.paths is None:
         return Lifted(route.key, route.tensors)
+    glance.note(function, kind, route.key, route.paths, leaves)
     by_path = {leaf.path: leaf.value for leaf in leaves}
     return Lifted(route.key, tuple(by_path[path] for path in route.paths))
 

@@ -5,6 +5,7 @@ is tested apart. The textbook formula of the tolerance rule (see `oracle`) round
 weights, relative to their row's largest, to the format of the values.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,11 +79,12 @@ def check(case: Eight, quantized: Quantized, found: State, lse_extra: float = 0.
 
 
 def _textbook(case: Eight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The output with weights rounded to 8 bits."""
+    """The output with weights rounded to 8 bits; the formats without negative zero end at less than `LIFT`."""
+    lift = min(LIFT, 2.0 ** math.floor(math.log2(torch.finfo(case.dtype).max)))
     keys = k.shape[1]
     identity = torch.eye(keys, dtype=k.dtype)[None, :, None].expand(k.shape[0], keys, k.shape[2], keys)
     weights = reference.attention(q, k, identity, **case.options).out
     largest = weights.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    rounded = (weights / largest * LIFT).float().to(case.dtype).double() * (largest / LIFT)
+    rounded = (weights / largest * lift).float().to(case.dtype).double() * (largest / lift)
     values = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
     return torch.einsum("bqhk,bkhd->bqhd", rounded, values)

@@ -79,35 +79,39 @@ def _scores() -> Tensor:
     return scores
 
 
-def _close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found.cpu(), expected.expand(found.shape), rtol=3e-6, atol=1e-6, equal_nan=True)
+def _close(found: Tensor, expected: Tensor, beside: float = 0.0) -> None:
+    wanted = expected.expand(found.shape)
+    torch.testing.assert_close(found.cpu(), wanted, rtol=3e-6, atol=1e-6 + beside, equal_nan=True)
 
 
-def check_score(function: Callable[..., Any], device: str, first_q: int = 5, first_k: int = 3) -> None:
-    """Values and derivatives of both orientations of the tile."""
+def check_score(
+    function: Callable[..., Any], device: str, first_q: int = 5, first_k: int = 3, quick: float | None = None
+) -> None:
+    """Values and derivatives of both orientations of the tile. quick: as for inputs of half precision; the absolute
+    error that is promised there."""
     lifted = trace.lift(function, "score")
     assert lower.unsupported(lifted.key) is None
     traced, indices, scores = trace.graph(lifted.key), _indices(first_q, first_k), _scores()
     tensors = [tensor.detach() for tensor in lifted.tensors]
     out = torch.full(scores.shape, 777.0, device=device)
-    hook = lower.score_hook(lifted.key, [tensor.to(device) for tensor in tensors])
+    hook = lower.score_hook(lifted.key, [tensor.to(device) for tensor in tensors], quick is not None)
     shape = {"ROWS": ROWS, "COLUMNS": COLUMNS, **STEP_BY_STEP}
     place = (out, first_q, first_k, hook.arguments or None)
     score_kernel[(BATCH, HEADS)](scores.to(device), *place, SCORE=hook.function, **shape)
-    _close(out, traced.evaluate(scores, *indices, tensors))
+    _close(out, traced.evaluate(scores, *indices, tensors), quick or 0.0)
     # NaN and infinity are scores that no derivative needs to survive: they would fill every sum.
     scores, grads = scores.nan_to_num(1.5, 2.0, -3.0), torch.randn_like(scores)
     wanted = [tensor.is_floating_point() for tensor in tensors]
     expected, sums = traced.derivative(scores, *indices, tensors, grads, wanted)
     for turned in (False, True):
         totals = [None if exact is None else torch.zeros(exact.shape, device=device) for exact in sums]
-        derivative = lower.derivative_hook(lifted.key, totals)
+        derivative = lower.derivative_hook(lifted.key, totals, quick is not None)
         if derivative is None:
             assert torch.equal(expected, grads)
             continue
         given = (scores.to(device), grads.to(device), *place, derivative.arguments or None)
         derivative_kernel[(BATCH, HEADS)](*given, DERIVATIVE=derivative.function, TURNED=turned, **shape)
-        _close(out, expected)
+        _close(out, expected, quick or 0.0)
         for total, exact in zip(totals, sums, strict=True):
             if total is not None and exact is not None:
                 torch.testing.assert_close(total.cpu(), exact.float(), rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
@@ -124,6 +128,9 @@ WIDE = torch.tensor([2**40, -(2**41), 3])
 FLAGS = torch.tensor([True, False, True])
 LEVEL, COUNT = torch.tensor(0.75), torch.tensor(4)
 
+QUICK = {"tanh": 4e-6, "tanh_of_all": 8e-7, "tanh_as_factor": 0.0, "tanh_far_up": 0.0}
+"""Of functions for scores of half precision: 2e-7, as often as they take a tanh whose absolute error alone counts."""
+
 SCORES: dict[str, Callable[..., Any]] = {
     "add": lambda s, b, h, q, k: s + 1.5,
     "constant": lambda s, b, h, q, k: s * 0 + 2,
@@ -132,6 +139,9 @@ SCORES: dict[str, Callable[..., Any]] = {
     "distance": lambda s, b, h, q, k: s - (q - k).abs() * 0.25,
     "heads_slope": lambda s, b, h, q, k: s + torch.exp2(-(h + 1) * 0.5) * (k - q),
     "tanh": lambda s, b, h, q, k: 20 * torch.tanh(s / 20),
+    "tanh_of_all": lambda s, b, h, q, k: torch.where(q > k, -torch.tanh(s / 3.0), s) / 0.25 - q,
+    "tanh_as_factor": lambda s, b, h, q, k: torch.tanh(s) / (s.abs() + 2.0),
+    "tanh_far_up": lambda s, b, h, q, k: 1e4 * torch.tanh(s * 1e-4),
     "sigmoid": lambda s, b, h, q, k: torch.sigmoid(s) * torch.nn.functional.silu(s),
     "softplus": lambda s, b, h, q, k: torch.nn.functional.softplus(s),
     "softplus_beta": lambda s, b, h, q, k: torch.nn.functional.softplus(s, beta=3.0, threshold=2.0),

@@ -349,6 +349,13 @@ class TestRecords:
         assert records.best_ratio(rows) == (1.5, "sdpa")
         assert records.best_ratio(rows[1:]) is None
         assert records.best_ratio(rows[:1]) is None
+        eight = [
+            records.row(SMALL, name, ms={"median": time}) for name, time in (("flashtile_eight", 1.0), ("fa3", 2.0))
+        ]
+        assert records.subject(rows) == "flashtile"
+        assert records.subject([*rows, *eight]) == "flashtile_eight"
+        assert records.best_ratio([*rows, *eight]) == (1.0, "fa3"), "what is ours is no other"
+        assert records.best_ratio([*rows, *eight], "flashtile_eight") == (2.0, "fa3")
         assert records.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1)
         assert records.geometric_mean([]) is None
 

@@ -424,7 +424,7 @@ SHARDING = [
         sharded.RanksDisagree,
         "scale",
         "1 on rank 0, 2 on rank 1; need the same on every rank",
-        lambda: sharded.ranks_disagree([{"q": "a", "scale": "1"}, {"q": "a", "scale": "2"}]),
+        lambda: sharded.ranks_disagree({0: {"q": "a", "scale": "1"}, 1: {"q": "a", "scale": "2"}}),
     ),
 ]
 

@@ -10,7 +10,7 @@ import flashtile
 from flashtile import decoding, plan, recall
 from flashtile.decoding import CacheArguments
 from tests import caches
-from tests.caches import CASES, EVERYTHING, INT8, QUANTIZED, WIDE, CacheCase
+from tests.caches import CASES, EVERYTHING, INT8, LATENT, QUANTIZED, WIDE, CacheCase
 from tests.oracle import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -19,7 +19,7 @@ PLAIN = ("one_query", "not_causal", "rotary_not_causal")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*CASES, *QUANTIZED, *WIDE], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *QUANTIZED, *WIDE, *LATENT], ids=str)
 def test_matches_reference(case: CacheCase, dtype: torch.dtype) -> None:
     call = caches.make(case, dtype)
     assert _plan(call).backend == "pytorch"

@@ -165,7 +165,7 @@ class _Early(_Compiled):
 @pytest.mark.parametrize("compiled", [_Compiled, _Early])
 def test_a_launch_writes_addresses_alone(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = _Driver()
-    monkeypatch.setattr(direct, "_driver", lambda: driver)
+    monkeypatch.setattr(direct, "driver", lambda: driver)
     a, b = torch.zeros(4), torch.zeros(4)
     places = {a.data_ptr(): 0, b.data_ptr(): 2}
     declared = [direct.Parameter("u64", 8)] * 5
@@ -178,7 +178,7 @@ def test_a_launch_writes_addresses_alone(compiled: Any, monkeypatch: pytest.Monk
 
 
 def test_an_error_of_the_driver_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "_driver", lambda: _Driver(719))
+    monkeypatch.setattr(direct, "driver", lambda: _Driver(719))
     block = direct.Block([], [], (), lambda tensor: 0)
     with pytest.raises(RuntimeError, match="719"):
         direct.Direct(_Compiled, 1, block)([], 0)
@@ -186,7 +186,7 @@ def test_an_error_of_the_driver_is_raised(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_fresh_thread_gets_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = _Driver(201)
-    monkeypatch.setattr(direct, "_driver", lambda: driver)
+    monkeypatch.setattr(direct, "driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     direct.Direct(_Compiled, 1, direct.Block([], [], (), lambda tensor: 0))([], 0)
     assert driver.contexts == [3]

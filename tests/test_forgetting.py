@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flashtile
 from flashtile import masks, plan, recall, trace
-from flashtile.forgetting import make_room
+from flashtile.forgetting import make_room, marks
 
 
 def test_the_oldest_go_first() -> None:
@@ -20,6 +20,17 @@ def test_the_oldest_go_first() -> None:
     assert list(known) == [7, 8, 9]
     make_room(known, 4)
     assert list(known) == [7, 8, 9]
+
+
+def test_what_was_written_to_has_another_mark() -> None:
+    a, b = torch.zeros(3), torch.zeros(3)
+    before = marks((a, None, b))
+    assert before == marks((a, None, b)) != marks((b, None, a))
+    b += 1
+    assert marks((a, None, b)) != before
+    with torch.inference_mode():
+        assert marks((a, torch.zeros(3))) is None
+        assert marks((a, b)) == marks((a, b))
 
 
 def test_threads_that_add_and_remove() -> None:

@@ -59,3 +59,14 @@ def _compile_mask(mask: masks.Mask) -> None:
 def test_what_only_adds_needs_no_derivative(name: str, adds: bool) -> None:
     lifted = trace.lift(functions.SCORES[name], "score")
     assert (lower.derivative_hook(lifted.key, [None] * len(lifted.tensors)) is None) == adds
+
+
+@pytest.mark.parametrize(
+    ("name", "quickly"), [("tanh", True), ("tanh_of_all", True), ("tanh_as_factor", False), ("tanh_far_up", False)]
+)
+def test_which_tanh_may_be_quick(name: str, quickly: bool) -> None:
+    """One that is added to scores of half precision: there an absolute error counts, not a relative one."""
+    lifted = trace.lift(functions.SCORES[name], "score")
+    exact, quick = (lower.score_hook(lifted.key, lifted.tensors, quick).function.src for quick in (False, True))
+    assert "quick_tanh" not in exact
+    assert ("quick_tanh" in quick) == quickly

@@ -83,3 +83,20 @@ def test_sums_keep_a_single_gradient_as_it_is() -> None:
 def test_windows_only() -> None:
     assert cut.windows_only('["and",["causal","bottom_right"],["window",3,0,"top_left"]]')
     assert not cut.windows_only('["and",["causal","bottom_right"],["prefix",3]]')
+
+
+def test_fingerprints_differ_where_masks_do() -> None:
+    """By contents alone: not by who made the tensor, its strides or its type; not by numbers with a fraction."""
+    q = torch.zeros(1, 8, 1, 4)
+    ids = torch.arange(8) // 3
+
+    def of(*mask: torch.Tensor, **more: torch.Tensor) -> int:
+        return parts.fingerprint(Inputs(q, q, q, mask=mask, **more))
+
+    same = [ids.clone(), torch.stack((ids, ids), 1)[:, 1], ids.to(torch.int32)]
+    others = [ids.flip(0), ids + 1, ids.roll(1), ids[:7], torch.cat((ids[:7], ids[:1]))]
+    assert all(of(each) == of(ids) for each in same)
+    assert not any(of(each) == of(ids) for each in others)
+    assert of(ids, ids.flip(0)) != of(ids.flip(0), ids)
+    assert of(torch.rand(4)) == of() == of(ids.to("meta")) == 0
+    assert of(cu_seqlens_q=ids) != of(cu_seqlens_q=ids + 1)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flashtile
 from flashtile import masks, recall
@@ -126,16 +127,72 @@ def test_functions_are_asked_every_time_what_they_capture() -> None:
     assert _calls() == 2
 
 
-@pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"seed": 1}])
-def test_what_arguments_do_not_show_is_never_kept(options: dict[str, Any]) -> None:
-    flashtile.attention(*_qkv(), **options)
-    assert _calls() == 0
+def test_dropout_draws_its_own_seed_in_every_call() -> None:
+    tensors = _qkv(32)
+    torch.manual_seed(0)
+    drawn = [flashtile.attention(*tensors, dropout_p=0.5) for _ in range(3)]
+    assert _calls() == 1
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+    torch.manual_seed(0)
+    # One number a call, whether the call was known or not.
+    again = [flashtile.attention(*tensors, dropout_p=0.5) for _ in range(3)]
+    assert all(map(torch.equal, drawn, again))
 
 
-def test_autocast_is_never_kept() -> None:
+def test_seeds_are_read_in_every_call() -> None:
+    tensors = _qkv(32)
+    first, other = (flashtile.attention(*tensors, dropout_p=0.5, seed=seed) for seed in (1, 2))
+    assert _calls() == 1
+    assert not torch.equal(first, other)
+    for seed, wanted in ((1, first), (2, other)):
+        assert torch.equal(flashtile.attention(*tensors, dropout_p=0.5, seed=torch.tensor(seed)), wanted)
+        assert torch.equal(flashtile.attention(*tensors, dropout_p=0.5, seed=seed), wanted)
+    assert _calls() == 2
+    for wrong in (2**64, True, 1.0):
+        with pytest.raises((TypeError, ValueError), match="seed"):
+            flashtile.attention(*tensors, dropout_p=0.5, seed=wrong)  # type: ignore[arg-type]
+
+
+def test_autocast_is_known_by_what_it_makes_of_the_tensors() -> None:
+    tensors = _qkv()
+    whole = flashtile.attention(*tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        assert flashtile.attention(*_qkv()).dtype is torch.bfloat16
-    assert _calls() == 0
+        found = [flashtile.attention(*tensors) for _ in range(2)]
+    assert _calls() == 2
+    assert [out.dtype for out in found] == 2 * [torch.bfloat16]
+    torch.testing.assert_close(found[1].float(), whole, atol=0.02, rtol=0.02)
+    with torch.autocast("cpu", torch.float16):
+        assert flashtile.attention(*tensors).dtype is torch.float16
+    assert _calls() == 3
+
+
+def test_block_masks_are_known_and_looked_at_in_every_call() -> None:
+    tensors = _qkv(32)
+
+    def blocks(mask_mod: Any, length: int = 32) -> Any:
+        return create_block_mask(mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=16)
+
+    def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx >= kv_idx
+
+    def anywhere(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx >= 0
+
+    made = blocks(causal)
+    for _ in range(3):
+        found = flashtile.attention(*tensors, block_mask=made)
+        torch.testing.assert_close(found, flashtile.attention(*tensors, causal=True))
+    assert _calls() == 2
+    # Another one of the same kind, and the same one changed: known, and not taken for the first.
+    torch.testing.assert_close(
+        flashtile.attention(*tensors, block_mask=blocks(anywhere)), flashtile.attention(*tensors)
+    )
+    made.kv_num_blocks.zero_()
+    made.full_kv_num_blocks.zero_()
+    assert not flashtile.attention(*tensors, block_mask=made).any()
+    with pytest.raises(ValueError, match="block_mask: got one made for lengths"):
+        flashtile.attention(*tensors, block_mask=blocks(causal, 48))
 
 
 def test_wrong_arguments_are_refused_every_time() -> None:

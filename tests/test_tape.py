@@ -59,14 +59,14 @@ def test_played_for_other_tensors() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [torch.empty(5), torch.empty(8)[::2], torch.empty(4, dtype=torch.float64), torch.empty(5)[1:]],
-    ids=["shape", "stride", "dtype", "alignment"],
+    [torch.empty(8)[::2], torch.empty(4, dtype=torch.float64), torch.empty(5)[1:]],
+    ids=["stride", "dtype", "alignment"],
 )
 def test_another_kind_of_tensor_has_another_tape(other: Tensor) -> None:
     kernel, memory = Noting(), dict[Any, Any]()
     for a in (torch.empty(4), other):
         b = torch.empty(6)
-        perform(_launches(kernel, a, b), (a, b), memory, free=(a,))
+        perform(_launches(kernel, a, b), (a, b), memory, free=1)
     assert len(memory) == 2
 
 

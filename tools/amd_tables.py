@@ -12,6 +12,7 @@ SHOWN = ("forward_kernel", "query_kernel", "key_kernel", "decode_kernel")
 KINDS = {
     "test_attention": "forward and backward",
     "test_decoding": "KV caches",
+    "test_eight": "8 bits",
 }
 
 

@@ -113,12 +113,14 @@ def _ring(work: Work, ranks: int, machine: Machine, dealt: int = 1, link: float 
     # What some heads send and find is copied out of, and into, what all heads have.
     pieces = pieces_of(int(heads_kv), (work.seqlen // ranks) ** 2, BACKWARD_PAIRS)
     copies = (tokens * heads + 2 * keys) * 2 * work.element / machine.memory if ranks > 1 and pieces > 1 else 0.0
-    alone_at_last = message * (1 + (ranks > 2)) / 2 / pieces if ranks > 1 else 0.0
     step, back = alone.forward / dealt / ranks**2, alone.backward / dealt / ranks**2
     forward = step * ranks + (ranks - 1) * (max(0.0, message - step) + merge)
-    # The second step's gradients are the first to travel; the last step's travel alone.
-    both = sum(max(0.0, message * (1 + (number >= 2)) - back) for number in range(ranks - 1))
-    backward = back * ranks + both + (ranks - 1) * sums + copies + alone_at_last
+    # While a step is computed, the next one's keys are under way, and from the third on the last one's gradients.
+    under_way = [(number < ranks - 1) + (number > 1) for number in range(ranks)]
+    waits = sum(max(0.0, message * count - back) for count in under_way)
+    # The gradients of some heads' last step travel while the next heads are computed, those of the last ones alone.
+    alone_at_last = message / pieces if ranks > 1 else 0.0
+    backward = back * ranks + waits + (ranks - 1) * sums + copies + alone_at_last
     return Times(forward, backward)
 
 

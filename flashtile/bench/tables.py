@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import flashtile.bench.eight  # noqa: F401 (registers its peers)
 from flashtile.bench import decode, records
 from flashtile.bench.accuracy import NAMES
 from flashtile.bench.cases import Case
@@ -106,10 +107,7 @@ def _bandwidth(record: Record, spread: bool) -> list[Table]:
         found = {entry["peer"]: entry for entry in cell}
         line = [label(cell[0]), str(cell[0]["case"]["seqlen"])]
         line += [_bandwidth_cell(found[name]) if name in found else "" for name in peers]
-        rivals = [
-            entry for entry in cell if not entry["peer"].startswith(f"{SUBJECT}_") and entry["peer"] != decode.READ
-        ]
-        best = records.best_ratio(rivals)
+        best = records.best_ratio(entry for entry in cell if entry["peer"] != decode.READ)
         line.append("" if best is None else f"{best[0]:.2f} ({title_of(best[1])})")
         ends = [found[name] for name in (SUBJECT, decode.READ) if name in found and found[name]["status"] == "ok"]
         line.append(f"{ends[0]['gb_per_s'] / ends[1]['gb_per_s']:.0%}" if len(ends) == 2 else "")
@@ -149,7 +147,7 @@ def _time_row(cell: list[Row], peers: list[str], ratios: dict[str, list[float]],
     first, which = cell[0], cell[0]["pass"]
     line = [label(first), str(first["case"]["seqlen"]), which]
     line += [_time_cell(found[name], spread) if name in found else "" for name in peers]
-    best = records.best_ratio(cell, SUBJECT)
+    best = records.best_ratio(cell, records.subject(cell))
     if best is None:
         return [*line, ""]
     ratios.setdefault(which, []).append(best[0])

@@ -1,6 +1,6 @@
 """Sequences that several processes share: groups, layouts, lengths, and what the processes must agree on."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -152,14 +152,15 @@ def inside_context() -> NoReturn:
     raise ValueError("context_parallel: got one inside of another, need one at a time; try leaving the outer one first")
 
 
-def ranks_disagree(descriptions: Sequence[dict[str, str]]) -> NoReturn:
-    """`descriptions`: what each rank's call was, field by field."""
-    names = list(dict.fromkeys(name for found in descriptions for name in found))
+def ranks_disagree(statements: Mapping[int, Mapping[str, str]]) -> NoReturn:
+    """`statements`: by rank, what its call was, field by field; those that differ and that all calls have are named."""
+    names = list(dict.fromkeys(name for fields in statements.values() for name in fields))
     lines = []
     for name in names:
-        values = [found.get(name, "nothing") for found in descriptions]
-        if len(set(values)) > 1:
-            lines.append(f"{name}: got " + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values)))
+        values = [fields.get(name) for fields in statements.values()]
+        if None not in values and len(set(values)) > 1:
+            said = ", ".join(f"{value} on rank {rank}" for rank, value in zip(statements, values, strict=True))
+            lines.append(f"{name}: got {said}")
     raise RanksDisagree(
         "; ".join(lines) + "; need the same on every rank; try giving all ranks equal shares and equal options"
     )

@@ -1,8 +1,11 @@
 """Process groups: which processes share a sequence, and one agreement between them on what they are about to do."""
 
+import atexit
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,60 +52,173 @@ def peer(group: dist.ProcessGroup, rank: int) -> int:
     return dist.get_global_rank(group, rank)
 
 
-def _device(group: dist.ProcessGroup) -> torch.device:
-    """Where the group's small messages lie."""
-    if "nccl" in dist.get_backend(group):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+class Statement(NamedTuple):
+    """What a process is about to do, field by field, and a digest of that."""
+
+    fields: dict[str, str]
+    digest: tuple[int, int]
+
+    @classmethod
+    def of(cls, fields: dict[str, str]) -> "Statement":
+        digest = hashlib.sha256(repr(sorted(fields.items())).encode()).digest()
+        first, second = (int.from_bytes(digest[place : place + 8], "little", signed=True) for place in (0, 8))
+        return cls(fields, (first, second))
+
+
+_APART = (0, 0)
+"""In place of a digest: from a process that has found its group disagreeing, for its other groups."""
+_MOST_KINDS = 4096
 
 
 class Agreement:
-    """What the processes of some groups have agreed on; asks once for every new kind of call."""
+    """What the processes of some groups do next, compared before the first message of every call.
+
+    The few bytes that this takes go from host to host (see `_line`), and while they are under way the host prepares the
+    call, so that no device waits for them.
+    """
 
     def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
         self.groups = [group for group in groups if group.size() > 1]
-        self._known: set[Any] = set()
+        self._known: dict[Any, Statement] = {}
 
-    def reached(self, key: Any) -> bool:
-        """Whether the calls that `key` stands for need no asking."""
+    def knows(self, key: Any) -> bool:
+        """Whether this process has made such a call before."""
         return not self.groups or key in self._known
 
-    def reach(self, key: Any, description: dict[str, str]) -> None:
-        """One small all-gather a group; `description`: what must be equal, field by field.
+    def ask(self, key: Any, describe: Callable[[], dict[str, str]]) -> "Question":
+        """`describe`: what must be equal, field by field, of all calls that `key` stands for."""
+        if not self.groups:
+            return Question((), _NOTHING)
+        statement = self._known.get(key)
+        if statement is None:
+            if len(self._known) >= _MOST_KINDS:
+                self._known.clear()
+            statement = self._known[key] = Statement.of(describe())
+        return Question(self.groups, statement)
+
+    def failed(self, error: Exception) -> None:
+        """For a process that refuses its call: the others are told why."""
+        try:
+            Question(self.groups, Statement.of({"call": f"{type(error).__name__}: {error}"})).settle()
+        except check.RanksDisagree:
+            return
+
+    def unanimous(self, yes: bool) -> bool:
+        """Whether all processes say yes.
+
+        Raises:
+            RanksDisagree: another process makes a call meanwhile.
+        """
+        return Question(self.groups, Statement.of({"call": "a vote"}), int(yes)).settle() > 0
+
+
+class Question:
+    """A statement on its way to all processes of some groups."""
+
+    def __init__(self, groups: Sequence[dist.ProcessGroup], statement: Statement, value: int = 1) -> None:
+        self.groups, self.statement, self.value = groups, statement, value
+        self.first = _send(groups[0], (*statement.digest, value)) if groups else None
+
+    def settle(self) -> int:
+        """Waits for the others' statements, before the first message that depends on them; the smallest `value`.
 
         Raises:
             RanksDisagree: on every process, naming the fields that differ and their values by rank.
         """
-        for group in self.groups:
-            self._compare(group, description)
-        self._known.add(key)
+        digest, value = self.statement.digest, self.value
+        told = {dist.get_rank(): self.statement.fields} if self.groups else {}
+        apart = False
+        for place, group in enumerate(self.groups):
+            under_way = self.first if place == 0 and self.first is not None else _send(group, (*digest, value))
+            answers = under_way.wait()
+            value = min(int(answer[2]) for answer in answers)
+            if len({(int(answer[0]), int(answer[1])) for answer in answers}) > 1:
+                told, apart, digest = _exchanged(group, told), True, _APART
+        if apart:
+            check.ranks_disagree(told)
+        return value
 
-    def failed(self, error: Exception) -> None:
-        """For a process that refuses its call, in place of `reach`: the others are told why."""
-        for group in self.groups:
-            try:
-                self._compare(group, {"call": f"{type(error).__name__}: {error}"})
-            except check.RanksDisagree:
-                return
 
-    def unanimous(self, yes: bool) -> bool:
-        """Whether all processes say yes; one small all-reduce a group."""
-        for group in self.groups:
-            found = torch.tensor(int(yes), device=_device(group))
-            dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
-            yes = bool(found)
-        return yes
+_NOTHING = Statement({}, _APART)
+_Told = dict[int, dict[str, str]]
 
-    def _compare(self, group: dist.ProcessGroup, description: dict[str, str]) -> None:
-        digest = hashlib.sha256(repr(sorted(description.items())).encode()).digest()[:16]
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(_device(group))
-        found = [torch.empty_like(mine) for _ in range(group.size())]
-        dist.all_gather(found, mine, group=group)
-        if len({tuple(each.tolist()) for each in found}) == 1:
-            return
-        descriptions: list[dict[str, str]] = [{} for _ in range(group.size())]
-        dist.all_gather_object(descriptions, description, group=group)
-        check.ranks_disagree(descriptions)
+
+def _exchanged(group: dist.ProcessGroup, told: _Told) -> _Told:
+    """What each process of the group has been told, together: statements by rank among all processes."""
+    text = json.dumps(sorted(told.items())).encode()
+    lengths = [int(answer[0]) for answer in _send(group, (len(text),)).wait()]
+    padded = text.ljust(max(lengths), b" ")
+    found: _Told = {}
+    for answer in _send(group, padded, torch.uint8).wait():
+        found |= dict(json.loads(bytes(answer.tolist())))
+    return dict(sorted(found.items()))
+
+
+class _Sent(NamedTuple):
+    """Numbers that go from every process of a group to every other."""
+
+    found: list[Tensor]
+    work: Any
+
+    def wait(self) -> list[Tensor]:
+        self.work.wait()
+        return self.found
+
+
+def _send(group: dist.ProcessGroup, numbers: Sequence[int], dtype: torch.dtype = torch.int64) -> _Sent:
+    line = _line(group)
+    mine = torch.tensor(list(numbers), dtype=dtype, device=line.device)
+    found = [torch.empty_like(mine) for _ in range(group.size())]
+    return _Sent(found, line.gather(found, mine))
+
+
+class _Line(NamedTuple):
+    """What carries a group's small messages, and where these lie."""
+
+    group: dist.ProcessGroup
+    device: str
+    gather: Callable[[list[Tensor], Tensor], Any]
+
+
+_lines: dict[str, _Line] = {}
+# The engine's threads must end before the interpreter does.
+atexit.register(_lines.clear)
+
+
+def _line(group: dist.ProcessGroup) -> _Line:
+    """From host to host: through the group itself if it speaks for CPUs, else through Gloo between the same processes,
+    for on NCCL every answer would wait for what the devices still have to do."""
+    known = _lines.get(name_of(group))
+    if known is None or known.group is not group:
+        on_cpu = "cpu:" in dist.get_backend_config(group)
+        known = _through(group, "cpu") if on_cpu else _beside(group) if dist.is_gloo_available() else None
+        _lines[name_of(group)] = known = known or _through(group, "cuda")
+    return known
+
+
+def _through(group: dist.ProcessGroup, device: str) -> _Line:
+    return _Line(group, device, lambda found, mine: dist.all_gather(found, mine, group=group, async_op=True))
+
+
+def _beside(group: dist.ProcessGroup) -> _Line:
+    """Members only take part, so that nobody else must know; waits as long as the group itself would."""
+    engines: Any = dist
+    store: Any = engines.distributed_c10d._get_default_store()
+    name = f"flashtile/{name_of(group)}/{peer(group, 0)}"
+    # A store may outlive groups: every line has keys of its own.
+    count = store.add(f"{name}/{group.rank()}", 1)
+    place = engines.PrefixStore(f"{name}/{count}", store)
+    engine = engines.ProcessGroupGloo(place, group.rank(), group.size(), _timeout(group))
+    return _Line(group, "cpu", lambda found, mine: engine.allgather([found], [mine]))
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta:
+    own: Any = group
+    try:
+        found: timedelta = own._get_backend(torch.device("cuda")).options._timeout
+    except (AttributeError, RuntimeError):
+        found = dist.constants.default_pg_timeout
+    return found
 
 
 def shared_seed(seed: Tensor | None, groups: Sequence[dist.ProcessGroup]) -> Tensor | None:

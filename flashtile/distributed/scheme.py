@@ -13,7 +13,7 @@ from flashtile import parts
 from flashtile.check import sharding as check
 from flashtile.distributed import balance
 from flashtile.distributed.balance import Piece
-from flashtile.distributed.groups import Agreement, shared_seed
+from flashtile.distributed.groups import Agreement, Question, shared_seed
 from flashtile.masks import Mask
 from flashtile.parts import Gradients, Grads, Inputs, Local, Options, Part, Wanted, Whole
 
@@ -165,9 +165,10 @@ class Scheme:
         self.agreement.failed(error)
 
     def forward(self, inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-        inputs = self._with_one_seed(inputs)
-        self._agree(inputs, options)
+        question = self._ask(inputs, options, "forward")
         whole = self._whole(inputs, options)
+        question.settle()
+        whole = self._with_one_seed(whole)
         out, lse = self._forward(whole)
         return (out, lse) if out.ndim == inputs.q.ndim else (out[0], lse[0])
 
@@ -179,9 +180,13 @@ class Scheme:
         saved: tuple[Tensor, Tensor],
         grads: tuple[Tensor | None, Tensor | None],
     ) -> Gradients:
-        inputs = self._with_one_seed(inputs)
+        # Where only heads are dealt out, the gradients that have been exchanged before were agreed on.
+        question = self._ask(inputs, options, "backward") if self.ranks > 1 else None
         whole = self._whole(inputs, options)
         totals = whole.totals(wanted)
+        if question is not None:
+            question.settle()
+        whole = self._with_one_seed(whole)
         if whole.inputs.q.ndim > inputs.q.ndim:
             saved = saved[0][None], saved[1][None]
             grads = tuple(None if grad is None else grad[None] for grad in grads)  # type: ignore[assignment]
@@ -204,8 +209,10 @@ class Scheme:
         totals: Grads,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def _with_one_seed(self, inputs: Inputs) -> Inputs:
-        return inputs._replace(seed=shared_seed(inputs.seed, self.groups))
+    def _with_one_seed(self, whole: Whole) -> Whole:
+        if whole.inputs.seed is None:
+            return whole
+        return replace(whole, inputs=whole.inputs._replace(seed=shared_seed(whole.inputs.seed, self.groups)))
 
     def _whole(self, inputs: Inputs, options: Options) -> Whole:
         here = inputs.q.shape[-2]
@@ -223,14 +230,17 @@ class Scheme:
             found = whole.memory[rank_q, rank_kv] = rectangles(whole, *sides)
         return found
 
-    def _agree(self, inputs: Inputs, options: Options) -> None:
+    def _ask(self, inputs: Inputs, options: Options, which: str) -> Question:
+        """Whether all processes make this call; what a process refuses by itself it says instead."""
         shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs[:-3])
-        key = (options, shapes, *((tensor.shape, tensor.dtype) for tensor in (*inputs.mask, *inputs.score)))
-        if self.agreement.reached(key):
-            return
-        if self.ranks > 1:
+        tensors = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs.mask, *inputs.score))
+        # Backwards they are the ones that have been compared.
+        contents = parts.fingerprint(inputs) if which == "forward" and self.agreement.groups else 0
+        key = (which, options, shapes, tensors, contents)
+        if not self.agreement.knows(key) and self.ranks > 1 and which == "forward":
             self._check(inputs, options)
-        self.agreement.reach(key, _described(inputs, options))
+        call = f"{type(self).__name__.lower() if self.ranks > 1 else 'ulysses'} {which}"
+        return self.agreement.ask(key, lambda: {"call": call} | _described(inputs, options, contents))
 
     def _check(self, inputs: Inputs, options: Options) -> None:
         try:
@@ -244,14 +254,15 @@ class Scheme:
             raise
 
 
-def _described(inputs: Inputs, options: Options) -> dict[str, str]:
-    """What must be the same on all ranks, in words."""
+def _described(inputs: Inputs, options: Options, contents: int) -> dict[str, str]:
+    """What must be the same on all ranks, in words; `contents`: of the mask's tensors."""
     found = {
         name: "none" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in zip(Inputs._fields[:-3], inputs[:-3], strict=True)
     }
     for name, tensors in (("mask's tensors", inputs.mask), ("score_mod's tensors", inputs.score)):
         found[name] = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors) or "none"
+    found["mask's contents"] = f"{contents & (2**64 - 1):016x}"
     return found | {name: str(value) for name, value in vars(replace(options, sharding="")).items()}
 
 

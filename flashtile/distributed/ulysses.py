@@ -98,16 +98,15 @@ class Dealer:
         early, late = tensor.unflatten(-3, (2 * self.ranks, -1)).movedim(-4, 0).chunk(2)
         return torch.stack((early, late.flip(0)), -4).flatten(-4, -3)
 
-    def agree(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """On the shapes that are exchanged.
+    def agree(self, call: str, **tensors: Tensor) -> None:
+        """On the tensors that are exchanged.
 
         Raises:
             RanksDisagree: on every rank.
         """
-        shapes = tuple((tensor.shape, tensor.dtype) for tensor in (q, k, v))
-        if not self.agreement.reached(shapes):
-            names = zip("qkv", (q, k, v), strict=True)
-            self.agreement.reach(shapes, {name: f"{tuple(each.shape)} {each.dtype}" for name, each in names})
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors.values())
+        fields = {name: f"{tuple(each.shape)} {str(each.dtype)[6:]}" for name, each in tensors.items()}
+        self.agreement.ask((call, shapes), lambda: {"call": call} | fields).settle()
 
     def check(self, q: Tensor, k: Tensor) -> None:
         check.heads_over_ranks(q.shape[-2], self.ranks)
@@ -153,7 +152,7 @@ def _picks(dealer: Dealer, heads: int, heads_kv: int) -> list[list[int] | None]:
 
 def _deal(q: Tensor, k: Tensor, v: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     dealer = _dealers[name]
-    dealer.agree(q, k, v)
+    dealer.agree(f"{dealer.layout} heads forward", q=q, k=k, v=v)
     found = dealer.deal((q, k, v), _picks(dealer, q.shape[-2], k.shape[-2]))
     return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
 
@@ -174,7 +173,9 @@ def _collect(out: Tensor, lse: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _uncollect(out: Tensor, lse: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    found = _dealers[name].deal((out, lse.transpose(-1, -2).unsqueeze(-1)), (None, None))
+    dealer = _dealers[name]
+    dealer.agree(f"{dealer.layout} heads backward", out=out)
+    found = dealer.deal((out, lse.transpose(-1, -2).unsqueeze(-1)), (None, None))
     return found[0].contiguous(), found[1].squeeze(-1).transpose(-1, -2).contiguous()
 
 

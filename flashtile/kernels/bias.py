@@ -11,7 +11,7 @@ from torch import Tensor
 from flashtile.kernels.arguments import grid_of, size_of
 from flashtile.kernels.places import diagonal_of, key_range, lengths_of, number_of, program_of
 from flashtile.kernels.rules import grad_scores, kept
-from flashtile.kernels.tiles import load_queries, load_rows, load_stats
+from flashtile.kernels.tiles import dots, load_queries, load_rows, load_stats
 from flashtile.kernels.words import Place
 from flashtile.problem import Problem
 from flashtile.scores import four_dimensions
@@ -70,8 +70,8 @@ def bias_tile(
     m_kept = None
     if rules.dropout is not None:
         m_kept = kept(rules, place, o_query, first_key, META.tile_kv)
-    b_dots = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
-    b_grad_weights = tl.dot(b_grad_out.to(b_v.dtype), tl.trans(b_v), input_precision=META.precision)
+    b_dots = dots(b_q, b_k, META)
+    b_grad_weights = dots(b_grad_out.to(b_v.dtype), b_v, META)
     _, _, b_outer = grad_scores(
         b_dots, b_grad_weights, b_lse[:, None], b_delta[:, None], m_kept, True, o_query[:, None], o_key[None, :],
         place, rules, META, SCORE, DERIVATIVE, MASK, "always", True, False,

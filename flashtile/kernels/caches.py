@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from flashtile.kernels.places import number_of, program_of
 from flashtile.kernels.rules import LOG2E
 from flashtile.kernels.tiles import row_pointers, scales_of_rows
-from flashtile.kernels.words import Cache, Rotary, Rows, Scale, Source, Table, odd
+from flashtile.kernels.words import Cache, Place, Rotary, Rows, Scale, Source, Table, odd
 from flashtile.lower.rules import round_half_even
 from flashtile.problem import CacheTensors
 
@@ -201,6 +201,26 @@ def append_kernel(
         p_q = row_pointers(turned, i_batch, i_head, 0, o_rows, BLOCK)
         m_q = (o_rows < number_of(size.seqlen_q))[:, None] & (tl.arange(0, BLOCK) < DIM)[None, :]
         tl.store(p_q, b_q.to(turned.pointer.dtype.element_ty), mask=m_q)
+
+
+@triton.jit
+def program_of_part(size, parts):
+    """(batch entry, key head, query tile, part): query tiles run fastest, then heads."""
+    i_program = tl.program_id(0)
+    tiles, heads, splits = number_of(size.tiles), number_of(size.heads), number_of(parts.splits)
+    i_rank = i_program // (tiles * heads)
+    return i_rank // splits, (i_program // tiles) % heads, i_program % tiles, i_rank % splits
+
+
+@triton.jit
+def cached_place(cache, size, i_batch, i_tile, i_head):
+    """(the `Place` of a tile; the sequence's row of the cache or of the block table). i_head: of the whole tile, or one
+    for each row of its scores."""
+    i_row, first, seqlen = sequence_of(cache, i_batch)
+    # A sequence that has grown too long is cut off: nothing behind the cache is read.
+    seqlen_k = tl.minimum(seqlen + number_of(cache.appended), number_of(size.seqlen_k)) - first
+    seqlen_k = tl.maximum(seqlen_k, 0)
+    return Place(i_batch, i_head, i_tile, 0, first, number_of(size.seqlen_q), seqlen_k), i_row
 
 
 @triton.jit

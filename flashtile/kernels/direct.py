@@ -51,7 +51,7 @@ def flattened(value: Any, path: tuple[int, ...], constants: Any) -> Iterator[Any
 
 
 class Block:
-    """The memory that parameters lie in, and which of them are addresses."""
+    """The memory that parameters lie in, and which of them are addresses; `mapped`: those in descriptors now."""
 
     def __init__(
         self, values: Sequence[Any], declared: Sequence[Parameter], metas: Sequence[Any], place: Place
@@ -63,6 +63,7 @@ class Block:
         """
         self.pointers: list[tuple[Any, int]] = []
         self.maps: list[tuple[int, int]] = []
+        self.mapped: dict[int, int] = {}
         self._kept: list[Any] = []
         self._metas = iter(metas)
         self._addresses: list[int] = []
@@ -120,6 +121,7 @@ class Block:
         start = -(-ctypes.addressof(memory) // 64) * 64
         self._addresses.append(start)
         encode(start, descriptor, meta)
+        self.mapped[start] = descriptor.base.data_ptr()
         return start
 
 
@@ -151,7 +153,8 @@ wait for it where they say so."""
 
 
 @cache
-def _driver() -> Any:
+def driver() -> Any:
+    """NVIDIA's, as ctypes calls it."""
     library = ctypes.CDLL("libcuda.so.1")
     library.cuLaunchKernel.argtypes = [
         ctypes.c_void_p,
@@ -178,7 +181,7 @@ def encode(address: int, descriptor: TensorDescriptor, meta: dict[str, Any]) -> 
     base = ctypes.c_void_p(descriptor.base.data_ptr())
     interleave, promotion, fill = 0, 2, 0  # none, 128 bytes into the L2 cache, zeros
     _checked(
-        _driver().cuTensorMapEncodeTiled(
+        driver().cuTensorMapEncodeTiled(
             ctypes.c_void_p(address),
             *(kind, ctypes.c_uint32(rank), base, sizes, strides, box, steps, interleave, swizzle, promotion, fill),
         )
@@ -190,10 +193,10 @@ _NO_CONTEXT = 201
 
 def _bind(device: int) -> None:
     """Makes the device's context that of this thread, which has not asked CUDA for anything yet."""
-    driver, handle, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
-    _checked(driver.cuDeviceGet(ctypes.byref(handle), device))
-    _checked(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
-    _checked(driver.cuCtxSetCurrent(context))
+    cuda, handle, context = driver(), ctypes.c_int(), ctypes.c_void_p()
+    _checked(cuda.cuDeviceGet(ctypes.byref(handle), device))
+    _checked(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+    _checked(cuda.cuCtxSetCurrent(context))
 
 
 def _checked(result: int) -> None:
@@ -215,25 +218,28 @@ class Direct:
             self._config = _Config((ctypes.c_uint * 7)(*self._grid), None, early, 1)
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
-        driver, block = _driver(), self._block
+        cuda, block = driver(), self._block
         with self._lock:
             for cell, place in block.pointers:
                 cell.value = addresses[place]
             for tensor_map, place in block.maps:
-                driver.cuTensorMapReplaceAddress(tensor_map, addresses[place])
-            result = self._launch(driver, stream)
+                address = addresses[place]
+                if block.mapped[tensor_map] != address:
+                    cuda.cuTensorMapReplaceAddress(tensor_map, address)
+                    block.mapped[tensor_map] = address
+            result = self._launch(cuda, stream)
             if result == _NO_CONTEXT:
                 _bind(torch.cuda.current_device())
-                result = self._launch(driver, stream)
+                result = self._launch(cuda, stream)
         _checked(result)
 
-    def _launch(self, driver: Any, stream: int) -> int:
+    def _launch(self, cuda: Any, stream: int) -> int:
         function, array = self._kernel.function, self._block.array
         if self._config is None:
-            result: int = driver.cuLaunchKernel(function, *self._grid, stream, array, None)
+            result: int = cuda.cuLaunchKernel(function, *self._grid, stream, array, None)
             return result
         self._config.stream = stream
-        result = driver.cuLaunchKernelEx(ctypes.byref(self._config), function, array, None)
+        result = cuda.cuLaunchKernelEx(ctypes.byref(self._config), function, array, None)
         return result
 
 

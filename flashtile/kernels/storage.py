@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from triton import knobs
 
 from flashtile import check
+from flashtile.kernels.capture import relaxed
 
 _DAMAGED = "device kernel image is invalid"
 """What NVIDIA's driver says of a kernel that is cut off."""
@@ -14,13 +15,14 @@ _DAMAGED = "device kernel image is invalid"
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Kernels are compiled, or loaded from the folder, inside.
+    """Kernels are compiled, or loaded from the folder, inside: while a CUDA graph is captured too.
 
     Raises:
         RuntimeError: the folder cannot be written to, is full, or holds something else than what Triton wrote.
     """
     try:
-        yield
+        with relaxed():
+            yield
     # Damaged entries are no JSON, or another one than Triton's, or name files that are gone.
     except (OSError, ValueError, KeyError, TypeError) as error:
         if not _of_the_folder(error):

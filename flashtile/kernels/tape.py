@@ -27,7 +27,7 @@ def prepared(device: torch.device) -> AbstractContextManager[Any]:
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """Launches inside go to this device, whichever is current."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _NOWHERE
     return torch.cuda.device(device)
 
 
@@ -39,7 +39,8 @@ class Tape:
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self._places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors) if tensor is not None}
-        self._launches: list[tuple[Direct | None, Any, list[Any], list[tuple[int, Filler]]]] = []
+        self._launches: list[tuple[Any, list[Any], list[tuple[int, Filler]]]] = []
+        self._ready: list[Direct] = []
         self._direct = True
         self.whole = True
 
@@ -50,8 +51,11 @@ class Tape:
         # No tensor of this time is kept alive.
         constants = [None if filler else argument for argument, (_, filler) in zip(arguments, fillers, strict=True)]
         ready = direct(kernel, programs, arguments, lambda tensor: self._places.get(tensor.data_ptr()))
-        self._direct = self._direct and ready is not None
-        self._launches.append((ready, kernel[(programs, 1, 1)], constants, open_places))
+        if ready is None:
+            self._direct = False
+        else:
+            self._ready.append(ready)
+        self._launches.append((kernel[(programs, 1, 1)], constants, open_places))
 
     def _filler(self, argument: Any) -> Filler | None:
         """Makes the argument for other tensors; None: it holds none."""
@@ -93,25 +97,19 @@ class Tape:
         if self._direct and not watched():
             with current(device):
                 stream = torch._C._cuda_getCurrentRawStream(device.index)
-                for ready, *_ in self._launches:
-                    if ready is not None:
-                        ready(addresses, stream)
+                for ready in self._ready:
+                    ready(addresses, stream)
             return
         with prepared(device):
-            for _, launch, constants, fillers in self._launches:
+            for launch, constants, fillers in self._launches:
                 arguments = constants.copy()
                 for i, fill in fillers:
                     arguments[i] = fill(tensors)
                 launch(*arguments)
 
 
-def _kind(tensor: Tensor | None) -> Any:
-    """All that a tape depends on, of a tensor."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
-
-
+_NOWHERE = nullcontext()
+_PLACES = range(2**20)
 _SEEN = object()
 
 
@@ -119,24 +117,24 @@ def perform(
     launches: Callable[[Tape | None], None],
     tensors: Sequence[Tensor | None],
     memory: dict[Any, Any] | None,
-    free: Sequence[Tensor | None] = (),
+    free: int = 0,
 ) -> None:
     """`launches`, which writes what it does to the tape it is given; or the tape of an earlier time, from `memory`.
 
     The second time writes it: what is called once has no use for a tape.
 
     `tensors`: all that the launches read and write and that may be others the next time; the first is not None. All
-    that come with one memory are of the same shapes, strides, dtypes, devices and alignment, but for those in `free`.
+    that come with one memory are of the same shapes and devices, and but for the first `free` of the same strides,
+    dtypes and alignment.
     """
     if memory is None or tensors[0] is None:
         launches(None)
         return
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     # Which are missing, and which are one and the same.
-    first = {0: -1}
-    kind: tuple[Any, ...] = tuple([first.setdefault(address, place) for place, address in enumerate(addresses)])
+    kind: tuple[Any, ...] = tuple(map({0: -1}.setdefault, addresses, _PLACES))
     if free:
-        kind = (*kind, *map(_kind, free))
+        kind += tuple([None if t is None else (t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors[:free]])
     tape = memory.get(kind)
     if isinstance(tape, Tape):
         tape.play(tensors, addresses, tensors[0].device)

@@ -151,3 +151,20 @@ def load_stats(lse, delta, place, o_query, PACKED: tl.constexpr):
         b_lse = tl.load(stats_pointers(lse, place, o_query))
         b_delta = tl.load(stats_pointers(delta, place, o_query))
     return tl.where(b_lse == -float("inf"), float("inf"), b_lse), b_delta
+
+
+@triton.jit
+def dots(b_rows, b_others, META: tl.constexpr):
+    """Rows times the transposed others, both with all their columns. With META.parts the columns are cut into as many
+    parts, each of which other warps multiply, where one warp's registers do not hold the operands whole."""
+    COLUMNS: tl.constexpr = b_rows.shape[1]
+    # A matrix instruction takes 16 columns at least.
+    PARTS: tl.constexpr = META.parts if 16 * META.parts <= COLUMNS else COLUMNS // 16
+    if PARTS == 1:
+        b_dots = tl.dot(b_rows, tl.trans(b_others), input_precision=META.precision)
+    else:
+        b_left = b_rows.reshape(b_rows.shape[0], PARTS, COLUMNS // PARTS)
+        b_right = b_others.reshape(b_others.shape[0], PARTS, COLUMNS // PARTS)
+        b_each = tl.dot(tl.permute(b_left, (1, 0, 2)), tl.permute(b_right, (1, 2, 0)), input_precision=META.precision)
+        b_dots = tl.sum(b_each, 0)
+    return b_dots

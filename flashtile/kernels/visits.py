@@ -7,22 +7,27 @@ import torch
 from torch import Tensor
 
 from flashtile import mask_nodes
-from flashtile.forgetting import make_room
-from flashtile.kernels import bits
+from flashtile.forgetting import make_room, marks
+from flashtile.kernels import bits, capture
 from flashtile.kernels.words import Visits, odd
 from flashtile.problem import Inputs, Problem
+from flashtile.queues import capturing, queue
 from flashtile.region import region
 from flashtile.spans import FULL, PARTIAL, Tiling
 
 _KEPT = 64
 _KEPT_BYTES = 2**28
 _known: dict[Any, tuple[list[weakref.ref[Tensor]], Visits]] = {}
+_in_graphs: dict[Any, Visits] = {}
+"""Those that CUDA graphs read, which nobody can tell to be gone. They belong to no stream: what made them is done."""
 
 
 def possible(inputs: Inputs, problem: Problem) -> bool:
-    """Packed sequences have lengths that only the device knows, and while a CUDA graph is captured none may be asked:
-    the mask is then evaluated in every tile that the window leaves."""
-    return not problem.varlen and not (inputs.q.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Packed sequences have lengths that only the device knows, and what a mask reads may be something else when a
+    CUDA graph is replayed: the mask is then evaluated in every tile that the window leaves."""
+    if problem.varlen:
+        return False
+    return not capturing(inputs.q.device) or (not inputs.mask and capture.possible_aside())
 
 
 def listed(inputs: Inputs, problem: Problem) -> bool:
@@ -39,14 +44,22 @@ class Maker(NamedTuple):
 
 def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, maker: Maker | None = None) -> Visits:
     """The tiles that each query tile visits; `keys`: each key tile. With a `maker`, the mask's bits too."""
+    marked = marks(inputs.mask)
+    if marked is None:
+        return _made(inputs, problem, tile_q, tile_kv, keys, maker)
     sizes = (problem.seqlen_q, problem.seqlen_kv, problem.batch, problem.heads)
-    tensors = tuple((id(tensor), tensor._version) for tensor in inputs.mask)
-    key = (problem.mask, sizes, tile_q, tile_kv, keys, _queue(inputs.q.device), tensors, maker and maker.machine)
+    alone = (problem.mask, sizes, tile_q, tile_kv, keys, maker and maker.machine)
+    device = inputs.q.device
+    if capturing(device):
+        place = (device, *alone)
+        if place not in _in_graphs:
+            with capture.aside(device):
+                _in_graphs[place] = _made(inputs, problem, tile_q, tile_kv, keys, maker)
+        return _in_graphs[place]
+    key = (*alone, queue(device), marked)
     found = _known.get(key)
     if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], inputs.mask, strict=True)):
-        made = _make(inputs, problem, tile_q, tile_kv, keys)
-        if maker is not None:
-            made = made._replace(bits=bits.of(made, tile_kv if keys else tile_q, maker.launch))
+        made = _made(inputs, problem, tile_q, tile_kv, keys, maker)
         # The lists of a mask whose tensors are gone are gone with them.
         found = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in inputs.mask], made
         make_room(_known, _KEPT)
@@ -56,9 +69,9 @@ def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, 
     return found[1]
 
 
-def _queue(device: torch.device) -> Any:
-    """The stream that lists are made in, used in and, once they are gone, overwritten in: others have their own."""
-    return (device, torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else device
+def _made(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, maker: Maker | None) -> Visits:
+    made = _lists(inputs, problem, tile_q, tile_kv, keys)
+    return made if maker is None else made._replace(bits=bits.of(made, tile_kv if keys else tile_q, maker.launch))
 
 
 def _bytes() -> int:
@@ -76,7 +89,7 @@ def tensors_of(
     return found.counts, found.tiles, found.order, found.bits
 
 
-def _make(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:
+def _lists(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool) -> Visits:
     lengths = (problem.seqlen_q, problem.seqlen_kv)
     tiling = Tiling(*lengths, tile_q, tile_kv, problem.batch, problem.heads, inputs.q.device)
     state = mask_nodes.parse(problem.mask).lower(tiling, inputs.mask).to_layout(tiling).state

@@ -67,6 +67,8 @@ def _step(source: Source, node: fx.Node, arguments: Sequence[Any]) -> Value:
     """One step, by its name: those whose arguments are not all operands here, the others by the tables."""
     name = _name(node)
     _single(node, name)
+    if source.quick and name == "tanh" and _added(node, 1.0):
+        name = "quick_tanh"
     dtype = node.meta["val"].dtype
     if name == "index":
         return source.read(arguments[0], _places(arguments[1]))
@@ -88,6 +90,32 @@ def _step(source: Source, node: fx.Node, arguments: Sequence[Any]) -> Value:
     elif rounding is not None:
         raise Unsupported(f"there is no Triton for division with rounding_mode={rounding!r}")
     return operations.apply(source, name, values, dtype)
+
+
+_MOST = 1000.0
+"""What an error of 2e-7 may be multiplied by: then it is less than what half precision rounds off scores."""
+
+
+_PASSING = ("add", "sub", "rsub", "neg", "where", *SAME)
+"""Steps whose result is as far off as their operand."""
+
+
+def _added(node: fx.Node, factor: float) -> bool:
+    """Whether all that becomes of a number is that it is added to scores, `factor` times; or it is a tanh on the way
+    back, where a gradient is multiplied by 1 - tanh^2."""
+    if factor > _MOST:
+        return False
+    for user in node.users:
+        name = "" if user.op == "output" else _name(user)
+        if name in ("mul", "div") and user.args[0] is node and isinstance(user.args[1], (int, float)) and user.args[1]:
+            size = abs(float(user.args[1]))
+            if not _added(user, factor * size if name == "mul" else factor / size):
+                return False
+        elif name in ("", "tanh_backward"):
+            continue
+        elif name not in _PASSING or user.kwargs.get("alpha", 1) != 1 or not _added(user, factor):
+            return False
+    return True
 
 
 _MAKERS: dict[str, Callable[[Sequence[Any]], Any]] = {

@@ -23,12 +23,15 @@ class Hook(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def score_hook(key: str, tensors: Sequence[Tensor]) -> Hook:
-    """`function(b_scores, i_batch, i_head, o_query, o_key, arguments)`: modified scores, natural base, float32."""
-    return Hook(_score_function(key), _arguments(tensors))
+def score_hook(key: str, tensors: Sequence[Tensor], quick: bool = False) -> Hook:
+    """`function(b_scores, i_batch, i_head, o_query, o_key, arguments)`: modified scores, natural base, float32.
+
+    quick: q and k are of half precision, whose rounding hides what a quicker tanh and quicker divisions add.
+    """
+    return Hook(_score_function(key, quick), _arguments(tensors))
 
 
-def derivative_hook(key: str, totals: Sequence[Tensor | None]) -> Hook | None:
+def derivative_hook(key: str, totals: Sequence[Tensor | None], quick: bool = False) -> Hook | None:
     """`function(b_scores, i_batch, i_head, o_query, o_key, score_arguments, arguments, b_grad, m_valid, COLLECT)`.
 
     It returns the score's gradient; `score_arguments` are those of `score_hook`. If COLLECT, what the tile gives to the
@@ -39,7 +42,7 @@ def derivative_hook(key: str, totals: Sequence[Tensor | None]) -> Hook | None:
     wanted = tuple(total is not None for total in totals)
     if not any(wanted) and _adds(key):
         return None
-    return Hook(_derivative_function(key, wanted), tuple(total for total in totals if total is not None))
+    return Hook(_derivative_function(key, wanted, quick), tuple(total for total in totals if total is not None))
 
 
 def mask_hook(token: str, tensors: Sequence[Tensor]) -> Hook:
@@ -56,8 +59,8 @@ def unsupported(key: str) -> str | None:
     if not traced.elementwise or traced.backward is None:
         return "score_mod computes with whole vectors, not with single elements"
     try:
-        _score_function(key)
-        _derivative_function(key, (False,) * len(traced.captures))
+        _score_function(key, False)
+        _derivative_function(key, (False,) * len(traced.captures), False)
     except Unsupported as error:
         return f"score_mod: {error}"
     return None
@@ -93,9 +96,9 @@ def _arguments(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 @cache
-def _score_function(key: str) -> Any:
+def _score_function(key: str, quick: bool) -> Any:
     traced = trace.graph(key)
-    source = Source()
+    source = Source(quick)
     result = graphs.write(source, traced.forward, graphs.score_inputs(traced))
     source.line(f"return spread({source.text(result, 'f')}, score)")
     return source.function(f"score_{key}", "score, b, h, q, k, arguments")
@@ -114,12 +117,12 @@ def _adds(key: str) -> bool:
 
 
 @cache
-def _derivative_function(key: str, wanted: tuple[bool, ...]) -> Any:
+def _derivative_function(key: str, wanted: tuple[bool, ...], quick: bool) -> Any:
     """Reads first, then the graph of the derivative, then sums for the captured tensors."""
     traced = trace.graph(key)
     if traced.places is None or traced.backward is None:
         raise Unsupported("its derivative is not a graph of single elements")
-    source = Source()
+    source = Source(quick)
     inputs = graphs.score_inputs(traced)
     captures = inputs[graphs.FIRST_CAPTURE :]
     places = [graphs.operands(at) for at in graphs.write(source, traced.places, inputs)]

@@ -28,6 +28,8 @@ def apply(source: Source, name: str, values: Sequence[Value], dtype: torch.dtype
     axes = axes_of(values)
     if name == "pow" and values[1].number == 2:
         name, values = "square", values[:1]
+    if source.quick and name == "div" and dtype is torch.float32 and _invertible(values[1]):
+        name, values = "mul", [values[0], constant(1.0 / float(values[1].number or 1.0))]
     missing = OMITTED.get(name, ())[len(values) - 1 :]
     values = [*values, *map(constant, missing)]
     half = _half(values)
@@ -43,6 +45,11 @@ def apply(source: Source, name: str, values: Sequence[Value], dtype: torch.dtype
     elif kind == "i64" and width(bounds) == "i32":
         text = f"({text}).to(tl.int32)"
     return replace(source.bind(text, dtype, axes, bounds), floating=_floating(source, name, values, bounds))
+
+
+def _invertible(value: Value) -> bool:
+    """Whether a product with 1 / value is as good as a division, by which Triton means one within two roundings."""
+    return value.number is not None and 2.0**-100 < abs(value.number) < 2.0**100
 
 
 def _texts(source: Source, name: str, values: Sequence[Value], kind: str, half: torch.dtype | None) -> list[str]:

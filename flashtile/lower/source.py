@@ -15,9 +15,10 @@ from flashtile.lower.values import BOTH, INT64, TYPES, Value, axes_of, literal, 
 
 
 class Source:
-    """The body of a function, written line by line."""
+    """The body of a function, written line by line. quick: for scores of half precision (see `hooks.score_hook`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, quick: bool = False) -> None:
+        self.quick = quick
         self.lines: list[str] = []
         self.indent = 1
         self.count = 0

@@ -39,13 +39,13 @@ NARROW: dict[str, dict[str, Rows]] = {
     },
     "cdna": {
         "half": ((64, Tiles(64, 64, 4, 2)), (128, Tiles(32, 64, 4, 1)), (256, Tiles(16, 32, 4, 1)),
-                 (512, Tiles(16, 16, 4, 1))),
+                 (512, Tiles(16, 16, 8, 1, parts=8))),
         "single": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(16, 32, 4, 1)), (256, Tiles(16, 16, 4, 1)),
                    (512, Tiles(16, 16, 4, 1))),
     },
     "rdna": {
-        "half": ((64, Tiles(16, 32, 4, 1)), (128, Tiles(16, 16, 4, 1)), (256, Tiles(16, 16, 8, 1)),
-                 (512, Tiles(16, 16, 8, 1))),
+        "half": ((64, Tiles(16, 32, 4, 1)), (128, Tiles(16, 16, 4, 1, parts=4)),
+                 (512, Tiles(16, 16, 8, 1, parts=8))),
         "single": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(16, 32, 4, 1)), (256, Tiles(16, 16, 4, 1)),
                    (512, Tiles(16, 16, 4, 1))),
     },
@@ -64,6 +64,19 @@ MANY = {"hopper": Tiles(32, 32, 4, 2)}
 """For more rows than those of 16 bits and more than 256 columns serve, as in latent attention with all its heads. Tiles
 of 64 rows were faster, but their products read shared memory through the asynchronous proxy, and the code of Triton 3.9
 has no fence before that: the emulator says so."""
+
+LATENT = Tiles(64, 32, 12, 6)
+"""Of Hopper's kernel for latent attention with more rows than those of 16 bits serve; `stages` counts slots for tiles
+of keys, six of which fill shared memory."""
+
+LATENT_LEAST = 33
+"""Rows of queries from which on that kernel is taken."""
+
+LATENT_COUNTED = 128
+"""Keys that count as a tile where parts are chosen for it."""
+
+LATENT_REGISTERS = 168
+"""A thread that it is compiled for; its warps trade them once it runs."""
 
 APPEND = (1, 2, 4)
 """New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns do

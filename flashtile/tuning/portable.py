@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, warps of a program, loads in flight; and what only AMD's compiler is told, where its
-    own choice (0) is not the best: rows of a matrix instruction (`matrix_instr_nonkdim`), and waves a SIMD unit that
-    registers are kept free for (`waves_per_eu`)."""
+    """Queries and keys of a tile, warps of a program, loads in flight; what only AMD's compiler is told, where its own
+    choice (0) is not the best: rows of a matrix instruction (`matrix_instr_nonkdim`), and waves a SIMD unit that
+    registers are kept free for (`waves_per_eu`); and into how many parts the columns of queries and keys are cut, which
+    warps share, where one warp's registers do not hold them."""
 
     tile_q: int
     tile_kv: int
@@ -15,6 +16,7 @@ class Tiles(NamedTuple):
     stages: int
     instruction: int = 0
     waves: int = 0
+    parts: int = 1
 
     def options(self) -> dict[str, int]:
         """As Triton's compiler takes them."""
@@ -23,8 +25,9 @@ class Tiles(NamedTuple):
         return given | {name: value for name, value in told.items() if value}
 
     def chosen(self) -> tuple[int, ...]:
-        """Without what is left to the compiler."""
-        return tuple(self) if self.waves else tuple(self[:5]) if self.instruction else tuple(self[:4])
+        """Without what is left to the compiler, or not cut."""
+        count = 7 if self.parts > 1 else 6 if self.waves else 5 if self.instruction else 4
+        return tuple(self[:count])
 
 
 class PortableConfig(NamedTuple):
@@ -135,23 +138,31 @@ CDNA: dict[str, Rows] = {
 """gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill; timed on none of them.
 Products of 16 rows where a comparison by counts was made (docs/amd.md)."""
 
+_QUARTERS, _EIGHTHS = Tiles(16, 16, 4, 1, parts=4), Tiles(16, 16, 8, 1, parts=8)
+
 RDNA: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 8, 1))),
-        (128, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
-        (256, PortableConfig(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
-        (512, PortableConfig(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
+        (128, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, parts=4), Tiles(16, 32, 8, 1, parts=8))),
+        (256, PortableConfig(Tiles(16, 32, 8, 1, parts=8), Tiles(16, 32, 8, 1, parts=8), _EIGHTHS)),
+        (512, PortableConfig(_EIGHTHS, _EIGHTHS, _EIGHTHS)),
+    ),
+    "masked": (
+        (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 8, 1))),
+        (128, PortableConfig(Tiles(32, 16, 8, 1, parts=4), _QUARTERS, _QUARTERS)),
+        (512, PortableConfig(_EIGHTHS, _EIGHTHS, _EIGHTHS)),
     ),
     "modified": (
         (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 8, 1))),
-        (128, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
-        (256, PortableConfig(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))),
-        (512, PortableConfig(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
+        (128, PortableConfig(Tiles(64, 32, 8, 1), _QUARTERS, _QUARTERS)),
+        (512, PortableConfig(_EIGHTHS, _EIGHTHS, _EIGHTHS)),
     ),
     "single": HOPPER["single"],
 }
-"""gfx1100, gfx1201: 64 KB of LDS. The largest tiles that do not spill on gfx1100; from 128 columns on backward, and 256
-forward, the smallest that matrix instructions take, which do (`SPILLS`); timed on none of them."""
+RDNA["eight"] = RDNA["masked"]
+"""gfx1100, gfx1201: 64 KB of LDS. The largest tiles that do not spill on gfx1100, whose registers do not hold rows of
+128 columns whole for the backward pass, nor of 256 for the forward pass: there warps share the columns. Timed on none
+of them."""
 
 TABLES: dict[str, dict[str, Rows]] = {
     "hopper": HOPPER,
@@ -174,19 +185,8 @@ SPILLS: dict[tuple[str, str, int], int] = {
     ("ampere", "query_kernel", 128): 10,
     ("ampere", "key_kernel", 128): 10,
     ("ampere", "decode_kernel", 576): 50,
-    ("cdna", "decode_kernel", 576): 100,
-    # The smallest tiles that matrix instructions take; rows of this many columns alone fill the registers of gfx1100.
-    # gfx1201 spills less than half of it.
-    ("rdna", "forward_kernel", 128): 230,  # under a mask that is a function; twice the walk
-    ("rdna", "query_kernel", 128): 410,
-    ("rdna", "key_kernel", 128): 130,
-    ("rdna", "bias_kernel", 128): 100,
-    ("rdna", "decode_kernel", 128): 70,
-    ("rdna", "forward_kernel", 256): 210,
-    ("rdna", "query_kernel", 256): 1250,
-    ("rdna", "key_kernel", 256): 540,
-    ("rdna", "bias_kernel", 256): 390,
-    ("rdna", "decode_kernel", 256): 310,
+    # Numbers of 8 bits, made 16 a tile of 512 columns at a time, on gfx1100.
+    ("rdna", "decode_kernel", 576): 140,
 }
 """How many spilling instructions a kernel may have, by family and head dimension, where not 0."""
 
@@ -201,7 +201,6 @@ MASKED_EIGHT_SPILLS: dict[tuple[str, int], int] = {
     ("cdna", 128): 60,
     ("cdna", 256): 10,
     ("rdna", 64): 30,
-    ("rdna", 256): 480,
 }
 """Of forward kernels with 8-bit inputs under a mask that is a function, whose tiles are those of calls without one."""
 

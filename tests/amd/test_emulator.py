@@ -16,6 +16,7 @@ from flashtile.kernels import aot
 from tests.amd import kernels
 from tests.amd.machine import EMULATED, missing
 from tools.amd_emulation import CodeObject, EmuError, emulator, launch, table
+from tools.amd_emulation.formats import unpack
 from tools.amd_emulation.lanes import Dpp
 from tools.amd_emulation.wave import Wave
 
@@ -290,6 +291,25 @@ def test_single_instructions(gfx: str, text: str) -> None:
     np.testing.assert_array_equal(found(one), expected(one))
 
 
+def _eight(one: _One, dtype: torch.dtype, half: int) -> np.ndarray:
+    """The two 8-bit floats in this half of a register, (2, lanes), as PyTorch reads them."""
+    taken = one.before[3][None] >> np.array([[16 * half], [16 * half + 8]], np.uint32) & 0xFF
+    return torch.from_numpy(taken.astype(np.uint8)).view(dtype).double().numpy()
+
+
+def _rounded(one: _One, scale: float, dtype: torch.dtype, place: int) -> np.ndarray:
+    """Registers 3 and 4 in 8 bits, as PyTorch rounds them, in one half of register 2."""
+    low, high = (
+        torch.from_numpy(one.floats(number) / np.float32(scale)).to(dtype).view(torch.uint8).numpy().astype(np.uint32)
+        for number in (3, 4)
+    )
+    return (one.before[2] & (0xFFFF0000 >> place)) | (low | high << 8) << place
+
+
+def _wide(words: np.ndarray, kind: str) -> np.ndarray:
+    return unpack(words, kind, False)
+
+
 OWN: dict[tuple[str, str], tuple[Callable[[Wave], None] | None, Expected, Expected]] = {
     ("gfx942", "v_cvt_f16_f32_e32 v200, v3"): (
         _floats,
@@ -303,6 +323,21 @@ OWN: dict[tuple[str, str], tuple[Callable[[Wave], None] | None, Expected, Expect
         None,
         lambda one: one.wave.vectors[2],
         lambda one: np.where(one.lane // 16 % 2, one.before[3][one.lane // 16 * 16 - 1], one.before[2]),
+    ),
+    ("gfx950", "v_cvt_scalef32_pk_bf16_fp8 v2, v3, 1.0"): (
+        None, lambda one: _wide(one.wave.vectors[2][None], "bf16"), lambda one: _eight(one, torch.float8_e4m3fn, 0),
+    ),
+    ("gfx950", "v_cvt_scalef32_pk_f16_bf8 v2, v3, 1.0 op_sel:[1,0,0]"): (
+        None, lambda one: _wide(one.wave.vectors[2][None], "f16"), lambda one: _eight(one, torch.float8_e5m2, 1),
+    ),
+    ("gfx950", "v_cvt_scalef32_pk_f32_fp8 v[8:9], v3, 2.0"): (
+        None, lambda one: _wide(one.wave.vectors[8:10], "f32"), lambda one: 2 * _eight(one, torch.float8_e4m3fn, 0),
+    ),
+    ("gfx950", "v_cvt_scalef32_pk_bf8_f32 v2, v3, v4, 2.0 op_sel:[0,0,0,1]"): (
+        _floats, lambda one: one.wave.vectors[2], lambda one: _rounded(one, 2.0, torch.float8_e5m2, 16),
+    ),
+    ("gfx942", "v_cvt_pk_fp8_f32 v2, v3, v4"): (
+        _floats, lambda one: one.wave.vectors[2], lambda one: _rounded(one, 1.0, torch.float8_e4m3fnuz, 0),
     ),
     ("gfx1100", "v_permlanex16_b32 v18, v22, s2, 0xfedcba98 op_sel:[1,0]"): (
         _scalar(2, 0x76543210), lambda one: one.wave.vectors[18], lambda one: one.before[22][one.lane ^ 16],

@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from flashtile import distributed, masks, sharding
 from flashtile.check import sharding as check
 from flashtile.distributed import calls, groups
 from tests.distributed import processes
+from tests.distributed.jobs import mesh_of
 
 
 def _attend(scheme: str = "ring", **changes: Any) -> None:
@@ -62,16 +64,119 @@ def uneven_heads(rank: int, ranks: int) -> None:
     _attend("ulysses", heads=4)
 
 
-def after_errors(rank: int, ranks: int) -> int:
-    """The group still works, and what was agreed on is not asked again."""
-    asked = []
-    original = groups.Agreement._compare
-    groups.Agreement._compare = lambda *given: (asked.append(1), original(*given))[1]  # type: ignore[method-assign]
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "soft": {"softcap": 3.0},
+    "dropped": {"dropout_p": 0.5},
+    "gathered": {"scheme": "gather", "causal": True},
+    "dealt": {"scheme": "ulysses", "heads": 3},
+    "capped": {"scheme": "ulysses", "heads": 3, "softcap": 3.0},
+}
+
+
+def _known(usual: str, other: str) -> None:
+    """All ranks make calls of both kinds; then rank 1 makes one of `other` while the others make one of `usual`."""
+    for kind in (usual, other):
+        _attend(**KINDS[kind])
+    _attend(**KINDS[other if dist.get_rank() == 1 else usual])
+
+
+def known_options(rank: int, ranks: int) -> None:
+    _known("plain", "soft")
+
+
+def known_dropout(rank: int, ranks: int) -> None:
+    """No seed travels before all know that one must."""
+    _known("plain", "dropped")
+
+
+def known_schemes(rank: int, ranks: int) -> None:
+    _known("gathered", "plain")
+
+
+def known_dealt(rank: int, ranks: int) -> None:
+    _known("plain", "dealt")
+
+
+def known_capped(rank: int, ranks: int) -> None:
+    _known("dealt", "capped")
+
+
+def new_to_one(rank: int, ranks: int) -> None:
+    """A kind that rank 1 alone has not made before."""
+    _attend(causal=True, softcap=2.0)
+    _attend(causal=True, softcap=5.0 if rank == 1 else 2.0)
+
+
+def refused_later(rank: int, ranks: int) -> None:
+    """Rank 2 refuses its arguments where the others make a call that all have made before."""
+    _attend()
+    _attend(window=(-3, 0) if rank == 2 else None)
+
+
+def contents(rank: int, ranks: int) -> None:
+    """Masks of equal shapes and other documents."""
+    documents = torch.arange(8 * ranks) // 5
+    _attend(mask=masks.document(documents))
+    documents[7] += int(rank == 1)
+    _attend(mask=masks.document(documents))
+
+
+def backward_and_forward(rank: int, ranks: int) -> None:
+    """Rank 0 goes on to its next call while the others differentiate."""
+    q = torch.randn(1, 8, 2, 4, requires_grad=True)
     for scheme in ("ring", "ulysses"):
-        for _ in range(3):
-            _attend(scheme, heads=6, causal=True)
-    groups.Agreement._compare = original  # type: ignore[method-assign]
-    return len(asked)
+        heads = q.repeat(1, 1, 3, 1)
+        out = distributed.attention(heads, heads, heads, scheme=scheme)
+        try:
+            out.sum().backward() if rank else distributed.attention(heads, heads, heads, scheme=scheme)
+        except check.RanksDisagree as error:
+            last = error
+        else:
+            raise AssertionError("nobody noticed")
+    raise last
+
+
+def vote_and_call(rank: int, ranks: int) -> None:
+    if rank:
+        _attend()
+    else:
+        groups.Agreement([groups.group_of(None)]).unanimous(True)
+
+
+def beside(rank: int, ranks: int) -> None:
+    """As on NCCL, where statements go through another engine than tensors: more than once, for groups end and begin."""
+    whole = groups.group_of(None)
+    with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
+        for _ in range(2):
+            groups._lines.clear()
+            _attend()
+            with pytest.raises(
+                check.RanksDisagree, match=r"softcap: got 0\.0 on rank 0, 3\.0 on rank 1, 0\.0 on rank 2"
+            ):
+                _attend(softcap=3.0 if rank == 1 else None)
+            _attend()
+            assert groups._lines[groups.name_of(whole)].gather.__qualname__.startswith("_beside")
+    groups._lines.clear()
+    assert groups._timeout(whole) == timedelta(seconds=processes.SECONDS)
+
+
+def after_errors(rank: int, ranks: int) -> list[int]:
+    """The group still works. How many descriptions were made, and how many calls compared, one exchange each."""
+    asked: dict[str, int] = {"of": 0, "settle": 0}
+    statement, settle = groups.Statement.of, groups.Question.settle
+    with (
+        mock.patch.object(groups.Statement, "of", lambda fields: (_count(asked, "of"), statement(fields))[1]),
+        mock.patch.object(groups.Question, "settle", lambda question: (_count(asked, "settle"), settle(question))[1]),
+    ):
+        for scheme in ("ring", "ulysses"):
+            for _ in range(3):
+                _attend(scheme, heads=6, causal=True)
+    return list(asked.values())
+
+
+def _count(counts: dict[str, int], name: str) -> None:
+    counts[name] += 1
 
 
 def unanimous(rank: int, ranks: int) -> list[bool]:
@@ -97,32 +202,68 @@ SAID = {
     types: [r"q: got \(1, 8, 4, 8\) float32 on rank 0, \(1, 8, 4, 8\) bfloat16 on rank 1"] * 3,
     mask_kinds: [r'mask: got \["causal","bottom_right"\] on rank 0, \["prefix",3\] on rank 1'] * 3,
     options: [r"softcap: got 0.0 on rank 0, 0.0 on rank 1, 3.0 on rank 2; need the same on every rank"] * 3,
-    heads_dealt: [r"q: got \(1, 8, 9, 8\) torch.float32 on rank 0, \(1, 8, 12, 8\) torch.float32 on rank 1"] * 3,
+    heads_dealt: [r"q: got \(1, 8, 9, 8\) float32 on rank 0, \(1, 8, 12, 8\) float32 on rank 1"] * 3,
     table_of_one: [
-        r"call: got nothing on rank 0, ValueError: bias: got shape \(24, 23\)",
+        r"call: got ring forward on rank 0, ValueError: bias: got shape \(24, 23\)",
         r"ValueError: bias: got shape \(24, 23\), need one that broadcasts to .*\(1, 4, 24, 24\)",
-        r"call: got nothing on rank 0, ValueError: bias: got shape \(24, 23\)",
+        r"call: got ring forward on rank 0, ValueError: bias: got shape \(24, 23\)",
     ],
     mask_of_one: [
-        r"call: got nothing on rank 0, nothing on rank 1, ValueError: mask: got shape \(23, 24\)",
-        r"call: got nothing on rank 0, nothing on rank 1, ValueError: mask: got shape \(23, 24\)",
+        r"call: got gather forward on rank 0, gather forward on rank 1, ValueError: mask: got shape \(23, 24\)",
+        r"call: got gather forward on rank 0, gather forward on rank 1, ValueError: mask: got shape \(23, 24\)",
         r"mask: got shape \(23, 24\)",
     ],
     uneven: [r"q: tokens of a rank: got 7, need a multiple of 2 for the layout 'zigzag'; try padding to 8"] * 3,
     uneven_heads: [r"q: got 4 heads for 3 ranks, need a multiple.*try ring_attention"] * 3,
+    known_options: [r": softcap: got 0.0 on rank 0, 3.0 on rank 1, 0.0 on rank 2; need the same"] * 3,
+    known_dropout: [r"seed: got none on rank 0, \(\) int64 on rank 1.*dropout_p: got 0.0 on rank 0, 0.5 on rank 1"] * 3,
+    known_schemes: [r"call: got gather forward on rank 0, ring forward on rank 1, gather forward on rank 2"] * 3,
+    known_dealt: [r"call: got ring forward on rank 0, zigzag heads forward on rank 1, ring forward on rank 2"] * 3,
+    known_capped: [r": softcap: got 0.0 on rank 0, 3.0 on rank 1, 0.0 on rank 2; need the same"] * 3,
+    new_to_one: [r": softcap: got 2.0 on rank 0, 5.0 on rank 1, 2.0 on rank 2; need the same"] * 3,
+    refused_later: [
+        r"call: got ring forward on rank 0, ring forward on rank 1, ValueError: window",
+        r"call: got ring forward on rank 0, ring forward on rank 1, ValueError: window",
+        r"ValueError: window\[0\]: got -3",
+    ],
+    contents: [r": mask's contents: got (\w+) on rank 0, (?!\1)\w+ on rank 1, \1 on rank 2; need the same"] * 3,
+    backward_and_forward: [r": call: got zigzag heads forward on rank 0, zigzag heads backward on rank 1"] * 3,
+    vote_and_call: [r": call: got a vote on rank 0, ring forward on rank 1, ring forward on rank 2; need"] * 3,
 }
 
 
 def test_ranks_that_disagree_all_raise(tmp_path: Path) -> None:
-    *found, asked, votes, kept = processes.run([*SAID, after_errors, unanimous, seeds], 3, tmp_path)
+    begun = time.monotonic()
+    *found, other, asked, votes, kept = processes.run([*SAID, beside, after_errors, unanimous, seeds], 3, tmp_path)
+    processes.succeeded(other)
     for job, values in zip(SAID, found, strict=True):
         for wanted, line in zip(SAID[job], processes.raised(values), strict=True):
             assert re.search(wanted, line), f"{job.__name__}: {line}"
-    # Once by the ring, by Ulysses once for what is dealt out and once for the call.
-    assert processes.succeeded(asked) == [3, 3, 3]
+    assert time.monotonic() - begun < processes.SECONDS, "nobody waits for the engine's timeout"
+    # Once a call by the ring, by Ulysses once for what is dealt out and once for the call; described once a kind.
+    assert processes.succeeded(asked) == [[3, 9]] * 3
     assert processes.succeeded(votes) == [[True, False, False]] * 3
     for sums in processes.succeeded(kept):
         torch.testing.assert_close(sums[0], sums[1])
+
+
+def one_of_a_mesh(rank: int, ranks: int) -> list[str]:
+    """Rank 0 shares no group with rank 3, whose call differs; of two voters, one says no."""
+    mesh, said = mesh_of((2, 2)), []
+    q = torch.randn(1, 8, 4, 4)
+    for softcap in (None, 3.0 if rank == 3 else None):
+        try:
+            distributed.mixed_attention(q, q, q, mesh, softcap=softcap)
+        except check.RanksDisagree as error:
+            said.append(str(error))
+    assert groups.Agreement(groups.groups_of(mesh)).unanimous(rank != 2) is False
+    return said
+
+
+def test_all_ranks_of_a_mesh_hear_of_one(tmp_path: Path) -> None:
+    for lines in processes.succeeded(processes.run([one_of_a_mesh], 4, tmp_path)[0]):
+        assert len(lines) == 1
+        assert re.match(r"softcap: got .*3\.0 on rank 3; need the same on every rank", lines[0]), lines
 
 
 SECONDS = 2
@@ -132,9 +273,11 @@ def _dying(rank: int, ranks: int, folder: str, how: str) -> None:
     torch.set_num_threads(1)
     method = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks, timeout=timedelta(seconds=SECONDS))
+    if "beside" in how:
+        groups._lines[groups.name_of(groups.group_of(None))] = groups._beside(groups.group_of(None))
     _attend(causal=True)
     if rank == ranks - 1:
-        if how == "dies":
+        if "dies" in how:
             os._exit(0)
         begun = time.monotonic()
         while time.monotonic() - begun < 5 * SECONDS and len(list(Path(folder).glob("[01]"))) < 2:
@@ -149,7 +292,7 @@ def _dying(rank: int, ranks: int, folder: str, how: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize("how", ["dies", "hangs", "hangs, beside"])
 def test_a_lost_rank_is_the_engines_error_in_time(how: str, tmp_path: Path) -> None:
     mp.start_processes(_dying, (3, str(tmp_path), how), nprocs=3, start_method="forkserver")
     for rank in range(2):

@@ -92,7 +92,7 @@ def peaks(tokens: int, ranks: int, rank: int, heads_kv: int = HEADS) -> tuple[fl
         for heads in (HEADS, heads_kv, heads_kv, HEADS)
     )
     inputs, options = Inputs(q, k, v), Options(mask=CAUSAL, out_dtype=q.dtype)
-    with mock.patch.object(scheme, "_agree"), Live() as live:
+    with mock.patch.object(scheme, "_ask"), Live() as live:
         for tensor in (q, k, v, grad):
             live.ignore(tensor)
         saved = scheme.forward(inputs, options)

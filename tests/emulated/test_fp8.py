@@ -81,31 +81,42 @@ def test_nan_of_padding_does_not_spread() -> None:
 
 
 ROUNDED = (
-    ((1, 100, 2, 64), "block", scaled.QUERIES, False, 0, torch.bfloat16, torch.float8_e4m3fn),
-    ((1, 150, 1, 128), "block", scaled.KEYS, True, None, torch.bfloat16, torch.float8_e4m3fn),
-    ((150, 2, 96), "head", scaled.KEYS, False, 0, torch.float16, torch.float8_e5m2),
-    ((2, 70, 2, 40), "tensor", scaled.KEYS, True, None, torch.float16, torch.float8_e4m3fn),
-    ((1, 70, 2, 40), "block", scaled.QUERIES, False, 0, torch.float32, torch.float8_e4m3fn),
+    ((1, 100, 2, 64), (1, 150, 1, 64), 64, "block", True, torch.bfloat16, torch.float8_e4m3fn),
+    ((1, 70, 1, 128), (1, 150, 1, 128), 40, "block", False, torch.bfloat16, torch.float8_e4m3fn),
+    ((150, 2, 96), (70, 1, 96), 96, "head", True, torch.float16, torch.float8_e5m2),
+    ((2, 70, 2, 40), (2, 30, 2, 40), 56, "tensor", True, torch.float16, torch.float8_e4m3fn),
+    ((1, 70, 2, 40), (1, 20, 1, 40), 40, "block", True, torch.float32, torch.float8_e4m3fn),
 )
+"""Shapes of queries and of keys, columns of values, and how they are rounded."""
 
 
-@pytest.mark.parametrize(("shape", "granularity", "rows", "turned", "seed", "dtype", "low"), ROUNDED, ids=str)
+@pytest.mark.parametrize(("queries", "keys", "columns", "granularity", "incoherent", "dtype", "low"), ROUNDED, ids=str)
 def test_rounding_gives_the_bits_of_pytorch(
-    shape: tuple[int, ...], granularity: str, rows: int, turned: bool, seed: int | None, dtype: Any, low: Any
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    columns: int,
+    granularity: str,
+    incoherent: bool,
+    dtype: Any,
+    low: Any,
 ) -> None:
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    tensor[..., 3] *= 10
-    tensor[..., 0, 0][..., :1] = torch.nan
-    tensor = tensor.to(dtype)
-    data, scale = quantize._rounded(tensor, granularity, low, rows, seed, turned, _emulate)
-    rows_of = tensor.float()
-    if seed is not None:
-        rows_of = scaled.rotation(shape[-1], seed, tensor.device, torch.float32).apply(rows_of)
-    expected, expected_scale = scaled.rounded(rows_of, low, granularity, rows)
-    expected = scaled.turned(expected) if turned else expected
-    assert torch.equal(scale, expected_scale)
-    assert torch.equal(data.float().nan_to_num(nan=-1e9), expected.float().nan_to_num(nan=-1e9))
-    assert bool(data.float().isnan().any())
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in (queries, keys, (*keys[:-1], columns))]
+    for tensor in tensors:
+        tensor[..., 3] *= 10
+        tensor[..., 0, 0][..., :1] = torch.nan
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    found = quantize.quantize(*tensors, granularity, incoherent, low, 0, _emulate)
+    for tensor, rows, (data, scale) in zip(tensors, (scaled.QUERIES, scaled.KEYS, scaled.KEYS), found, strict=True):
+        values = tensor is tensors[2]
+        rows_of = tensor.float()
+        if incoherent and not values:
+            rows_of = scaled.rotation(tensor.shape[-1], 0, tensor.device, torch.float32).apply(rows_of)
+        expected, expected_scale = scaled.rounded(rows_of, low, granularity, rows)
+        expected = scaled.turned(expected) if values and len(keys) == 4 else expected
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(data.float().nan_to_num(nan=-1e9), expected.float().nan_to_num(nan=-1e9))
+        assert bool(data.float().isnan().any())
 
 
 def _emulate(kernel: Any, programs: int, given: dict[str, Any], warps: int) -> None:

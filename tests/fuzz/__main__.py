@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-STUCK = 300
-"""Seconds after which one call is taken to hang."""
+STUCK = 900
+"""Seconds after which one call is taken to hang; beside other work an interpreted one may take minutes."""
 BATCH = 40
 DEVICES = ("cpu", "interpreter", "cuda")
 

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from flashtile import distributed
+from flashtile import distributed, masks
+from flashtile.check.sharding import RanksDisagree
 from flashtile.distributed import ring
 from tests import oracle
 from tests.conformance import watched
@@ -164,6 +165,26 @@ def _mixed(device: str) -> None:
     oracle.assert_close(distributed.mixed_attention(q, k, v, mesh, causal=True), expected)
 
 
+def _disagree(device: str) -> None:
+    """Ranks whose calls differ say so at once, also of kinds that all have made before; then they go on."""
+    q, k, v = (torch.randn(1, 512, 4, 128, device=device, dtype=BF16) for _ in range(3))
+    documents = torch.arange(512 * dist.get_world_size(), device=device) // 100
+    distributed.ring_attention(q, k, v, causal=True, mask=masks.document(documents))
+    expected = distributed.ring_attention(q, k, v, causal=True)
+    documents[700] += dist.get_rank() == 1
+    wrong = [{"causal": dist.get_rank() == 0}, {"causal": True, "mask": masks.document(documents)}]
+    begun, noticed = time.monotonic(), 0
+    for options in wrong:
+        distributed.ring_attention(q, k, v)
+        try:
+            distributed.ring_attention(q, k, v, **options)
+        except RanksDisagree:
+            noticed += 1
+    assert noticed == len(wrong)
+    assert time.monotonic() - begun < 10
+    assert torch.equal(distributed.ring_attention(q, k, v, causal=True), expected)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -208,7 +229,8 @@ def _run(every: Sequence[Case], device: str, lines: list[str]) -> int:
         took = f"{ratio:5.2f} {time.monotonic() - start:5.1f} s"
         lines.append(f"{case.name:33} {case.scheme:7} {str(case.dtype)[6:]:9} {took} {verdict:4} {kernels}")
     kind = device.split(":")[0]
-    for check in (_other_stream, _by_heads, _compiled, _mixed) if kind == "cuda" else (_by_heads, _compiled, _mixed):
+    checks = (_by_heads, _compiled, _mixed, _disagree)
+    for check in (_other_stream, *checks) if kind == "cuda" else checks:
         try:
             check(kind)
             verdict = "ok"

@@ -12,7 +12,7 @@ from flashtile.decoding import CacheArguments
 from flashtile.kernels.tape import Tape
 from flashtile.kvcache import PagedCache
 from tests import caches
-from tests.caches import CASES, EVERYTHING, QUANTIZED, WIDE, CacheCase
+from tests.caches import CASES, EVERYTHING, LATENT, QUANTIZED, WIDE, CacheCase
 from tests.test_examples import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -31,6 +31,32 @@ def test_matches_reference(case: CacheCase, dtype: torch.dtype) -> None:
         chosen = _plan(call, num_splits=splits)
         assert (chosen.backend, chosen.kernel) == ("portable", "split_keys")
         caches.check(call, num_splits=splits)
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LATENT, ids=str)
+def test_latent_attention_on_hopper(case: CacheCase, dtype: torch.dtype) -> None:
+    for splits in (None, 1, 3):
+        call = caches.make(case, dtype, "cuda")
+        chosen = _plan(call, num_splits=splits)
+        assert (chosen.backend, chosen.kernel) == ("hopper", "latent")
+        for _ in range(3):
+            # The launches are played from a tape the third time.
+            caches.check(call.copy(), num_splits=splits)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper")
+@pytest.mark.parametrize("page", [0, 64])
+def test_latent_attention_in_real_shapes(page: int) -> None:
+    many = replace(LATENT[0], name=f"latent_{page}", heads=128, lengths=(1, 4097, 2222, 0), capacity=4160, page=page)
+    call = caches.make(many, torch.bfloat16, "cuda")
+    chosen = _plan(call)
+    assert (chosen.backend, chosen.config.splits > 1) == ("hopper", True)
+    caches.check(call)
 
 
 @pytest.mark.parametrize("headdim", [64, 128, 256])

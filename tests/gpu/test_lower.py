@@ -14,6 +14,11 @@ def test_a_score_function_and_its_derivative(name: str) -> None:
     functions.check_score(functions.SCORES[name], "cuda")
 
 
+@pytest.mark.parametrize("name", functions.QUICK)
+def test_for_half_precision(name: str) -> None:
+    functions.check_score(functions.SCORES[name], "cuda", quick=functions.QUICK[name])
+
+
 @pytest.mark.parametrize("name", functions.BRAINS_SCORES)
 def test_a_score_function_in_bfloat16(name: str) -> None:
     functions.check_score(functions.BRAINS_SCORES[name], "cuda")

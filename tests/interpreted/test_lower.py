@@ -15,6 +15,11 @@ def test_a_score_function_and_its_derivative(name: str) -> None:
     functions.check_score(functions.SCORES[name], "cpu")
 
 
+@pytest.mark.parametrize("name", functions.QUICK)
+def test_for_half_precision(name: str) -> None:
+    functions.check_score(functions.SCORES[name], "cpu", quick=functions.QUICK[name])
+
+
 @pytest.mark.parametrize("name", ["large_products", "large_minimum", "distance", "half_beside_integers"])
 def test_far_indices(name: str) -> None:
     functions.check_score(functions.SCORES[name], "cpu", first_q=2**22 - 7, first_k=2**23 + 11)

@@ -55,6 +55,15 @@ def test_dk_and_dv_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
 
 
+@pytest.mark.parametrize("name", ["bias", "headdim_80"])
+def test_columns_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are, at most one to 16 columns."""
+    cut = portable.PortableConfig(*(tiles._replace(parts=4) for tiles in TILES[:3]))
+    monkeypatch.setattr(portable, "TABLES", {"hopper": dict.fromkeys(portable.KINDS, ((10**6, cut),))})
+    plan.choose.cache_clear()
+    conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
+
+
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 33, 64, 65])
 @pytest.mark.parametrize("shift", [-120.0, 120.0])
 def test_awkward_lengths_with_shifted_logits(length: int, shift: float) -> None:

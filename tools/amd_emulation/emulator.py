@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,22 @@ def load() -> Any:
     # Writes to LDS whose data lies in accumulators.
     data = r"ctx\.rvgpr_dyn\((?=vdata_reg|data1_reg)"
     _edit(module, "_compile_mem_op", data, "(ctx.raccvgpr_dyn if use_acc else ctx.rvgpr_dyn)(")
+    module.decode_inst = _decoder(module.decode_inst)
     return module
+
+
+def _decoder(original: Callable[[bytes, str], Any]) -> Callable[[bytes, str], Any]:
+    """The clone takes what stands before a matrix instruction of 8 to 4 bits for its scales, whatever it is."""
+
+    def decode(text: bytes, arch: str = "rdna3") -> Any:
+        scales = text[2:4] == _SCALES
+        return original(text if arch != "cdna" or scales else text[:8] + bytes(8), arch)
+
+    return decode
+
+
+_SCALES = b"\xac\xd3"
+"""The upper half of the first word of v_mfma_ld_scale_b32."""
 
 
 def _edit(module: Any, name: str, pattern: str, replacement: str) -> None:

@@ -50,6 +50,22 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
     return (words + 0x7FFF + (words >> 16 & 1) >> 16).astype(np.uint16)
 
 
+def to_eight(values: np.ndarray, kind: str, fnuz: bool, saturates: bool) -> np.ndarray:
+    """Bytes of float values rounded to the nearest, ties to even; past the largest number: that, or NaN (infinity where
+    the format has one)."""
+    table = _FP8[kind, fnuz]
+    finite = table[:128][np.isfinite(table[:128])]
+    sizes = np.abs(values)
+    middle = (finite[1:] + finite[:-1]) / 2
+    code = np.searchsorted(middle, sizes).astype(np.uint8)
+    code += (code % 2 == 1) & np.isin(sizes, middle)
+    if not saturates:
+        past = finite[-1] + (finite[-1] - finite[-2]) / 2
+        code[sizes >= past] = 0x80 if fnuz else 0x7F if kind == "fp8" else 0x7C
+    sign = np.where(np.signbit(values) & ~(fnuz & np.isin(code, (0, 0x80))), 0x80, 0).astype(np.uint8)
+    return np.where(np.isnan(values), 0x80 if fnuz else 0x7F, code | sign).astype(np.uint8)
+
+
 def unpack(words: np.ndarray, kind: str, fnuz: bool) -> np.ndarray:
     """(registers, lanes) -> (elements, lanes), in the order in which they lie."""
     per, lanes = PER_REGISTER[kind], words.shape[1]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tools.amd_emulation.arithmetic import multiply_24, nothing, set_mode
+from tools.amd_emulation.arithmetic import from_eight, multiply_24, nothing, set_mode, to_pair_of_eight
 from tools.amd_emulation.lanes import ds_permute, permlane16, permlane_swap
 from tools.amd_emulation.matrix import MFMA, mfma, wmma
 from tools.amd_emulation.memory_instructions import (
@@ -34,6 +34,9 @@ _CDNA: tuple[tuple[str, Function], ...] = (
     (MFMA, mfma),
     (r"V_PERMLANE(16|32)_SWAP_B32(_E32)?", permlane_swap),
     (r"DS_READ_B64_TR_B(16|8)", read_transposed),
+    (r"V_CVT_SCALEF32_PK_(F32|F16|BF16)_(FP8|BF8)", from_eight),
+    # The emulator's knows neither fnuz nor saturation.
+    (r"V_CVT_(SCALEF32_)?PK_(FP8|BF8)_F32(_E64)?", to_pair_of_eight),
 )
 _RDNA: tuple[tuple[str, Function], ...] = (
     (r"V_PERMLANEX?16_B32", permlane16),

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from flashtile import backends, facts
 from flashtile.backends import Decoder, Gradients, Kernel, Memory, Quantizer
-from flashtile.problem import Inputs, Problem
+from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
+from flashtile.tuning import decoding
+from flashtile.tuning.decoding import DecodeConfig, decode_splits
 from flashtile.tuning.hopper import (
     BackwardConfig,
     HopperConfig,
@@ -38,15 +40,14 @@ def unavailable() -> str | None:
 
 
 def builds() -> int:
-    return backends.compiled(_launch().KERNELS)
+    return backends.compiled((*_launch().KERNELS, *_cached().KERNELS))
 
 
 def refuses(problem: Problem) -> str | None:
     """Takes half precision with rows that the copy engine can read."""
     wanted = problem.wanted
     checks = (
-        (problem.device != DEVICE, f"it runs on {DEVICE}, the tensors are on {problem.device}"),
-        (problem.arch not in ("", ARCH), f"it runs on {ARCH}, the tensors are on a GPU of {problem.arch}"),
+        *_elsewhere(problem),
         (
             problem.backward and problem.deterministic and any(wanted.score),
             "it adds gradients of captured tensors in any order",
@@ -67,6 +68,38 @@ def refuses(problem: Problem) -> str | None:
     )
     reason = next((reason for found, reason in checks if found), None)
     return reason or _functions(problem)
+
+
+def _elsewhere(problem: Problem) -> tuple[tuple[bool, str], ...]:
+    """What stands against where the tensors lie."""
+    return (
+        (problem.device != DEVICE, f"it runs on {DEVICE}, the tensors are on {problem.device}"),
+        (problem.arch not in ("", ARCH), f"it runs on {ARCH}, the tensors are on a GPU of {problem.arch}"),
+    )
+
+
+def refuses_latent(problem: Problem) -> str | None:
+    """Takes multi-head latent attention with many rows of queries over a cache of half precision."""
+    cached, window = problem.cached, region(problem.mask)
+    if cached is None:
+        return "it reads KV caches"
+    tile, few = decoding.LATENT.tile_kv, decoding.LATENT_LEAST
+    shape = (problem.heads_kv, problem.headdim, problem.headdim_v)
+    checks = (
+        *_elsewhere(problem),
+        (shape != (1, 576, 512) or not cached.latent, "it is for values that are the first 512 of 576 columns of keys"),
+        (problem.dtype not in _HALF or cached.stored is not None, "it takes queries and caches of 16 bits"),
+        (not problem.described, "rows of q or of the cache do not begin at multiples of 16 bytes"),
+        (cached.page % tile != 0, f"it takes pages of a multiple of {tile} rows"),
+        (cached.page > 0 and cached.padded, "in pages it has no left padding"),
+        ("sinks" in problem.modified, "it has no sinks"),
+        (window.left is not None, "it has no window to the left"),
+        (problem.batch_invariant, "it takes not all pages, and equal bits in all of them are wanted"),
+        (problem.seqlen_q * problem.heads < few, f"below {few} rows of queries the portable kernel reads as fast"),
+        (problem.scale <= 0, "its scale must be positive"),
+        (0 in (problem.batch, problem.seqlen_kv), "it takes no empty tensors"),
+    )
+    return next((reason for found, reason in checks if found), None)
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -90,6 +123,15 @@ def configure(problem: Problem) -> HopperConfig | BackwardConfig:
         kind = "modified" if _modified(problem) else "plain"
         return backward_config(_width(problem), kind, problem.deterministic)
     return forward_config(_width(problem), _kind(problem), 0 if _any_length(problem) else problem.seqlen_q)
+
+
+def configure_latent(problem: Problem) -> DecodeConfig:
+    """As many parts of the keys as fill the device; no length is known here."""
+    if problem.cached is not None and problem.cached.splits is not None:
+        return DecodeConfig(decoding.LATENT, problem.cached.splits)
+    programs = problem.batch * -(-problem.seqlen_q * problem.heads // decoding.LATENT.tile_q)
+    tiles = -(-problem.seqlen_kv // decoding.LATENT_COUNTED)
+    return DecodeConfig(decoding.LATENT, decode_splits(programs, tiles, _launch().DEVICE.room(), decoding.Room(1, 1)))
 
 
 def configs(problem: Problem) -> tuple[HopperConfig, ...]:
@@ -139,6 +181,21 @@ def _backward(inputs: Inputs, problem: Problem, config: BackwardConfig, *rest: A
     return gradients
 
 
+@cache
+def _cached() -> ModuleType:
+    """As `_launch`, of calls over a KV cache."""
+    from flashtile.backends.hopper import cached
+
+    return cached
+
+
+def _decode(
+    inputs: Inputs, cache: CacheTensors, problem: Problem, config: DecodeConfig, memory: Memory
+) -> tuple[Tensor, Tensor]:
+    out_and_lse: tuple[Tensor, Tensor] = _cached().decode(inputs, cache, problem, config, memory=_kept(memory))
+    return out_and_lse
+
+
 def _kept(memory: Memory) -> Memory | None:
     """Emulated launches leave nothing behind."""
     return memory if DEVICE == "cuda" else None
@@ -146,6 +203,6 @@ def _kept(memory: Memory) -> Memory | None:
 
 KERNELS = (Kernel("warp_specialized", refuses, configure, _forward, _backward, configs),)
 
-DECODERS: tuple[Decoder, ...] = ()
+DECODERS = (Decoder("latent", refuses_latent, configure_latent, _decode),)
 
 QUANTIZERS: tuple[Quantizer, ...] = ()

@@ -21,7 +21,9 @@ from flashtile.kernels import bias, visits
 from flashtile.kernels.arguments import (
     beside,
     functions_of,
+    memory_for,
     numbers_of,
+    outputs_of,
     packing_of,
     padded,
     programs_of,
@@ -29,6 +31,7 @@ from flashtile.kernels.arguments import (
     rules_of,
     size_of,
     stats_of,
+    unwritten,
     values_of,
 )
 from flashtile.kernels.bias import bias_kernel
@@ -36,6 +39,7 @@ from flashtile.kernels.bits import bits_kernel
 from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
+from flashtile.queues import counter
 from flashtile.scores import sink_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig
 
@@ -60,6 +64,10 @@ class Machine(NamedTuple):
     def programs(self, total: int, device: torch.device) -> int:
         """Of a kernel whose programs take one tile after the other."""
         return min(total, self.processors or _processors(device))
+
+    def room(self) -> int:
+        """Programs that run at once on the current device."""
+        return self.processors or _processors(torch.device("cuda", torch.cuda.current_device()))
 
 
 DEVICE = Machine()
@@ -151,11 +159,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    # Rows between packed sequences belong to no program.
-    make = torch.zeros if problem.varlen else torch.empty
-    out = make((*q.shape[:-1], problem.headdim_v), dtype=problem.out_dtype, device=q.device)
+    out = outputs_of(inputs, problem)
     lse = _stats(inputs, problem, -torch.inf)
-    counter = _counter(q.device)
+    number = counter(q.device)
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine, inputs, problem, config, tape)
@@ -170,7 +176,7 @@ def forward(
             "scales": tuple(map(numbers_of, inputs.scaled[:3])) if meta.eight else None,
             "out": rows_of(out) if problem.varlen else None,
             "lse": numbers_of(lse),
-            "counter": counter,
+            "counter": number,
             "section": call.section(),
             "total": total,
             **where,
@@ -181,7 +187,7 @@ def forward(
         call.launch(forward_kernel, call.machine.programs(total, q.device), given, **call.warps())
 
     lists = _lists(machine, inputs, problem, config, False)
-    perform(launches, (q, k, v, out, lse, counter, *lists, *beside(inputs)), memory)
+    perform(launches, (q, k, v, out, lse, number, *lists, *beside(inputs)), memory)
     return out, lse
 
 
@@ -200,6 +206,8 @@ def _lists(
     machine: Machine | None, inputs: Inputs, problem: Problem, config: Config, keys: bool
 ) -> tuple[Tensor | None, ...]:
     """The tensors of the lists of tiles, where the mask is no window."""
+    if not visits.listed(inputs, problem):
+        return ()
     maker = _maker(machine, inputs, problem, config, keys)
     return visits.tensors_of(inputs, problem, config.tile_q, config.tile_kv, keys, maker)
 
@@ -209,7 +217,7 @@ def _stats(inputs: Inputs, problem: Problem, fill: float) -> Tensor:
     q = inputs.q
     if problem.varlen:
         return torch.full((problem.heads, len(q)), fill, dtype=torch.float32, device=q.device)
-    return torch.empty((problem.batch, problem.heads, problem.seqlen_q), dtype=torch.float32, device=q.device)
+    return memory_for((problem.batch, problem.heads, problem.seqlen_q), torch.float32, q.device)
 
 
 def _sums(inputs: Inputs, problem: Problem, config: BackwardConfig) -> Tensor:
@@ -217,7 +225,7 @@ def _sums(inputs: Inputs, problem: Problem, config: BackwardConfig) -> Tensor:
     tiles = programs_of(problem, inputs.q.shape[-3], config.tile_q)
     numbers = config.tile_q * block(problem.headdim)
     shape = problem.heads * entries(problem), tiles, numbers // PIECE_COLUMNS.value, PIECE_COLUMNS.value
-    return torch.empty(shape, dtype=torch.float32, device=inputs.q.device)
+    return memory_for(shape, torch.float32, inputs.q.device)
 
 
 def backward(
@@ -235,15 +243,16 @@ def backward(
     q, k, v = inputs.q, inputs.k, inputs.v
     grads = zero_grads(inputs, problem)
     totals = [None if total is None else total.float() for total in grads.score]
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.to(q.dtype)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_out.dtype is not q.dtype:
+        grad_out = grad_out.to(q.dtype)
     if not described(grad_out):
         grad_out = grad_out.contiguous()
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
-    make = torch.zeros if problem.varlen else torch.empty
-    dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    delta = _stats(inputs, problem, 0.0)
+    dq, dk, dv = unwritten(q, problem), unwritten(k, problem), unwritten(v, problem)
+    delta = _stats(inputs, problem, 0.0) if problem.varlen else torch.empty_like(lse)
     # Where dQ is summed, or the number of the next tile of its own kernel.
-    beside_it = _sums(inputs, problem, config) if config.queries is None else _counter(q.device)
+    beside_it = _sums(inputs, problem, config) if config.queries is None else counter(q.device)
     written = (dq, dk, dv, delta, beside_it, *totals)
 
     def launches(tape: Tape | None) -> None:
@@ -264,7 +273,7 @@ def backward(
         lists += _lists(machine, inputs, problem, config.queries, False)
     # What was saved may come back with other strides: hooks copy it.
     given = (q, k, v, out, lse, grad_out, grad_lse, *beside(inputs))
-    perform(launches, (*given, *written, *lists), memory, given)
+    perform(launches, (*given, *written, *lists), memory, len(given))
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
     if grads.bias is not None:
@@ -296,7 +305,7 @@ def _bias_gradient(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, tot
     bias.add_gradient(call.problem, total, BIAS_TILE, BIAS_TILE, launch)
 
 
-def _queries(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, counter: Tensor) -> None:
+def _queries(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, number: Tensor) -> None:
     """dQ, by its own kernel."""
     inputs, meta, rows = call.inputs, call.meta, ROWS.value
     total, where = call.tiles(keys=False)
@@ -309,7 +318,7 @@ def _queries(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tenso
         "lse": numbers_of(lse),
         "delta": numbers_of(delta),
         "dq": rows_of(dq) if meta.packed else None,
-        "counter": counter,
+        "counter": number,
         "section": call.section(),
         "total": total,
         **where,
@@ -317,11 +326,6 @@ def _queries(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tenso
         **call.functions,
     }
     call.launch(query_kernel, call.machine.programs(total, inputs.q.device), given, **call.warps())
-
-
-def _counter(device: torch.device) -> Tensor:
-    """Tiles handed out so far."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _plain(where: dict[str, Any]) -> dict[str, Any]:

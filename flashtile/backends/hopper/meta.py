@@ -26,6 +26,7 @@ class Meta:
     adds: the kernel of keys adds up dQ. for_dq: this is the kernel of dQ alone. split: two warpgroups share 64 keys.
     stages_v: slots for values, where they are not as many as those for keys.
     eight: inputs have 8 bits; scaled: which rows of them share a scale, see `Problem`; lift: see `softmax`.
+    parts: columns are never cut, see `kernels.tiles.dots`.
     """
 
     tile_q: int
@@ -61,6 +62,7 @@ class Meta:
     eight: bool
     scaled: str
     lift: int
+    parts: int = 1
 
     @property
     def depth(self) -> int:

@@ -27,6 +27,7 @@ from flashtile.kernels.places import (
 )
 from flashtile.kernels.rules import alibi_distance, allowed, grad_scores, has_nan, kept, only_seen
 from flashtile.kernels.tiles import (
+    dots,
     load_queries,
     load_rows,
     load_stats,
@@ -74,8 +75,8 @@ def query_sweep(
         m_kept = None
         if rules.dropout is not None:
             m_kept = kept(rules, place, o_query, i_tile * TILE, TILE)
-        b_dots = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
-        b_grad_weights = tl.dot(b_grad_out, tl.trans(b_v), input_precision=META.precision)
+        b_dots = dots(b_q, b_k, META)
+        b_grad_weights = dots(b_grad_out, b_v, META)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         _, b_grad, b_outer = grad_scores(
             b_dots, b_grad_weights, b_lse[:, None], b_delta[:, None], m_kept, m_edge, o_rows, o_columns, place, rules,
@@ -160,10 +161,10 @@ def key_sweep(
         m_kept = None
         if rules.dropout is not None:
             m_kept = tl.trans(kept(rules, place, o_query, first_key, META.tile_kv))
-        b_dots = tl.dot(b_k, tl.trans(b_q), input_precision=META.precision)
+        b_dots = dots(b_k, b_q, META)
         b_grad_weights = b_dots  # for dV alone nobody asks for it
         if META.gives != "dv":
-            b_grad_weights = tl.dot(b_v, tl.trans(b_grad_out), input_precision=META.precision)
+            b_grad_weights = dots(b_v, b_grad_out, META)
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_weights, b_grad, _ = grad_scores(
             b_dots, b_grad_weights, b_lse[None, :], b_delta[None, :], m_kept, m_edge, o_query[None, :], o_columns,

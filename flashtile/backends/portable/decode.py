@@ -11,10 +11,18 @@ import triton
 import triton.language as tl
 
 from flashtile.backends.portable.forward import before_any_key, forward_sweep, normalized
-from flashtile.kernels.caches import let_next_begin, open_cache, part_of, sequence_of, table_of, wait_for_kernel
+from flashtile.kernels.caches import (
+    cached_place,
+    let_next_begin,
+    open_cache,
+    part_of,
+    program_of_part,
+    table_of,
+    wait_for_kernel,
+)
 from flashtile.kernels.places import diagonal_of, key_range, key_span, number_of
 from flashtile.kernels.tiles import scales_of_rows
-from flashtile.kernels.words import Place, Steps, Stored
+from flashtile.kernels.words import Steps, Stored
 
 
 @triton.jit
@@ -22,15 +30,6 @@ def packed_pointers(rows, i_batch, o_query, o_head, BLOCK: tl.constexpr):
     """Rows of (batch, row, head, column), each with a head of its own."""
     o_rows = o_query.to(tl.int64) * rows.row + o_head.to(tl.int64) * rows.head
     return rows.pointer + i_batch.to(tl.int64) * rows.batch + o_rows[:, None] + tl.arange(0, BLOCK)[None, :]
-
-
-@triton.jit
-def program_of_part(size, parts):
-    """(batch entry, key head, query tile, part): query tiles run fastest, then heads."""
-    i_program = tl.program_id(0)
-    tiles, heads, splits = number_of(size.tiles), number_of(size.heads), number_of(parts.splits)
-    i_rank = i_program // (tiles * heads)
-    return i_rank // splits, (i_program // tiles) % heads, i_program % tiles, i_rank % splits
 
 
 @triton.jit
@@ -50,16 +49,6 @@ def narrowed(b_rows, b_bits):
 
 
 @triton.jit
-def cached_place(cache, size, i_batch, i_tile, o_head):
-    """(the `Place` of a tile, whose heads differ by row; the sequence's row of the cache or of the block table)."""
-    i_row, first, seqlen = sequence_of(cache, i_batch)
-    # A sequence that has grown too long is cut off: nothing behind the cache is read.
-    seqlen_k = tl.minimum(seqlen + number_of(cache.appended), number_of(size.seqlen_k)) - first
-    seqlen_k = tl.maximum(seqlen_k, 0)
-    return Place(i_batch, o_head[:, None], i_tile, 0, first, number_of(size.seqlen_q), seqlen_k), i_row
-
-
-@triton.jit
 def decode_kernel(
     q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts, sinks,
     META: tl.constexpr, AFTER: tl.constexpr, EARLY: tl.constexpr,
@@ -73,7 +62,7 @@ def decode_kernel(
     i_batch, i_head, i_tile, i_part = program_of_part(size, parts)
     o_rows = i_tile * TILE + tl.arange(0, TILE)
     o_query, o_head = o_rows // META.group, i_head * META.group + o_rows % META.group
-    place, i_row = cached_place(cache, size, i_batch, i_tile, o_head)
+    place, i_row = cached_place(cache, size, i_batch, i_tile, o_head[:, None])
     m_rows = o_query < place.seqlen_q
 
     diagonal = diagonal_of(place, META.window_top_left)

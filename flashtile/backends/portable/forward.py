@@ -14,6 +14,7 @@ from flashtile.kernels.places import keys_of_tile, locate, masked_in, stats_poin
 from flashtile.kernels.rules import has_nan, kept, only, only_seen, ruled
 from flashtile.kernels.tiles import (
     columns_from,
+    dots,
     load_queries,
     load_tile,
     open_keys,
@@ -88,7 +89,7 @@ def forward_sweep(
             b_k, b_v = widened(b_k, b_q.dtype), widened(b_v, b_q.dtype)
         if META.eight == "halves":
             b_k, b_v = b_k.to(tl.float16), b_v.to(tl.float16)
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=META.precision)
+        b_scores = dots(b_q, b_k, META)
         if META.rest:
             further = columns_from(keys, DIM)
             b_rest = load_tile(further, i_tile, REST, TILE, BLOCK_REST, False, table, b_pages, META.page)

@@ -20,6 +20,7 @@ from flashtile.kernels.arguments import (
     functions_of,
     modified,
     numbers_of,
+    outputs_of,
     packing_of,
     padded,
     programs_of,
@@ -27,6 +28,7 @@ from flashtile.kernels.arguments import (
     rules_of,
     size_of,
     stats_of,
+    unwritten,
     values_of,
 )
 from flashtile.kernels.bias import bias_kernel
@@ -177,9 +179,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); `eight`: see `Meta`."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    # Rows between packed sequences belong to no program.
-    make = torch.zeros if problem.varlen else torch.empty
-    out = make((*q.shape[:-1], problem.headdim_v), dtype=problem.out_dtype, device=q.device)
+    out = outputs_of(inputs, problem)
     lse = stats(inputs, problem, -torch.inf)
 
     def launches(tape: Tape | None) -> None:
@@ -212,8 +212,7 @@ def backward(
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     lse, delta = padded(lse, -torch.inf), stats(inputs, problem, 0.0)
     q, k, v = inputs.q, inputs.k, inputs.v
-    make = torch.zeros if problem.varlen else torch.empty
-    dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = unwritten(q, problem), unwritten(k, problem), unwritten(v, problem)
     slope = stats(inputs, problem, 0.0) if grads.alibi_slopes is not None else lse
 
     def launches(tape: Tape | None) -> None:
@@ -230,7 +229,7 @@ def backward(
     written = (delta, dq, dk, dv, slope if slope is not lse else None, *totals)
     # What was saved may come back with other strides: hooks copy it.
     given = (q, k, v, out, lse, grad_out, grad_lse, *beside(inputs))
-    perform(launches, (*given, *written, *lists), memory, given)
+    perform(launches, (*given, *written, *lists), memory, len(given))
     if grads.bias is not None:
         call = Call.of(machine, inputs, problem, totals)
         _bias_gradient(call, config.query, _saved(inputs, grad_out, lse, delta), grads.bias)

@@ -28,6 +28,7 @@ class Meta:
     held: numbers that an element of the cache holds: 2 of four bits.
     rest: columns of queries and keys behind the first `headdim`, a tile of their own (`block_rest`); 0: none.
     latent: values are the first `headdim` columns of the keys.
+    parts: into which the columns of queries and keys are cut, for warps to share (see `dots`).
     eight: what becomes of 8-bit inputs: "products" of them, or "halves", of 16 bits, before; "": they have more.
     scaled: which rows of them share a scale, see `Problem`; turned: values lie on their side; lowered: one over what
     weights of 8 bits are multiplied by, as there are few small numbers of 8 bits.
@@ -58,6 +59,7 @@ class Meta:
     rest: int
     block_rest: int
     latent: bool
+    parts: int
     eight: str
     scaled: str
     turned: bool
@@ -110,6 +112,7 @@ def meta_of(
         rest=rest,
         block_rest=block(rest, narrowest) if rest else 0,
         latent=latent,
+        parts=tiles.parts,
         eight=eight,
         scaled=problem.scaled,
         turned=bool(problem.scaled) and not problem.varlen,

@@ -1,6 +1,10 @@
-"""Rounding to 8-bit floats: a block of rows of a head a program, which is read once where it has a scale of its own."""
+"""Rounding to 8-bit floats: a block of rows of a head a program, which is read once where it has a scale of its own.
 
-from typing import Any
+Queries, keys and values are rounded by one launch, or by two where a scale is found before.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,7 +15,7 @@ from flashtile.forgetting import make_room
 from flashtile.kernels.arguments import numbers_of, rows_of
 from flashtile.kernels.places import number_of
 from flashtile.kernels.tape import Tape, perform, prepared
-from flashtile.kernels.words import odd
+from flashtile.kernels.words import Numbers, Rows, odd
 from flashtile.scaled import GROUP, KEYS, QUERIES, SMALLEST, blocks, largest, rotation
 
 LEAST = tl.constexpr(SMALLEST)
@@ -43,20 +47,20 @@ def store_turned(out, stride_column, b_rows, first, length, DIM: tl.constexpr, G
 
 
 @triton.jit
-def quantize_kernel(
-    x, signs, matrix, factor, out, out_batch, out_row, out_head, scale, peak, seqlen, heads, tiles,
+def round_block(
+    share, i_program, signs, matrix, factor,
     ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, LARGEST: tl.constexpr,
     MODE: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """MODE: "own", a block finds its scale; "peak", it adds to what its head or tensor finds; "given", that is known.
-
-    `out_row`: with TURNED the stride of a column. WIDTH: of the rotation, 0: there is none.
-    """
-    i_block = tl.program_id(0) % number_of(tiles)
-    i_pair = tl.program_id(0) // number_of(tiles)
-    i_batch, i_head = (i_pair // number_of(heads)).to(tl.int64), (i_pair % number_of(heads)).to(tl.int64)
+    """A block of a `Share`. MODE: "own", it finds its scale; "peak", it adds to what its head or tensor finds; "given",
+    that is known. WIDTH: of the rotation, 0: there is none."""
+    i_block = i_program % number_of(share.tiles)
+    i_pair = i_program // number_of(share.tiles)
+    heads = number_of(share.heads)
+    i_batch, i_head = (i_pair // heads).to(tl.int64), (i_pair % heads).to(tl.int64)
     o_rows, o_columns = i_block * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    length = number_of(seqlen)
+    length = number_of(share.seqlen)
+    x, scale, peak = share.rows, share.scale, share.peak
     p_rows = x.pointer + i_batch * x.batch + i_head * x.head + o_rows.to(tl.int64)[:, None] * x.row
     m_tile = (o_rows < length)[:, None] & (o_columns < DIM)[None, :]
     b_rows = tl.load(p_rows + o_columns[None, :], mask=m_tile, other=0.0)
@@ -79,32 +83,154 @@ def quantize_kernel(
         elif i_block == 0:
             tl.store(p_scale, size)
         b_rows = tl.minimum(tl.maximum(b_rows * (1.0 / size), -LARGEST), LARGEST)
-        b_low = tl.where(m_finite, b_rows, float("nan")).to(out.dtype.element_ty)
-        p_out = out + i_batch * out_batch + i_head * out_head
+        b_low = tl.where(m_finite, b_rows, float("nan")).to(share.out.dtype.element_ty)
+        p_out = share.out + i_batch * share.out_batch + i_head * share.out_head
         if TURNED:
-            store_turned(p_out, out_row, b_low, i_block * ROWS, (length + GROUP - 1) // GROUP * GROUP, DIM, GROUP)
+            padded = (length + GROUP - 1) // GROUP * GROUP
+            store_turned(p_out, share.out_row, b_low, i_block * ROWS, padded, DIM, GROUP)
         else:
-            tl.store(p_out + o_rows.to(tl.int64)[:, None] * out_row + o_columns[None, :], b_low, mask=m_tile)
+            tl.store(p_out + o_rows.to(tl.int64)[:, None] * share.out_row + o_columns[None, :], b_low, mask=m_tile)
+
+
+@triton.jit
+def quantize_kernel(
+    q, k, v, signs, matrix, factor,
+    Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, LARGEST: tl.constexpr, MODE: tl.constexpr, TURNED: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """A program a block of queries, then of keys, then of values. TURNED: values are to lie on their side."""
+    i_program = tl.program_id(0)
+    keys = number_of(q.programs)
+    values = keys + number_of(k.programs)
+    if i_program < keys:
+        round_block(q, i_program, signs, matrix, factor, Q_ROWS, DIM, BLOCK, WIDTH, LARGEST, MODE, False, GROUP)
+    elif i_program < values:
+        i_program -= keys
+        round_block(k, i_program, signs, matrix, factor, K_ROWS, DIM, BLOCK, WIDTH, LARGEST, MODE, False, GROUP)
+    else:
+        i_program -= values
+        round_block(v, i_program, None, None, 0.0, K_ROWS, DIM_V, BLOCK_V, 0, LARGEST, MODE, TURNED, GROUP)
 
 
 KERNELS = (quantize_kernel,)
 
 
+class Share(NamedTuple):
+    """A tensor to be rounded, and where to: its rows; 8-bit numbers, and their strides (values on their side: `out_row`
+    of a column); scales; what they come from, a number for each, or the scales once more, where each block finds its
+    own; sizes, `odd`."""
+
+    rows: Rows
+    out: Tensor
+    out_batch: int
+    out_row: int
+    out_head: int
+    scale: Numbers
+    peak: Numbers
+    seqlen: int
+    heads: int
+    tiles: int
+    programs: int
+
+
 def quantize(
-    q: Tensor, k: Tensor, v: Tensor, granularity: str, incoherent: bool, dtype: torch.dtype, seed: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    granularity: str,
+    incoherent: bool,
+    dtype: torch.dtype,
+    seed: int,
+    launch: Any = None,
 ) -> tuple[tuple[Tensor, Tensor], ...]:
-    """(data, scale) of each, the values of a batch turned."""
-    turn = seed if incoherent else None
-    return (
-        _rounded(q, granularity, dtype, QUERIES, turn),
-        _rounded(k, granularity, dtype, KEYS, turn),
-        _rounded(v, granularity, dtype, KEYS, None, turned=v.ndim == 4),
+    """(data, scale) of each, the values of a batch turned; `launch`: where to, for an emulator, which leaves nothing
+    behind."""
+    turned = v.ndim == 4
+    given = ((q, QUERIES, False), (k, KEYS, False), (v, KEYS, turned))
+    made = [_room(tensor, granularity, rows, dtype, turned) for tensor, rows, turned in given]
+    kinds = [(tensor.shape, tensor.stride(), tensor.data_ptr() & 15) for tensor in (q, k, v)]
+    memory = _memory(*kinds, q.dtype, q.device, granularity, incoherent, dtype, seed) if launch is None else None
+    # Where a scale is found before, by the largest of many, it begins at 0.
+    peaks = (
+        [scale for _, scale in made] if granularity == "block" else [_zeros(granularity, scale) for _, scale in made]
     )
+    turn = rotation(q.shape[-1], seed, q.device, q.dtype) if incoherent else None
+    rows = [rows_of(tensor) for tensor in (q, k, v)]
+
+    def launches(tape: Tape | None) -> None:
+        shares = [
+            _share(one, *out, peak, size, on_side)
+            for one, out, peak, (_, size, on_side) in zip(rows, made, peaks, given, strict=True)
+        ]
+        programs = sum(count for _, count in shares)
+        if programs == 0:
+            return
+        blocks_of = [_block(tensor.shape[-1]) for tensor in (k, v)]
+        named = {
+            **dict(zip("qkv", (share for share, _ in shares), strict=True)),
+            "signs": turn and turn.signs,
+            "matrix": turn and turn.matrix,
+            "factor": turn.factor if turn else 0.0,
+            **{"Q_ROWS": QUERIES, "K_ROWS": KEYS, "DIM": q.shape[-1], "DIM_V": v.shape[-1]},
+            **{"BLOCK": blocks_of[0], "BLOCK_V": blocks_of[1], "WIDTH": len(turn.matrix) if turn else 0},
+            **{"LARGEST": largest(dtype), "TURNED": turned, "GROUP": GROUP},
+        }
+        warps = 4 if KEYS * max(blocks_of) <= 8192 else 8
+        for mode in ("own",) if granularity == "block" else ("peak", "given"):
+            arguments = {**named, "MODE": mode}
+            compiled = (launch or on_device)(quantize_kernel, programs, arguments, warps)
+            if tape is not None:
+                tape.record(compiled, programs, [arguments[parameter.name] for parameter in quantize_kernel.params])
+
+    beside = (None, None) if turn is None else (turn.signs, turn.matrix)
+    perform(launches, (*(one.pointer for one in rows), *_flat(made), *peaks, *beside), memory)
+    return tuple(made)
+
+
+def _room(tensor: Tensor, granularity: str, rows: int, dtype: torch.dtype, turned: bool) -> tuple[Tensor, Tensor]:
+    """Memory for (data, scale)."""
+    *batch, seqlen, heads, headdim = tensor.shape
+    sizes = (*batch, heads, blocks(seqlen, rows) if granularity == "block" else 1)
+    whole = granularity == "tensor"
+    scale = torch.empty(() if whole else sizes, dtype=torch.float32, device=tensor.device)
+    shape = (*batch, heads, headdim, seqlen + -seqlen % GROUP) if turned else tensor.shape
+    data = torch.empty(shape, dtype=dtype, device=tensor.device)
+    return data, scale.expand(sizes) if whole else scale
+
+
+def _zeros(granularity: str, scale: Tensor) -> Tensor:
+    """A number for each that there is in `scale`."""
+    if granularity == "tensor":
+        return torch.zeros((), dtype=scale.dtype, device=scale.device).expand(scale.shape)
+    return torch.zeros_like(scale)
+
+
+def _flat(made: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [tensor for pair in made for tensor in pair]
+
+
+def _share(rows: Rows, data: Tensor, scale: Tensor, peak: Tensor, size: int, turned: bool) -> tuple[Share, int]:
+    """(a kernel's argument, its programs)."""
+    tensor = rows.pointer
+    *batch, seqlen, heads, _headdim = tensor.shape
+    tiles = blocks(seqlen, size)
+    programs = tiles * heads * (batch[0] if batch else 1)
+    head, row = (data.stride(-3), data.stride(-2)) if turned else (data.stride(-2), data.stride(-3))
+    places = (data, data.stride(0) if batch else 0, row, head)
+    return Share(
+        rows, *places, numbers_of(scale), numbers_of(peak), *map(odd, (seqlen, heads, tiles, programs))
+    ), programs
+
+
+def _block(columns: int) -> int:
+    """Columns of a tile."""
+    return max(GROUP, 1 << (columns - 1).bit_length())
 
 
 def on_device(kernel: Any, programs: int, given: dict[str, Any], warps: int) -> Any:
     """Launches on the device of the tensors; returns the compiled kernel."""
-    with prepared(given["out"].device):
+    with prepared(given["q"].out.device):
         return kernel[(programs,)](**given, num_warps=warps)
 
 
@@ -120,59 +246,3 @@ def _memory(*key: Any) -> dict[Any, Any]:
         make_room(_memories, _KEPT)
         found = _memories[key] = {}
     return found
-
-
-def _rounded(
-    tensor: Tensor,
-    granularity: str,
-    dtype: torch.dtype,
-    rows: int,
-    seed: int | None,
-    turned: bool = False,
-    launch: Any = on_device,
-) -> tuple[Tensor, Tensor]:
-    """(data, scale); `launch`: where to, for an emulator, which leaves nothing behind."""
-    *batch, seqlen, heads, headdim = tensor.shape
-    count = blocks(seqlen, rows)
-    make: dict[str, Any] = {"dtype": torch.float32, "device": tensor.device}
-    sizes = (*batch, heads, count if granularity == "block" else 1)
-    scale = torch.empty((), **make).expand(sizes) if granularity == "tensor" else torch.empty(sizes, **make)
-    peak = torch.zeros((), **make).expand(sizes) if granularity == "tensor" else torch.zeros(sizes, **make)
-    shape = (*batch, heads, headdim, seqlen + -seqlen % GROUP) if turned else tensor.shape
-    out = torch.empty(shape, dtype=dtype, device=tensor.device)
-    block = max(GROUP, 1 << (headdim - 1).bit_length())
-    turn = None if seed is None else rotation(headdim, seed, tensor.device, tensor.dtype)
-    loaded = rows_of(tensor)
-    head, row = (out.stride(-3), out.stride(-2)) if turned else (out.stride(-2), out.stride(-3))
-    given = {
-        "x": loaded,
-        "signs": turn and turn.signs,
-        "matrix": turn and turn.matrix,
-        "factor": turn.factor if turn else 0.0,
-        "out": out,
-        "out_batch": out.stride(0) if batch else 0,
-        "out_row": row,
-        "out_head": head,
-        "scale": numbers_of(scale),
-        "peak": numbers_of(peak),
-        **{"seqlen": odd(seqlen), "heads": odd(heads), "tiles": odd(count)},
-        **{"ROWS": rows, "DIM": headdim, "BLOCK": block, "WIDTH": len(turn.matrix) if turn else 0},
-        **{"LARGEST": largest(dtype), "TURNED": turned, "GROUP": GROUP},
-    }
-    programs = count * heads * (batch[0] if batch else 1)
-    warps = 4 if rows * block <= 8192 else 8
-
-    def launches(tape: Tape | None) -> None:
-        for mode in ("own",) if granularity == "block" else ("peak", "given"):
-            named = {**given, "MODE": mode}
-            compiled = launch(quantize_kernel, programs, named, warps)
-            if tape is not None:
-                arguments = [named[parameter.name] for parameter in quantize_kernel.params]
-                tape.record(compiled, programs, arguments)
-
-    if programs and seqlen:
-        beside = (None, None) if turn is None else (turn.signs, turn.matrix)
-        kind = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15)
-        memory = _memory(*kind, granularity, dtype, rows, seed, turned) if launch is on_device else None
-        perform(launches, (loaded.pointer, out, scale, peak, *beside), memory)
-    return out, scale

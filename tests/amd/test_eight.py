@@ -1,0 +1,121 @@
+"""8 bits on four AMD GPUs, emulated: rounding, and forward passes in each GPU's own format or, where it has none, in 16
+bits."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flashtile import State, scaled
+from flashtile.backends import portable
+from flashtile.backends.portable import launch, quantize
+from flashtile.compiling.targets import TARGETS
+from flashtile.fp8 import Quantized
+from flashtile.problem import describe
+from flashtile.request import Arguments, build
+from flashtile.tuning.portable import PortableConfig, Tiles
+from tests import eight
+from tests.amd.machine import EMULATED, Emulated, missing
+from tests.eight import Eight
+from tests.problems import dense
+
+if (lacking := missing()) is not None:
+    pytest.skip(lacking, allow_module_level=True)
+
+OWN = {
+    "gfx942": {torch.float8_e4m3fn: torch.float8_e4m3fnuz, torch.float8_e5m2: torch.float8_e5m2fnuz},
+    "gfx950": {torch.float8_e4m3fn: torch.float8_e4m3fn, torch.float8_e5m2: torch.float8_e5m2},
+}
+"""The formats that matrix instructions multiply where a call names PyTorch's."""
+SMALL = Tiles(32, 32, 4, 1)
+CONFIG = PortableConfig(SMALL, SMALL, SMALL)
+CASES = (
+    Eight("plain_heads", dense(1, 50, 75, 2, 2, 64), "head"),
+    Eight("causal_gqa", dense(1, 45, 70, 2, 1, 64), "block", {"causal": True}),
+    Eight("tensor_window", dense(1, 60, 60, 1, 1, 32), "tensor", {"window": (30, 3)}),
+    Eight("softcap", dense(1, 45, 70, 1, 1, 32), "block", {"causal": True, "softcap": 10.0}),
+    Eight("document", dense(1, 100, 100, 1, 1, 32), "block", {"mask": lambda b, h, q, k: q // 40 == k // 40}),
+    Eight("e5m2", dense(1, 35, 70, 1, 1, 64), "block", {}, torch.float8_e5m2, False),
+    Eight("odd_columns", dense(1, 35, 70, 1, 1, 96, 48), "block", {"causal": True}),
+)
+
+
+def _run(quantized: Quantized, device: Emulated, options: dict[str, Any]) -> State:
+    """The forward pass that the backend would choose on the GPU."""
+    inputs, chosen = build(*quantized, Arguments(**options))
+    problem = describe(inputs, chosen)
+    products = portable.multiplies_eight_bits(problem.dtype, device.arch)
+    assert products == (device.arch in OWN) == bool(TARGETS[device.arch].eight_bits)
+    launch.forget_fitting()
+    how = "products" if products else "halves"
+    state = State(*launch.forward(inputs, problem, CONFIG, device.machine, eight=how))
+    assert device.ran == {"forward_kernel": 1}
+    return state
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("arch", EMULATED)
+def test_matches_reference(arch: str, case: Eight, request: pytest.FixtureRequest) -> None:
+    device = Emulated(arch)
+    case = replace(case, dtype=OWN.get(arch, {}).get(case.dtype, case.dtype))
+    quantized = case.quantized()
+    eight.check(case, quantized, _run(quantized, device, case.options))
+    device.note(request.node)
+
+
+@pytest.mark.parametrize("arch", EMULATED)
+def test_no_barrier_is_missing(arch: str, request: pytest.FixtureRequest) -> None:
+    """Between barriers it does not matter which wave goes first."""
+    case = replace(CASES[1], dtype=OWN.get(arch, {}).get(CASES[1].dtype, CASES[1].dtype))
+    quantized = case.quantized()
+    found = _run(quantized, device := Emulated(arch), case.options)
+    reverse = _run(quantized, Emulated(arch, reverse_waves=True), case.options)
+    assert torch.equal(found.out, reverse.out)
+    assert torch.equal(found.lse, reverse.lse)
+    device.note(request.node)
+
+
+ROUNDED = (
+    ((1, 70, 2, 64), "block", scaled.QUERIES, False, 0, torch.bfloat16),
+    ((2, 50, 1, 40), "tensor", scaled.KEYS, True, None, torch.float16),
+)
+
+
+@pytest.mark.parametrize(("shape", "granularity", "rows", "turned", "seed", "dtype"), ROUNDED, ids=str)
+@pytest.mark.parametrize("arch", OWN)
+def test_rounding(
+    arch: str,
+    shape: tuple[int, ...],
+    granularity: str,
+    rows: int,
+    turned: bool,
+    seed: int | None,
+    dtype: torch.dtype,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The bits that PyTorch gives, but for the last of some where a rotation sums in another order."""
+    low, device = OWN[arch][torch.float8_e4m3fn], Emulated(arch)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    tensor[..., 3] *= 10
+    tensor[..., 0, 0][..., :1] = torch.nan
+    tensor = tensor.to(dtype)
+
+    def run(kernel: Any, programs: int, given: dict[str, Any], warps: int) -> None:
+        ordered = tuple(given[parameter.name] for parameter in kernel.params)
+        device.execute(kernel, programs, Tiles(0, 0, warps, 1), ordered, {})
+
+    data, scale = quantize._rounded(tensor, granularity, low, rows, seed, turned, run)
+    rows_of = tensor.float()
+    if seed is not None:
+        rows_of = scaled.rotation(shape[-1], seed, tensor.device, torch.float32).apply(rows_of)
+    expected, expected_scale = scaled.rounded(rows_of, low, granularity, rows)
+    expected = scaled.turned(expected) if turned else expected
+    torch.testing.assert_close(scale, expected_scale, rtol=2**-22, atol=0)
+    assert torch.equal(data.float().isnan(), expected.float().isnan())
+    assert bool(data.float().isnan().any())
+    wrong = (data.float().nan_to_num() - expected.float().nan_to_num()).abs()
+    assert float((wrong > 0).float().mean()) < (0.01 if seed is not None else 1e-9)
+    assert float(wrong.max()) <= scaled.largest(low) / 14
+    assert device.ran == {"quantize_kernel": 1 if granularity == "block" else 2}
+    device.note(request.node)
