@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from flashtile import cli
-from flashtile.bench.paper import experiment, page
+from flashtile.bench.paper import experiment, kernels, page
 from flashtile.bench.paper.experiment import Figures, Pair, Row, Setting
 from flashtile.bench.paper.rows import ROWS
 from flashtile.bench.paper.worker import Worker
@@ -173,6 +173,28 @@ class TestPage:
         assert page.run(["slow", "any"], QUICK, *folders, console, budget=1e-9) == 0
         assert "no time left for --rows slow any" in console.file.getvalue()
         assert not list((tmp_path / "results").glob("*/paper/rows.json"))
+
+    def test_rows_of_a_suite(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The FP8 suite's record answers its row where no run of these rows has; a cell that failed there has no
+        figure here either."""
+        rows = {"any": _row(name="any"), "fp8": ROWS["fp8"]}
+        monkeypatch.setattr(page, "ROWS", rows)
+        results, docs = tmp_path / "results", tmp_path / "docs"
+        page.run(["any"], Setting("cpu", torch.float32, seconds=0.0), results, docs)
+        case = {"feature": "plain", "seqlen": 16384, "headdim": 256}
+        cells = [
+            {"case": case, "peer": peer, "pass": "forward", "status": "ok", "gflops": 1e6 * rate, "gate": {}}
+            for peer, rate in (("fa3_fp8", 1.1), ("flashtile_eight", 0.9))
+        ]
+        other = {**cells[1], "case": {**case, "headdim": 64}, "gflops": 1.0}
+        (folder,) = results.iterdir()
+        (folder / "fp8.json").write_text(json.dumps({"rows": [other, *cells]}))
+        page.write(results, docs)
+        text = (docs / "paper.md").read_text()
+        assert "| 0.75x, not met | 1200 TFLOP/s | 900 TFLOP/s |" in text
+        assert "the claim's own program comes to 1100 TFLOP/s on this GPU |" in text
+        with pytest.raises(experiment.Wrong, match="out: max"):
+            kernels.eight_bits([{**cells[1], "status": "wrong", "reason": "out: max error 1"}])
 
     def test_what_no_attention_would_come_to(self) -> None:
         entry = experiment.run(_row(claimed=3.0), QUICK)

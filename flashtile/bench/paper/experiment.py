@@ -221,8 +221,8 @@ def run(row: Row, setting: Setting, note: Note = lambda text: None) -> dict[str,
         return _entry(row, "absent", f"{' and '.join(missing)} not installed")
     begin = time.monotonic()
     try:
-        figures = row.measure(setting, note)._asdict()
-        return {**_entry(row, "ok"), "seconds": round(time.monotonic() - begin, 1), "figures": figures}
+        measured = entry(row, row.measure(setting, note))
+        return {**measured, "seconds": round(time.monotonic() - begin, 1)}
     except Wrong as error:
         return _entry(row, "wrong", str(error))
     except Exception as error:  # one row's crash must not take the others with it
@@ -232,6 +232,11 @@ def run(row: Row, setting: Setting, note: Note = lambda text: None) -> dict[str,
         gc.collect()
         if setting.cuda:
             torch.cuda.empty_cache()
+
+
+def entry(row: Row, figures: Figures) -> dict[str, Any]:
+    """The entry of a row with these figures."""
+    return {**_entry(row, "ok"), "figures": figures._asdict()}
 
 
 def failed(row: Row, reason: str) -> dict[str, Any]:

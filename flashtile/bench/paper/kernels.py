@@ -145,15 +145,20 @@ PETA = 1200.0
 
 
 def _eight_bits(setting: Setting, note: Note) -> Figures:
-    """The benchmark's cell of head dimension 256 and 16k tokens, its gate included; details: everyone's rates."""
+    """The benchmark's cell of head dimension 256 and 16k tokens, its gate included."""
     case = _case("plain", 1, 16384, 8, 256, setting)
     effort = Effort(seconds=setting.seconds)
     settings = suite.Settings(device=setting.device, dtypes=(case.dtype,), effort=effort)
-    rows = {row["peer"]: row for row in suite.timed(case, settings, eight.PEERS, note) if row["pass"] == "forward"}
-    ours = rows["flashtile_eight"]
+    return eight_bits(list(suite.timed(case, settings, eight.PEERS, note)))
+
+
+def eight_bits(rows: list[dict[str, Any]]) -> Figures:
+    """The figures of that cell, from the suite's rows of it; details: everyone's rates."""
+    found = {row["peer"]: row for row in rows if row["pass"] == "forward"}
+    ours = found["flashtile_eight"]
     if ours["status"] != "ok":
         raise Wrong(ours["reason"])
-    rates = {peer: row["gflops"] / 1e3 for peer, row in rows.items() if row["status"] == "ok"}
+    rates = {peer: row["gflops"] / 1e3 for peer, row in found.items() if row["status"] == "ok"}
     rate = rates["flashtile_eight"]
     return Figures(PETA, rate, "TFLOP/s", rate / PETA, None, {"rates": rates, "gate": ours["gate"]})
 

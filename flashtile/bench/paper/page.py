@@ -11,7 +11,7 @@ from rich.progress import Progress, TaskID
 
 from flashtile.bench import plots, show
 from flashtile.bench.memory import gib
-from flashtile.bench.paper import experiment
+from flashtile.bench.paper import experiment, kernels
 from flashtile.bench.paper.experiment import Note, Row, Setting
 from flashtile.bench.paper.rows import ROWS
 from flashtile.bench.paper.worker import Worker
@@ -180,6 +180,16 @@ def draw(entries: list[dict[str, Any]], path: Path) -> Path | None:
     return plots.save(drawing, path)
 
 
+def _of_suites(folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows that the record of a suite on the same device answers, where no run of this has."""
+    path = folder / "fp8.json"
+    if "fp8" not in ROWS or not path.exists():
+        return {}
+    wanted = {"feature": "plain", "seqlen": 16384, "headdim": 256}
+    rows = [row for row in json.loads(path.read_text())["rows"] if wanted.items() <= row["case"].items()]
+    return {"fp8": experiment.entry(ROWS["fp8"], kernels.eight_bits(rows))} if rows else {}
+
+
 def write(results: Path, docs: Path) -> list[Path]:
     """docs/paper.md and its plots, from all records under `results` that are not quick ones."""
     parts, written = [HEADING], []
@@ -188,14 +198,15 @@ def write(results: Path, docs: Path) -> list[Path]:
         if found["settings"]["quick"]:
             continue
         described = found["machine"]
-        drawn = draw(found["rows"], docs / "benchmarks" / f"{described['slug']}-paper.png")
+        known = {**_of_suites(path.parent.parent), **{entry["name"]: entry for entry in found["rows"]}}
+        rows = [known.get(name) or experiment.not_run(row) for name, row in ROWS.items()]
+        drawn = draw(rows, docs / "benchmarks" / f"{described['slug']}-paper.png")
         named = ", ".join(f"{name} {version}" for name, version in described["versions"].items() if version)
         parts.append(f"## {described['name']}\n\n{described['date'][:10]}, {named}; {found['settings']['dtype']}.\n")
         if drawn is not None:
             written.append(drawn)
             parts.append(f"![Claimed and measured]({drawn.relative_to(docs).as_posix()})\n")
-        known = {entry["name"]: entry for entry in found["rows"]}
-        parts.append(table([known.get(name) or experiment.not_run(row) for name, row in ROWS.items()]).markdown())
+        parts.append(table(rows).markdown())
     if len(parts) == 1:
         return []
     page = docs / "paper.md"
