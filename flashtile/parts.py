@@ -226,7 +226,7 @@ def _fingerprint(tensors: Sequence[Tensor]) -> int:
         for first in range(0, len(numbers), _PIECE):
             piece = numbers[first : first + _PIECE].to(torch.int64)
             places = torch.arange(first + 1, first + 1 + len(piece), device=piece.device)
-            found = found * 31 + int(((piece + 1) * (places * _ODD | 1)).sum())
+            found = (31 * found + int(((piece + 1) * (places * _ODD | 1)).sum())) % 2**64
     return found
 
 

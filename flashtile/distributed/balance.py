@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashtile.check import sharding as check
-from flashtile.distributed.groups import Group, as_bytes, group_of, groups_of
+from flashtile.distributed.groups import Agreement, Group, as_bytes, group_of, groups_of
 
 
 class Piece(NamedTuple):
@@ -103,11 +103,16 @@ def unshard(tensor: Tensor, mesh: Any = None, *, dim: int = 1, layout: str = "zi
     """The whole tensor on every process, from all shares: the inverse of `shard`, with its arguments.
 
     One all-gather a dimension of the mesh. Not differentiable: compute losses on shares, and average those.
+
+    Raises:
+        ValueError: an argument is not as described, or, on every process, the shares differ in shape or type.
     """
     check.layout(layout)
     check.dimension(dim, tensor.ndim)
     with torch.no_grad():
         for group, order in reversed(_levels(mesh, layout)):
+            statement = {"call": "unshard", "tensor": f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]}"}
+            Agreement([group]).ask(None, statement.copy).settle()
             tensor = joined(gathered(tensor, group), order, dim)
     return tensor
 

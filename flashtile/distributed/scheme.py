@@ -262,7 +262,7 @@ def _described(inputs: Inputs, options: Options, contents: int) -> dict[str, str
     }
     for name, tensors in (("mask's tensors", inputs.mask), ("score_mod's tensors", inputs.score)):
         found[name] = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors) or "none"
-    found["mask's contents"] = f"{contents & (2**64 - 1):016x}"
+    found["mask's contents"] = f"{contents:016x}"
     return found | {name: str(value) for name, value in vars(replace(options, sharding="")).items()}
 
 
