@@ -162,6 +162,22 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return (weights * deltas).sum(1)
 
 
+def slope_gradient(values: Tensor, like: Tensor, offsets: Tensor | None) -> Tensor:
+    """The gradient of slopes, (heads,) or (batch, heads) as `like`, from each query's part of it.
+
+    values: (batch, heads, seqlen_q), or (heads, total), whose sequences begin at `offsets`.
+    """
+    if offsets is None:
+        sums = values.sum(-1)
+        return sums if like.ndim == 2 and len(like) > 1 else sums.sum(0).expand(like.shape)
+    if like.ndim == 1 or len(like) == 1:
+        return values.sum(-1).expand(like.shape)
+    rows = torch.arange(values.shape[-1], device=values.device)
+    # Rows of no sequence hold 0, wherever they are counted.
+    inside = torch.searchsorted(offsets[1:].contiguous(), rows, right=True).clamp(max=len(like) - 1)
+    return torch.stack([torch.zeros_like(values[0]).scatter_add(0, inside, head)[: len(like)] for head in values], 1)
+
+
 def four_dimensions(tensor: Tensor) -> Tensor:
     """A view with leading dimensions of size 1."""
     return tensor.reshape((1,) * (4 - tensor.ndim) + tensor.shape)

@@ -67,11 +67,13 @@ def bias_tile(
     b_k = load_rows(k, place.batch, i_head, place.first_k, o_key, begin_key, end_key, META.headdim, META.block_d)
     b_v = load_rows(v, place.batch, i_head, place.first_k, o_key, begin_key, end_key, META.headdim_v, META.block_dv)
     b_lse, b_delta = load_stats(lse, delta, place, o_query, META.packed)
+    b_dots = dots(b_q, b_k, META)
+    b_grad_weights = dots(b_grad_out.to(b_v.dtype), b_v, META)
+    # After the products: drawing exchanges numbers through shared memory, and no barrier may come between the stores of
+    # operands and the fence that shows them to the tensor cores.
     m_kept = None
     if rules.dropout is not None:
         m_kept = kept(rules, place, o_query, first_key, META.tile_kv)
-    b_dots = dots(b_q, b_k, META)
-    b_grad_weights = dots(b_grad_out.to(b_v.dtype), b_v, META)
     _, _, b_outer = grad_scores(
         b_dots, b_grad_weights, b_lse[:, None], b_delta[:, None], m_kept, True, o_query[:, None], o_key[None, :],
         place, rules, META, SCORE, DERIVATIVE, MASK, "always", True, False,

@@ -101,27 +101,39 @@ def modify(b_scores, place, rules, o_query, o_key, META: tl.constexpr, SCORE: tl
 
 
 @triton.jit
+def drawn(rules, place, o_query, o_group):
+    """The random numbers, 32 bits each, of keys 4 `o_group` + 0, 1, 2 and 3 (see `flashtile.dropout`); `o_query` and
+    `o_group` broadcast to the tile."""
+    seed = tl.load(rules.dropout.seed)
+    zeros = o_query * 0 + o_group * 0
+    if rules.origin is None:
+        r_0, r_1, r_2, r_3 = tl.philox(
+            seed, zeros + o_group, zeros + o_query, zeros + place.head, zeros + place.batch, 7
+        )
+    else:
+        # A part may begin at any key, so that four of its keys may share two counters.
+        i_head = zeros + place.head + tl.load(rules.origin).to(tl.int32)
+        i_query = zeros + o_query + tl.load(rules.origin + 1).to(tl.int32)
+        first_key = tl.load(rules.origin + 2).to(tl.int32)
+        i_group = zeros + o_group + first_key // 4
+        r_0, r_1, r_2, r_3 = tl.philox(seed, i_group, i_query, i_head, zeros + place.batch, 7)
+        r_4, r_5, r_6, _ = tl.philox(seed, i_group + 1, i_query, i_head, zeros + place.batch, 7)
+        if first_key % 2 == 1:
+            r_0, r_1, r_2, r_3, r_4, r_5 = r_1, r_2, r_3, r_4, r_5, r_6
+        if first_key % 4 >= 2:
+            r_0, r_1, r_2, r_3 = r_2, r_3, r_4, r_5
+    return r_0, r_1, r_2, r_3
+
+
+@triton.jit
 def kept(rules, place, o_query, first_key, TILE: tl.constexpr):
-    """Which entries dropout keeps, (queries, TILE keys): four keys share one counter (see `flashtile.dropout`).
+    """Which entries dropout keeps, (queries, TILE keys).
 
     All bits of an int32 or none, for `only`: for AMD, Triton 3.9 fails to pass booleans on to a matrix product.
     """
-    seed = tl.load(rules.dropout.seed)
-    if rules.origin is None:
-        o_groups = first_key // 4 + tl.arange(0, TILE // 4)
-        zeros = tl.zeros_like(o_query[:, None] + o_groups[None, :])
-        c0, c1 = zeros + o_groups[None, :], zeros + o_query[:, None]
-        r0, r1, r2, r3 = tl.philox(seed, c0, c1, zeros + place.head, zeros + place.batch, 7)
-        lanes = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(o_query.shape[0], TILE)
-    else:
-        # A part may begin at any key, so that its tiles need not begin with a counter: every key draws for itself.
-        first_head, first_query = tl.load(rules.origin).to(tl.int32), tl.load(rules.origin + 1).to(tl.int32)
-        o_keys = first_key + tl.load(rules.origin + 2).to(tl.int32) + tl.arange(0, TILE)
-        zeros = tl.zeros_like(o_query[:, None] + o_keys[None, :])
-        c0, c1 = zeros + o_keys[None, :] // 4, zeros + o_query[:, None] + first_query
-        r0, r1, r2, r3 = tl.philox(seed, c0, c1, zeros + place.head + first_head, zeros + place.batch, 7)
-        i_lane = o_keys[None, :] % 4
-        lanes = tl.where(i_lane < 2, tl.where(i_lane == 0, r0, r1), tl.where(i_lane == 2, r2, r3))
+    o_groups = first_key // 4 + tl.arange(0, TILE // 4)
+    r_0, r_1, r_2, r_3 = drawn(rules, place, o_query[:, None], o_groups[None, :])
+    lanes = tl.join(tl.join(r_0, r_2), tl.join(r_1, r_3)).reshape(o_query.shape[0], TILE)
     return ((whole(rules.dropout.threshold).to(tl.int64) - 1 - lanes.to(tl.int64)) >> 63).to(tl.int32)
 
 

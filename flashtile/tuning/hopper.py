@@ -48,11 +48,17 @@ FORWARD: dict[str, tuple[Row, ...]] = {
     "full": (Row(64, 1024, _TWO), Row(64, None, _THREE), *_WIDE),
     "window": (Row(64, 2048, _TWO), Row(64, None, _THREE), *_WIDE),
     "cut": (Row(64, None, _TWO), *_WIDE),
+    "dropout": (
+        Row(64, None, _TWO),
+        Row(128, None, HopperConfig(consumers=2, tile_kv=64, stages=4, section=32)),
+        Row(256, None, HopperConfig(consumers=2, tile_kv=32, stages=4, shared_o=True, section=32)),
+    ),
     "eight_full": (Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_cut": (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=4))),
 }
-"""By what the scores meet: nothing, a causal mask or another window, or anything; then the same with 8-bit inputs,
+"""By what the scores meet: nothing, a causal mask or another window, anything, or dropout, whose random numbers take
+registers, whatever else there is; then the same but the last with 8-bit inputs,
 whose tiles of keys hold no more than the 128 that share a scale. The first row that fits counts. The first two of
 each three were timed on an H100, at 1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k."""
 
@@ -118,10 +124,11 @@ def _fitting(rows: Iterable[tuple[int, Any]], headdim: int) -> Any:
     return next(config for limit, config in rows if headdim <= limit)
 
 
-def backward_config(headdim: int, kind: str, deterministic: bool = False) -> BackwardConfig:
-    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `BACKWARD`."""
+def backward_config(headdim: int, kind: str, apart: bool = False) -> BackwardConfig:
+    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `BACKWARD`. apart: dQ is to
+    have its own kernel."""
     config: BackwardConfig = _fitting(BACKWARD[kind], headdim)
-    return config._replace(queries=_fitting(QUERIES, headdim)) if deterministic else config
+    return config._replace(queries=_fitting(QUERIES, headdim)) if apart else config
 
 
 def forward_configs(headdim: int, kind: str) -> dict[int | None, HopperConfig]:
@@ -159,6 +166,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "fp8_mask_mod": 300,
     },
     ("forward_kernel", 256): {
+        "dropout": 20,
         "causal": 20,
         "window": 20,
         "bias": 70,
@@ -178,6 +186,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
     ("bias_kernel", 128): {"bias": 20},
     ("bias_kernel", 256): {"bias": 140},
     ("backward_kernel", 64): {
+        "dropout": 10,
         "plain": 80,
         "causal": 110,
         "window": 150,
@@ -187,6 +196,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "deterministic": 70,
     },
     ("backward_kernel", 128): {
+        "dropout": 90,
         "plain": 20,
         "causal": 50,
         "window": 60,
@@ -199,6 +209,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "deterministic": 10,
     },
     ("backward_kernel", 256): {
+        "dropout": 20,
         "plain": 20,
         "causal": 20,
         "window": 10,
@@ -211,6 +222,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "deterministic": 20,
     },
     ("query_kernel", 256): {
+        "dropout": 90,
         "plain": 70,
         "causal": 50,
         "window": 70,

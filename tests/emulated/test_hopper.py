@@ -14,12 +14,17 @@ from flashtile.tuning.hopper import BackwardConfig, HopperConfig
 from tests import conformance, invariance, oracle
 from tests.conformance import HALF, HOPPER_REFUSES
 from tests.emulated.hopper import emulated
+from tests.fuzz.problems import Problem
 from tests.oracle import assert_equal_bits
 from tests.problems import CASES, Case, Feature, Shape, compose, dense, packed
 from tools.ptx_emulation import SWEEP
 
 LONG = {"window_long"}
 """Emulated, these take minutes; they run on a GPU."""
+
+
+ALIKE = {"alibi_batch", "group_of_seven"}
+"""What these ask of the kernels, others do too; they run on a GPU."""
 
 
 def _case(name: str, shape: Shape, *features: str, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -37,6 +42,9 @@ WIDE = (
     _case("widest_gqa", dense(1, 100, 150, 2, 1, 256), "causal", "softcap"),
     _case("widest_document", dense(1, 130, 130, 1, 1, 192), "document"),
     _case("widest_varlen", packed((50, 33), (70, 20), 2, 1, 256), "causal"),
+    _case("wide_dropout", dense(1, 130, 140, 2, 1, 128), "causal", "dropout"),
+    _case("widest_dropout", dense(1, 80, 100, 2, 1, 192, 128), "softcap", "dropout"),
+    _case("widest_score_mod", dense(1, 70, 90, 2, 1, 160), "score_mod", "alibi"),
     _case("deterministic_document", dense(1, 150, 150, 1, 1, 64), "document", "deterministic"),
 )
 
@@ -50,7 +58,7 @@ EACH_KERNEL = {
 
 def _cases() -> list[Any]:
     """Those that the backend takes, in half precision."""
-    chosen = [case for case in (*CASES, *WIDE) if case.name not in HOPPER_REFUSES | LONG]
+    chosen = [case for case in (*CASES, *WIDE) if case.name not in HOPPER_REFUSES | LONG | ALIKE]
     pairs = [(case, dtype) for case in chosen for dtype in case.dtypes if dtype in HALF]
     return [
         pytest.param(case, dtype, id=f"{case.name}-{dtype}", marks=_marks(case.name, case.dtypes.index(dtype)))
@@ -138,6 +146,14 @@ def test_a_large_softcap_hides_no_score() -> None:
         state = flashtile.attention(*leaves, softcap=1e4, return_lse=True, backend="hopper")
     assert device.complaints == []
     oracle.compare({"out": state.out, "lse": state.lse}, call)
+
+
+def test_a_negative_scale() -> None:
+    """It turns the largest dot product into the smallest score."""
+    shape = dense(1, 33, 50, 2, 1, 16)
+    with emulated(SWEEP[0]) as device:
+        oracle.check(Problem(shape, torch.bfloat16, options=(("scale", -0.5),)).call("cpu"), "hopper")
+    assert device.complaints == []
 
 
 FORWARDS = (

@@ -15,7 +15,7 @@ from flashtile import masks, plan
 from flashtile.kernels import visits
 from flashtile.problem import Inputs, Options, describe
 from flashtile.tuning.portable import portable_config
-from tests import conformance
+from tests import conformance, kept
 from tests.oracle import assert_equal_bits
 from tests.problems import CASES, Case
 
@@ -48,6 +48,12 @@ def test_matches_reference(backend: str, case: Case, dtype: torch.dtype) -> None
             conformance.check_case(case, dtype, backend, "cuda")
         return
     conformance.check_case(case, dtype, backend, "cuda")
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_keeps_what_the_mask_says(backend: str, size: int) -> None:
+    kept.check(backend, "cuda", size)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

@@ -1,6 +1,6 @@
 """The Hopper backend: Gluon kernels for sm_90a, with the tensor memory accelerator, wgmma and specialised warps.
 
-Half precision: every mask, score_mod, softcap, ALiBi, bias, sinks, packed sequences; head dimensions up to 256.
+Half precision: every mask, score_mod, softcap, ALiBi, bias, sinks, dropout, packed sequences; headdim up to 256.
 """
 
 from functools import cache
@@ -45,25 +45,13 @@ def builds() -> int:
 
 def refuses(problem: Problem) -> str | None:
     """Takes half precision with rows that the copy engine can read."""
-    wanted = problem.wanted
     checks = (
         *_elsewhere(problem),
-        (
-            problem.backward and problem.deterministic and any(wanted.score),
-            "it adds gradients of captured tensors in any order",
-        ),
         (problem.dtype not in (_EIGHT if problem.scaled else _HALF), f"it takes no {problem.dtype}"),
         (problem.out_dtype not in _outputs(problem), f"it writes no {problem.out_dtype} for {problem.dtype}"),
         (bool(problem.scaled) and problem.varlen, "it takes packed sequences of 16 bits only"),
         (_width(problem) > 256, "it takes up to headdim 256"),
-        (
-            problem.backward and _width(problem) > 128 and any(wanted.score),
-            "beyond headdim 128 it gives no gradient of captured tensors",
-        ),
         (not problem.described, "rows of q, k or v do not begin at multiples of 16 bytes, or several are one"),
-        (problem.dropout_p > 0, "it has no dropout"),
-        (wanted.alibi_slopes, "it gives no gradient of alibi_slopes"),
-        (problem.scale <= 0, "its scale must be positive"),
         (0 in (problem.batch, problem.seqlen_q, problem.seqlen_kv), "it takes no empty tensors"),
     )
     reason = next((reason for found, reason in checks if found), None)
@@ -121,7 +109,9 @@ def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
     if problem.backward:
         kind = "modified" if _modified(problem) else "plain"
-        return backward_config(_width(problem), kind, problem.deterministic)
+        # Gradients of slopes are sums over a query's keys, as dQ is.
+        apart = problem.deterministic or problem.wanted.alibi_slopes
+        return backward_config(_width(problem), kind, apart)
     return forward_config(_width(problem), _kind(problem), 0 if _any_length(problem) else problem.seqlen_q)
 
 
@@ -157,6 +147,8 @@ def _modified(problem: Problem) -> bool:
 def _kind(problem: Problem) -> str:
     """Of `tuning.hopper.FORWARD`."""
     of = "eight_" if problem.scaled else ""
+    if problem.dropout_p and not problem.scaled:
+        return "dropout"
     if _modified(problem) or region(problem.mask).rest:
         return of + "cut"
     return of + ("full" if problem.mask == '["full"]' else "window")

@@ -92,7 +92,7 @@ def walk_rows(
         i_next = row_tile(walk, n + 1, META)
         m_edge = (n < full_begin) | (n >= full_end)
         if META.split and I_GROUP == 1:
-            b_grads = key_step(b_grads, i_row, count, place, memory, barriers, META, DERIVATIVE)
+            b_grads = key_step(b_grads, i_row, count, place, memory, barriers, rules, META, DERIVATIVE)
         elif META.split:
             b_words = words_at(visits, place, n, m_edge, META, True, 0)
             b_grads = value_step(
@@ -173,13 +173,32 @@ def consumer(
     if META.split and I_GROUP == 1:
         store_grad(descriptors[5], q_smem.index(1), dk, b_grads[0] * rules.scale, shared, first, META.headdim, META)
     elif META.split:
-        store_grad(descriptors[6], do_smem.index(0), dv, b_grads[0], shared, first, META.headdim_v, META)
+        store_grad(
+            descriptors[6], do_smem.index(0), dv, value_grad(b_grads[0], rules), shared, first, META.headdim_v, META
+        )
     else:
         store_grad(
             descriptors[5], q_smem.index(I_GROUP), dk, b_grads[0] * rules.scale, shared, first, META.headdim, META
         )
-        store_grad(descriptors[6], do_smem.index(I_GROUP), dv, b_grads[1], shared, first, META.headdim_v, META)
+        store_grad(
+            descriptors[6],
+            do_smem.index(I_GROUP),
+            dv,
+            value_grad(b_grads[1], rules),
+            shared,
+            first,
+            META.headdim_v,
+            META,
+        )
     tma_store_wait(0)
+
+
+@gluon.jit
+def value_grad(b_grad, rules):
+    """dV: the weights that dropout left were added up unscaled."""
+    if rules.dropout is not None:
+        b_grad = b_grad * rules.dropout.factor
+    return b_grad
 
 
 @gluon.jit

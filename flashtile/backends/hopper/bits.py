@@ -41,21 +41,22 @@ def words_at(visits, place, n, m_edge, META: gl.constexpr, KEYS: gl.constexpr, I
 
 
 @gluon.jit
-def seen(b_words, COLUMNS: gl.constexpr, DEPTH: gl.constexpr):
-    """(64, COLUMNS): what the mask allows, in the layout of an accumulator, whose products sum up DEPTH terms each."""
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, DEPTH])
+def chosen(b_words, b_values):
+    """Which numbers of an accumulator have their bit set, in its layout."""
+    COLUMNS: gl.constexpr = b_values.shape[1]
+    LAYOUT: gl.constexpr = b_values.type.layout
     whole: gl.constexpr = parted(COLUMNS)
     eights: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, whole)))
     pair: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, whole)))
     o_eights = gl.arange(0, COLUMNS // 8, eights).expand_dims(0).expand_dims(2).expand_dims(3)
     o_pair = gl.arange(0, 2, pair).expand_dims(0).expand_dims(1).expand_dims(2)
-    m_seen = ((b_words.expand_dims(1).expand_dims(3) >> (2 * o_eights + o_pair)) & 1) != 0
-    return gl.convert_layout(m_seen.reshape([ROWS, COLUMNS]), scores, assert_trivial=True)
+    m_chosen = ((b_words.expand_dims(1).expand_dims(3) >> (2 * o_eights + o_pair)) & 1) != 0
+    return gl.convert_layout(m_chosen.reshape([ROWS, COLUMNS]), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
-def cut(b_scores, b_words, m_edge, DEPTH: gl.constexpr = 16):
+def cut(b_scores, b_words, m_edge):
     """Scores, at an edge -inf where bits hide them."""
     if m_edge:
-        b_scores = gl.where(seen(b_words, b_scores.shape[1], DEPTH), b_scores, float("-inf"))
+        b_scores = gl.where(chosen(b_words, b_scores), b_scores, float("-inf"))
     return b_scores

@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from flashtile.backends.hopper.compat import gl
+from flashtile.backends.hopper.dropped import kept_at, only_kept
 from flashtile.backends.hopper.eight import factor_of, query_unit, units_of
 from flashtile.backends.hopper.schedule import counts_of, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
@@ -107,6 +108,11 @@ def careful_output(
             )
             factor = factor_of(rules, unit, META)
             b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, True, 0)
+            b_kept = kept_at(rules, place, first, i_key, KEYS, False)
+            b_weights = only_kept(b_weights, b_kept)
             b_left = gl.convert_layout((b_weights * values).to(b_q.dtype), LEFT)
             b_out = mma_v2(b_left, load_values(v, place, i_key, m_tile, META), b_out * b_rescale[:, None])
-    return b_out / gl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_inverse = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)
+    if rules.dropout is not None:
+        b_inverse = b_inverse * rules.dropout.factor
+    return b_out * b_inverse[:, None]

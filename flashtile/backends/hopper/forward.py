@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashtile.backends.hopper.bits import cut, words_at
 from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store, tma_store_wait
+from flashtile.backends.hopper.dropped import kept_at, only_kept
 from flashtile.backends.hopper.eight import factor_of, packed, query_unit, units_of, unpacked
 from flashtile.backends.hopper.loading import loader
 from flashtile.backends.hopper.memory import new_barriers, pass_turn, store_rows, take_turn
@@ -91,14 +92,14 @@ def rule(
         b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED_AT
     )
     if b_words is not None:
-        b_scores = cut(b_scores, b_words, m_edge, META.depth)
+        b_scores = cut(b_scores, b_words, m_edge)
     return b_scores, m_valid, b_capped, b_plain
 
 
 @gluon.jit
 def step(
-    b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, unit, change, count, place, o_query, memory, barriers,
-    rules, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+    b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory,
+    barriers, rules, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
     """A key tile: its scores and weights, while the weights of the tile before meet their values.
 
@@ -114,6 +115,7 @@ def step(
     out_token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
     if META.turns:
         pass_turn(I_GROUP, META.consumers)
+    b_kept = kept_at(rules, place, first, i_tile * META.tile_kv, META.tile_kv, False)
     b_scores = warpgroup_mma_wait(1, [score_token])
     MASKED: gl.constexpr = META.asked
     b_scores, _valid, _capped, _plain = rule(
@@ -122,6 +124,7 @@ def step(
     GUARDED: gl.constexpr = MASKED != "never" or META.modified
     factor = factor_of(rules, unit, META)
     b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, GUARDED, META.lift)
+    b_new = only_kept(b_new, b_kept)
     if META.scaled == "block":
         b_rescale = b_rescale * change
     if not META.eight:
@@ -137,7 +140,7 @@ def step(
 
 @gluon.jit
 def first_step(
-    i_tile, m_edge, b_words, unit, count, place, o_query, memory, barriers, rules, sinks,
+    i_tile, m_edge, b_words, unit, count, place, o_query, first, memory, barriers, rules, sinks,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """(weights, output, maximum, sum) after the first tile, whose scores have no other product to hide under."""
@@ -148,6 +151,7 @@ def first_step(
     q_smem, k_smem, _, _ = memory
     _, _, k_full, _, empty = barriers
     token = multiply_scores(q_smem, k_smem, k_full, count, META)
+    b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(0, [token])
     mbarrier.arrive(empty.index(count % META.stages), count=1)
     b_scores, _valid, _capped, _plain = rule(
@@ -156,7 +160,7 @@ def first_step(
     b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, scores), META.lift)
     factor = factor_of(rules, unit, META)
     b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_max, b_sum, factor, True, META.lift)
-    b_weights = narrowed(b_new, k_smem.dtype, META)
+    b_weights = narrowed(only_kept(b_new, b_kept), k_smem.dtype, META)
     return b_weights, gl.zeros([ROWS, BLOCK_DV], gl.float32, output), b_max, b_sum
 
 
@@ -175,7 +179,7 @@ def walk_keys(
     unit, values = units_of(scales, queries, place, tile_of(walk, 0, META), META)
     change = 1.0
     b_weights, b_out, b_max, b_sum = first_step(
-        tile_of(walk, 0, META), m_first, b_first, unit, count, place, o_query, memory, barriers, rules, sinks,
+        tile_of(walk, 0, META), m_first, b_first, unit, count, place, o_query, first, memory, barriers, rules, sinks,
         META, SCORE, MASK,
     )  # fmt: skip
     count += 1
@@ -193,7 +197,7 @@ def walk_keys(
         m_edge = (n < full_begin) | (n >= full_end)
         b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
         b_weights, b_out, b_max, b_sum = step(
-            b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, unit, change, count, place, o_query, memory,
+            b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory,
             barriers, rules, META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
         count += 1
@@ -234,6 +238,8 @@ def consumer(
         m_empty = b_sum == 0.0
         b_lse = gl.where(m_empty, float("-inf"), (b_max + (gl.log2(b_sum) - META.lift)) * LN2)
         b_inverse = value_unit / gl.where(m_empty, 1.0, b_sum)
+        if rules.dropout is not None:
+            b_inverse = b_inverse * rules.dropout.factor
         gl.store(number_pointers(lse, place, o_query), b_lse, mask=o_query < place.seqlen_q)
         b_out = warpgroup_mma_wait(0, [token])
         b_out = b_out * gl.convert_layout(b_inverse, gl.SliceLayout(1, output))[:, None]

@@ -40,7 +40,7 @@ from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.queues import counter
-from flashtile.scores import sink_gradient, zero_grads
+from flashtile.scores import sink_gradient, slope_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig
 
 KERNELS = (forward_kernel, before_kernel, backward_kernel, query_kernel, after_kernel, bias_kernel, bits_kernel)
@@ -253,7 +253,8 @@ def backward(
     delta = _stats(inputs, problem, 0.0) if problem.varlen else torch.empty_like(lse)
     # Where dQ is summed, or the number of the next tile of its own kernel.
     beside_it = _sums(inputs, problem, config) if config.queries is None else counter(q.device)
-    written = (dq, dk, dv, delta, beside_it, *totals)
+    slope = None if grads.alibi_slopes is None else _stats(inputs, problem, 0.0)
+    written = (dq, dk, dv, delta, beside_it, slope, *totals)
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine, inputs, problem, config, tape, totals)
@@ -262,7 +263,7 @@ def backward(
         _through(call, grad_out, lse, delta, sums, dk, dv)
         if sums is None:
             of_queries = Call.of(machine, inputs, problem, config.queries, tape, totals)
-            _queries(of_queries, grad_out, lse, delta, dq, beside_it)
+            _queries(of_queries, grad_out, lse, delta, dq, slope, beside_it)
             return
         programs, where = call.tiles(keys=False)
         given = {"sums": sums, "dq": rows_of(dq), "scale": problem.scale, **_plain(where)}
@@ -276,10 +277,12 @@ def backward(
     perform(launches, (*given, *written, *lists), memory, len(given))
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
+    if slope is not None and grads.alibi_slopes is not None:
+        grads.alibi_slopes += slope_gradient(slope, grads.alibi_slopes, inputs.cu_seqlens_q)
     if grads.bias is not None:
         call = Call.of(machine, inputs, problem, config, totals=totals)
         _bias_gradient(call, grad_out, lse, delta, grads.bias)
-    return Gradients(dq, dk, dv, grads.bias, sinks=grads.sinks, score=totals)
+    return Gradients(dq, dk, dv, grads.bias, grads.alibi_slopes, grads.sinks, totals)
 
 
 BIAS_TILE = 64
@@ -305,8 +308,10 @@ def _bias_gradient(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, tot
     bias.add_gradient(call.problem, total, BIAS_TILE, BIAS_TILE, launch)
 
 
-def _queries(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, number: Tensor) -> None:
-    """dQ, by its own kernel."""
+def _queries(
+    call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, slope: Tensor | None, number: Tensor
+) -> None:
+    """dQ, by its own kernel, and what each query adds to the gradient of its slope."""
     inputs, meta, rows = call.inputs, call.meta, ROWS.value
     total, where = call.tiles(keys=False)
     given = {
@@ -318,6 +323,7 @@ def _queries(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tenso
         "lse": numbers_of(lse),
         "delta": numbers_of(delta),
         "dq": rows_of(dq) if meta.packed else None,
+        "slope": None if slope is None else numbers_of(slope),
         "counter": number,
         "section": call.section(),
         "total": total,

@@ -22,7 +22,8 @@ class Meta:
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
     shared_o: the output leaves through the memory of its queries. turns: warpgroups start their products one after the
     other. guarded: what a mask hides may hold NaN, or have no finite gradient. careful: what lies beside what is seen
-    may hold NaN. collects: gradients of captured tensors are added.
+    may hold NaN. collects: this kernel adds gradients of captured tensors. slope_gradient: and this one gives those of
+    ALiBi's slopes.
     adds: the kernel of keys adds up dQ. for_dq: this is the kernel of dQ alone. split: two warpgroups share 64 keys.
     stages_v: slots for values, where they are not as many as those for keys.
     eight: inputs have 8 bits; scaled: which rows of them share a scale, see `Problem`; lift: see `softmax`.
@@ -56,6 +57,7 @@ class Meta:
     guarded: bool
     careful: bool
     collects: bool
+    slope_gradient: bool
     adds: bool
     for_dq: bool
     split: bool
@@ -82,6 +84,8 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
     left, right, top_left, rest = region(problem.mask)
     # Sums over what functions captured leave out what the mask hides, so the mask is asked everywhere.
     always = bool(rest) or any(problem.wanted.score)
+    adds = isinstance(config, BackwardConfig) and config.queries is None
+    for_dq = isinstance(config, QueryConfig)
     return Meta(
         tile_q=config.tile_q,
         tile_kv=config.tile_kv,
@@ -111,9 +115,10 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         turns=isinstance(config, HopperConfig) and config.turns,
         guarded=bool(rest) or bool(problem.score_mod),
         careful=bool(rest) or problem.varlen,
-        collects=any(problem.wanted.score),
-        adds=isinstance(config, BackwardConfig) and config.queries is None,
-        for_dq=isinstance(config, QueryConfig),
+        collects=any(problem.wanted.score) and (adds or for_dq),
+        slope_gradient=problem.wanted.alibi_slopes and for_dq,
+        adds=adds,
+        for_dq=for_dq,
         split=isinstance(config, BackwardConfig) and config.tile_kv == 64,
         eight=bool(problem.scaled),
         scaled=problem.scaled,

@@ -13,13 +13,15 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
+from flashtile.backends.hopper.dropped import dropped_grad, kept_at
 from flashtile.backends.hopper.forward import multiply_scores, rule, store_tile
 from flashtile.backends.hopper.loading import loader
 from flashtile.backends.hopper.memory import clear_half, new_barriers, without_nan
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
-from flashtile.kernels.rules import grad_dots
+from flashtile.kernels.places import number_pointers
+from flashtile.kernels.rules import alibi_distance, grad_dots
 
 
 @gluon.jit
@@ -76,28 +78,35 @@ def grad_scores(
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
     LATER: gl.constexpr,
 ):  # fmt: skip
-    """dS as the operand of the product with the keys. LATER: how many products were started after the two."""
+    """(dS as the operand of the product with the keys, what it adds to the gradient of each query's slope or 0).
+
+    LATER: how many products were started after the two.
+    """
     _q_smem, k_smem, v_smem, _dq_smem, _do_smem = memory
     _q_full, _q_empty, _k_full, _v_full, _k_empty, v_empty, _cleared = barriers
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_D: gl.constexpr = META.block_d
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    o_query, b_lse, b_delta = rows
+    o_query, first, b_lse, b_delta = rows
+    b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(1 + LATER, [score_token])
     b_scores, m_valid, b_capped, b_plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, rules, None, META, SCORE, MASK, MASKED
     )
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[:, None])
-    b_grad_weights = warpgroup_mma_wait(LATER, [weight_token])
+    b_grad_weights = dropped_grad(warpgroup_mma_wait(LATER, [weight_token]), b_kept, rules)
     mbarrier.arrive(v_empty.index(count % v_smem.shape[0]), count=1)
     o_columns = i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores))
     GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
-    b_grad, _outer = grad_dots(
+    b_grad, b_outer = grad_dots(
         b_weights, b_grad_weights, b_delta[:, None], m_valid, b_capped, b_plain, o_query[:, None], o_columns[None, :],
-        place, rules, META, SCORE, DERIVATIVE, GUARDED, False,
+        place, rules, META, SCORE, DERIVATIVE, GUARDED, META.collects,
     )  # fmt: skip
-    return gl.convert_layout(b_grad.to(k_smem.dtype), gl.DotOperandLayout(0, output, 2))
+    b_slope = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, scores))
+    if META.slope_gradient:
+        b_slope = gl.sum(b_outer * alibi_distance(place, o_query[:, None], o_columns[None, :], META), 1)
+    return gl.convert_layout(b_grad.to(k_smem.dtype), gl.DotOperandLayout(0, output, 2)), b_slope
 
 
 @gluon.jit
@@ -105,7 +114,7 @@ def walk_keys(
     place, counts, rows, count, turn, memory, barriers, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(dQ, steps so far, `hidden_rows`) of a query tile."""
+    """(dQ, less the gradient of each query's slope, steps so far, `hidden_rows`) of a query tile."""
     _q_smem, k_smem, _v_smem, _dq_smem, _do_smem = memory
     _q_full, _q_empty, _k_full, _v_full, k_empty, _v_empty, _cleared = barriers
     BLOCK_D: gl.constexpr = META.block_d
@@ -118,7 +127,7 @@ def walk_keys(
     b_first = words_at(visits, place, 0, m_first, META, False, I_GROUP)
     i_first = tile_of(walk, 0, META)
     first_token, other_token, turn = start_products(i_first, count, turn, place, memory, barriers, I_GROUP, META)
-    b_grad = grad_scores(
+    b_grad, b_slope = grad_scores(
         first_token, other_token, i_first, m_first, b_first, count, place, rows, memory, barriers, rules,
         META, SCORE, DERIVATIVE, MASK, "always", 0,
     )  # fmt: skip
@@ -134,15 +143,16 @@ def walk_keys(
         b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
         score_token, weight_token, turn = start_products(i_tile, count, turn, place, memory, barriers, I_GROUP, META)
         token = multiply_keys(b_grad, b_dq, k_smem, count - 1, META)
-        b_grad = grad_scores(
+        b_grad, b_more = grad_scores(
             score_token, weight_token, i_tile, m_edge, b_words, count, place, rows, memory, barriers, rules,
             META, SCORE, DERIVATIVE, MASK, MASKED, 1,
         )  # fmt: skip
+        b_slope += b_more
         b_dq = warpgroup_mma_wait(0, [token])
         mbarrier.arrive(k_empty.index(count % k_smem.shape[0]), count=1)
         count += 1
     b_dq = warpgroup_mma_wait(0, [multiply_keys(b_grad, b_dq, k_smem, count - 1, META)])
-    return b_dq, count, turn
+    return b_dq, b_slope, count, turn
 
 
 @gluon.jit
@@ -156,7 +166,7 @@ def consumer(
     q_full, q_empty, _k_full, _v_full, _k_empty, _v_empty, _cleared = barriers
     TILE_KV: gl.constexpr = META.tile_kv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
-    lse, delta, dq = results
+    lse, delta, dq, slope = results
     _packing, size, rules, visits, _sinks = call
     count = 0
     cleared = 0
@@ -166,12 +176,14 @@ def consumer(
         first = place.tile * META.tile_q + I_GROUP * ROWS
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
         b_lse, b_delta = load_statistics(lse, delta, place, o_query)
-        rows = (o_query, subtracted(b_lse), b_delta)
+        rows = (o_query, first, subtracted(b_lse), b_delta)
         mbarrier.wait(q_full.index(I_GROUP), turn & 1)
-        b_dq, count, cleared = walk_keys(
+        b_dq, b_slope, count, cleared = walk_keys(
             place, counts, rows, count, cleared, memory, barriers, rules, visits,
             META, SCORE, DERIVATIVE, MASK, I_GROUP,
         )  # fmt: skip
+        if META.slope_gradient:
+            gl.store(number_pointers(slope, place, o_query), -b_slope, mask=o_query < place.seqlen_q)
         # The queries have been read: dQ leaves through their memory.
         store_tile(dq_desc, dq, dq_smem.index(I_GROUP), b_dq * rules.scale, place, first, META.headdim, META)
         tma_store_wait(0)
@@ -211,10 +223,12 @@ def specialize(
 
 @gluon.jit(do_not_specialize=["section", "total"])
 def query_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_desc, lse, delta, dq, counter, section, total, packing, size, rules, visits,
+    q_desc, k_desc, v_desc, do_desc, dq_desc, lse, delta, dq, slope, counter, section, total, packing, size, rules,
+    visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Persistent programs, each two times 64 queries at a time. dq: once more, as `Rows`, where `packed`."""
+    """Persistent programs, each two times 64 queries at a time. dq: once more, as `Rows`, where `packed`; slope: each
+    query's part of the gradient of its slope, where `slope_gradient`."""
     dtype: gl.constexpr = q_desc.dtype
     STAGES: gl.constexpr = META.stages
     STAGES_V: gl.constexpr = META.stages_v
@@ -240,7 +254,7 @@ def query_kernel(
         (q_smem, k_smem, v_smem, q_smem, do_smem),
         (q_full, q_empty, k_full, v_full, k_empty, v_empty, cleared),
         (told, told_full, told_empty),
-        (lse, delta, dq),
+        (lse, delta, dq, slope),
         counter,
         (section, total),
         (packing, size, rules, visits, None),

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.bits import cut
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_store_wait
+from flashtile.backends.hopper.dropped import dropped_grad, kept_at, only_kept
 from flashtile.backends.hopper.memory import clear_half
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.sums import PIECE, PIECE_COLUMNS, PIECE_ROWS, flat_piece, pieces, whole_piece
@@ -113,14 +114,16 @@ def step(
     score_token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
     weight_token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    first_key = place.tile * TILE_KV + I_GROUP * ROWS
+    b_kept = kept_at(rules, place, i_row * TILE_Q, first_key, TILE_Q, True)
     b_scores = warpgroup_mma_wait(1, [score_token])
     b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
         b_scores, i_row, m_edge, b_words, place, o_key, rules, META, SCORE, MASK
     )
     b_lse = lse_smem.index(slot).load(gl.SliceLayout(0, scores))
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
-    b_left = gl.convert_layout(b_weights.to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
-    b_grad_weights = warpgroup_mma_wait(0, [weight_token])
+    b_left = gl.convert_layout(only_kept(b_weights, b_kept).to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
+    b_grad_weights = dropped_grad(warpgroup_mma_wait(0, [weight_token]), b_kept, rules)
     value_token = warpgroup_mma(b_left, b_grad_out, b_grad_v, is_async=True)
     b_delta = delta_smem.index(slot).load(gl.SliceLayout(0, scores))
     # Elsewhere a weight of 0 is enough: keys and values hold numbers alone by now.
@@ -171,13 +174,14 @@ def value_step(
     b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 0, META)
     b_k = k_smem.reshape([TILE_KV, BLOCK_D])
     token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    b_kept = kept_at(rules, place, i_row * TILE_Q, place.tile * ROWS, TILE_Q, True)
     b_lse = lse_smem.index(count % META.stages).load(gl.SliceLayout(0, scores))
     b_scores = warpgroup_mma_wait(0, [token])
     b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
         b_scores, i_row, m_edge, b_words, place, o_key, rules, META, SCORE, MASK
     )
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
-    b_left = gl.convert_layout(b_weights.to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
+    b_left = gl.convert_layout(only_kept(b_weights, b_kept).to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
     token = warpgroup_mma(b_left, b_grad_out, b_grads[0], is_async=True)
     if META.modified:
         # The derivative is linear in what it is given, here the weights themselves.
@@ -196,7 +200,9 @@ def value_step(
 
 
 @gluon.jit
-def key_step(b_grads, i_row, count, place, memory, barriers, META: gl.constexpr, DERIVATIVE: gl.constexpr):
+def key_step(
+    b_grads, i_row, count, place, memory, barriers, rules, META: gl.constexpr, DERIVATIVE: gl.constexpr
+):  # fmt: skip
     """Of two warpgroups that share 64 keys, the one that holds dK: (dK,)."""
     TILE_Q: gl.constexpr = META.tile_q
     TILE_KV: gl.constexpr = META.tile_kv
@@ -210,12 +216,14 @@ def key_step(b_grads, i_row, count, place, memory, barriers, META: gl.constexpr,
     b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 1, META)
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV])
     token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    b_kept = kept_at(rules, place, i_row * TILE_Q, place.tile * ROWS, TILE_Q, True)
     b_delta = delta_smem.index(count % META.stages).load(gl.SliceLayout(0, scores))
     half = count % 2
     mbarrier.wait(handing.index(2 + half), (count // 2) & 1)
     b_weights = whole_piece(handed.index(half).load(PIECE), scores)
     mbarrier.arrive(handing.index(half), count=1)
-    b_grad = b_weights * (warpgroup_mma_wait(0, [token]) - b_delta[None, :])
+    b_grad_weights = dropped_grad(warpgroup_mma_wait(0, [token]), b_kept, rules)
+    b_grad = b_weights * (b_grad_weights - b_delta[None, :])
     if META.guarded and DERIVATIVE is not None:
         # See `rules.grad_dots`.
         b_grad = gl.where(b_weights == 0.0, 0.0, b_grad)

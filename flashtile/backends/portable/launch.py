@@ -36,7 +36,7 @@ from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.kernels.words import Packing, Rules
 from flashtile.problem import Inputs, Problem
-from flashtile.scores import sink_gradient, zero_grads
+from flashtile.scores import sink_gradient, slope_gradient, zero_grads
 from flashtile.tuning.portable import PortableConfig, Tiles, smaller
 
 KERNELS = (forward_kernel, delta_kernel, query_kernel, key_kernel, bias_kernel)
@@ -234,7 +234,7 @@ def backward(
         call = Call.of(machine, inputs, problem, totals)
         _bias_gradient(call, config.query, _saved(inputs, grad_out, lse, delta), grads.bias)
     if inputs.alibi_slopes is not None and grads.alibi_slopes is not None:
-        grads.alibi_slopes += _per_head(inputs, slope, inputs.alibi_slopes)
+        grads.alibi_slopes += slope_gradient(slope, inputs.alibi_slopes, inputs.cu_seqlens_q)
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
     return Gradients(dq, dk, dv, grads.bias, grads.alibi_slopes, grads.sinks, totals)
@@ -265,20 +265,6 @@ def _delta(
         META=meta_of(problem, tiles, call.listed, False, False),
         enable_fp_fusion=True,
     )
-
-
-def _per_head(inputs: Inputs, values: Tensor, like: Tensor) -> Tensor:
-    """Sums one number a query to the shape of slopes: (heads,) or (batch, heads)."""
-    offsets = inputs.cu_seqlens_q
-    if offsets is None:
-        sums = values.sum(-1)
-        return sums if like.ndim == 2 and len(like) > 1 else sums.sum(0).expand(like.shape)
-    if like.ndim == 1 or len(like) == 1:
-        return values.sum(-1).expand(like.shape)
-    rows = torch.arange(values.shape[-1], device=values.device)
-    # Rows of no sequence hold 0, wherever they are counted.
-    inside = torch.searchsorted(offsets[1:].contiguous(), rows, right=True).clamp(max=len(like) - 1)
-    return torch.stack([torch.zeros_like(values[0]).scatter_add(0, inside, head)[: len(like)] for head in values], 1)
 
 
 def _bias_gradient(call: Call, tiles: Tiles, saved: tuple[Any, ...], total: Tensor) -> None:
