@@ -20,7 +20,7 @@ def test_keeps_what_the_mask_says() -> None:
 @pytest.mark.newest_triton
 def test_parts_drop_what_the_whole_does() -> None:
     """Their first keys are no multiples of 4, so that four keys share two counters."""
-    call = make("parts", dense(1, 10, 14, 2, 1, 16), ("dropout",), torch.bfloat16)
+    call = make("parts", dense(1, 20, 28, 2, 1, 16), ("dropout",), torch.bfloat16)
     with emulated(SWEEP[0]) as device, watched() as ran:
         found = partwise.results(call, 2, "hopper")
     assert device.complaints == []
