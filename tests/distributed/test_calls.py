@@ -29,12 +29,12 @@ def _packed(ranks: int, same: bool) -> Shape:
 
 
 def _cases(ranks: int) -> list[Sharded]:
-    """Every feature that changes no sizes by the ring, on lengths that differ, with many ranks two at a time; by every
-    scheme with two ranks. All worlds take what has a path of its own by every scheme."""
+    """Every feature that changes no sizes by the ring, on lengths that differ, with more than two ranks some at a time;
+    by every scheme with two ranks. All worlds take what has a path of its own by every scheme."""
     shape, square = _shape(ranks), _shape(ranks, True)
     plain = [name for name in FEATURES if FEATURES[name].reshape(shape) == shape and name != "deterministic"]
     schemes = ("ring",) if ranks == 1 else ("ring", "gather", "ulysses")
-    features = PAIRS if ranks > 3 else [(name,) for name in plain]
+    features = PAIRS if ranks > 2 else [(name,) for name in plain]
     found = [
         Sharded("-".join(chosen), shape, chosen, scheme)
         for chosen in features
