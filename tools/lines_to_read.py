@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "flashtile"
 
 PATH: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("api.py", ("attention",)),
-    ("request.py", ("Arguments", "build", "_build", "_check", "autocast", "_mask", "_seed", "_deterministic")),
+    ("request.py", ("Arguments", "build", "_build", "_check", "autocast", "_mask", "seed_of", "_deterministic")),
     ("recall.py", ("attention",)),
     ("autograd.py", ("Call", "eager", "plainly_eager", "watched", "_Eager", "run_forward", "_save")),
     ("problem.py", ("Inputs", "Problem", "Options", "describe")),

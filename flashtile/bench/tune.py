@@ -160,9 +160,15 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _shared_memory() -> int:
+INTERPRETED = 64 * 1024
+"""Bytes of shared memory that an interpreted program is held to: the least that any GPU has."""
+
+
+def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may have."""
-    properties = torch.cuda.get_device_properties()
+    if device.type != "cuda":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
     plain = properties.shared_memory_per_block
     return int(getattr(properties, "shared_memory_per_block_optin", plain))
 
@@ -192,7 +198,9 @@ class Search:
         small, large = (Call(self.case(*size)) for size in ((min(self.tokens, 300), 2), (self.tokens, self.heads)))
         truth = accuracy.truth(small.case, small.tensors)
         base = configure(large.problem)
-        tried = self.only or tuple(candidates(self.headdim, small.inputs.q.element_size(), _shared_memory()))
+        tried = self.only or tuple(
+            candidates(self.headdim, small.inputs.q.element_size(), _shared_memory(small.inputs.q.device))
+        )
 
         def search(role: str) -> list[Tried]:
             def gate(tiles: Tiles) -> str:

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flashtile
 from flashtile import masks, plan
@@ -297,3 +298,27 @@ def test_recalled_calls_use_the_memory_they_are_given(backend: str) -> None:
         wanted = _results("pytorch", tensors, causal=True)
         for ours, expected in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
+
+
+@each_backend
+def test_block_masks_are_recalled(backend: str) -> None:
+    """What was made of the lists of one is used again, and not for another."""
+    for reach in (40, 400):
+        near = create_block_mask(lambda b, h, q, k, reach=reach: q - k < reach, None, None, 384, 384, device="cuda")
+        for seed in range(4):
+            tensors = [_random(1, 384, 2, 64, seed=seed + 10 * i) for i in range(3)]
+            found = _results(backend, tensors, block_mask=near)
+            wanted = _results("pytorch", tensors, block_mask=near)
+            for ours, expected in zip(found, wanted, strict=True):
+                torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_dropout_is_recalled() -> None:
+    for seed in range(4):
+        tensors = [_random(1, 200, 2, 64, seed=seed + 10 * i) for i in range(3)]
+        found = _results("portable", tensors, dropout_p=0.3, seed=seed)
+        wanted = _results("pytorch", tensors, dropout_p=0.3, seed=seed)
+        for ours, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
+    drawn = [flashtile.attention(*tensors, dropout_p=0.3) for _ in range(4)]
+    assert not any(torch.equal(drawn[0], other) for other in drawn[1:])
