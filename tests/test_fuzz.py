@@ -1,6 +1,7 @@
 """The fuzzer finds mistakes that are planted, notes them once, and finds none where there are none."""
 
 import json
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from flashtile import check
 from flashtile.backends.pytorch import sweep
-from tests.fuzz import __main__ as fuzz
+from tests.fuzz import loop as fuzz
 from tests.fuzz.doors import DOORS, INTERPRETED
 from tests.fuzz.where import DTYPES, Where
 from tests.fuzz.wrong import ARGUMENTS, WrongCall
@@ -80,3 +81,8 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_devices_are_described() -> None:
     assert set(DTYPES) == set(fuzz.DEVICES)
+
+
+def test_processes_can_import_what_they_run() -> None:
+    """Under `python -m tests.fuzz` the module that was named is not `tests.fuzz`'s in them."""
+    assert b"tests.fuzz.loop" in pickle.dumps(fuzz._work)

@@ -23,7 +23,7 @@ TOOLS = {
     "initcheck": ["--track-unused-memory", "no"],
 }
 """Each tool's own options. Padding: what lies behind a tensor is no other tensor's."""
-PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
+PLACES = [str(path) for path in (*sorted(Path("/usr/local").glob("cuda*/bin"), reverse=True), Path("/opt/cuda/bin"))]
 SELECT = (
     "test_matches_reference and bfloat16 and (causal_square or document or varlen_used or all_in_one or bias_queries)"
 )

@@ -1,0 +1,3 @@
+from tests.interpreted import quick
+
+quick.install()
