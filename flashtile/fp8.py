@@ -4,15 +4,16 @@
 bits. FlashAttention-3 (Shah et al. 2024), section 3.3: scales of blocks, and incoherent processing.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashtile import check, plan
-from flashtile.scaled import GROUP, KEYS, QUERIES, Quantized, Scaled, blocks
+from flashtile.scaled import GROUP, KEYS, QUERIES, Quantized, Scaled, blocks, turned
 
-__all__ = ["Quantized", "Scaled", "quantize"]
+__all__ = ["Quantized", "Scaled", "quantize", "scaled"]
 
 
 def quantize(
@@ -60,6 +61,37 @@ def quantize(
             for (source, rows, turned), (data, scale) in zip(kinds, parts, strict=True)
         ]
     )
+
+
+def scaled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Quantized:
+    """8-bit tensors that are there already, for `attention` and `attention_varlen`, which check them. No gradients.
+
+    Args:
+        q, k, v: (batch, seqlen, heads, headdim) or packed (total, heads, headdim), all of one 8-bit format.
+        q_scale, k_scale, v_scale: float32 (batch, heads), packed (heads,): a number is data * scale.
+        dtype: that of the output, unless the call says another.
+
+    Returns:
+        Quantized(q, k, v); the values of a batch are copied, for they lie on their side.
+    """
+    parts = ((q, q_scale, QUERIES), (k, k_scale, KEYS), (v, v_scale, KEYS))
+    found = [
+        Scaled(data.detach(), scale[..., None].contiguous(), dtype, "head", data.shape[-3], rows)
+        for data, scale, rows in parts
+    ]
+    if v.ndim == 4:
+        # As bytes: not every function that moves numbers knows 8-bit floats.
+        on_its_side = turned(found[2].data.view(torch.uint8)).view(v.dtype)
+        found[2] = replace(found[2], data=on_its_side, turned=True)
+    return Quantized(*found)
 
 
 def _rounded(

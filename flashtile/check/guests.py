@@ -67,8 +67,17 @@ def no_descales(descales: Mapping[str, Any]) -> None:
     for name, value in descales.items():
         if value is not None:
             raise NotImplementedError(
-                f"{name}: got {type(value).__name__}, need None: flashtile takes no FP8 tensors yet; try bfloat16 ones"
+                f"{name}: got {type(value).__name__}, need None: flashtile takes scales of 8-bit queries, keys and "
+                "values in flash_attn_func alone; try that, or bfloat16 tensors that are multiplied by them"
             )
+
+
+def descales_of_heads(descales: Mapping[str, Any], packed: bool, absorbed: bool) -> None:
+    """Those of FlashAttention-3's 8-bit tensors."""
+    if absorbed:
+        raise NotImplementedError("qv: got one beside 8-bit tensors, need None; try bfloat16 tensors")
+    if packed:
+        no_descales(descales)
 
 
 def packed_heads(qkv: Any, num_heads_q: int | None) -> None:

@@ -226,6 +226,26 @@ class TestVersion3:
         expected = torch.einsum("bhqk,bkd->bqhd", torch.softmax(scores * 32**-0.5, -1), v[:, :, 0])
         torch.testing.assert_close(out, expected)
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_eight_bits(self, packed: bool) -> None:
+        """Numbers that are exact in 8 bits, beside bfloat16 tensors of what they stand for; packed, without scales."""
+        q, k, v = (torch.randint(-3, 4, (2, n, heads, 16)).float() for n, heads in ((5, 4), (9, 2), (9, 2)))
+        scales = [torch.ones(2, 2) if packed else torch.rand(2, 2) + 0.5 for _ in range(3)]
+        groups = zip((q, k, v), scales, (2, 1, 1), strict=True)
+        meant = [data * scale.repeat_interleave(group, 1)[:, None, :, None] for data, scale, group in groups]
+        eight = [data.to(torch.float8_e4m3fn) for data in (q, k, v)]
+        with ran():
+            if packed:
+                offsets = [torch.arange(3, dtype=torch.int32) * data.shape[1] for data in (q, k)]
+                flat = [data.flatten(0, 1) for data in eight]
+                out = version3.flash_attn_varlen_func(*flat, *offsets, 5, 9, causal=True).unflatten(0, (2, 5))
+            else:
+                names = ("q_descale", "k_descale", "v_descale")
+                out = version3.flash_attn_func(*eight, causal=True, **dict(zip(names, scales, strict=True)))
+        assert out.dtype is torch.bfloat16
+        expected = version3.flash_attn_func(*meant, causal=True)
+        torch.testing.assert_close(out, expected.bfloat16(), rtol=2**-7, atol=1e-3)
+
     def test_varlen_with_rows_in_use(self) -> None:
         offsets, used = torch.tensor([0, 10, 20], dtype=torch.int32), torch.tensor([7, 10], dtype=torch.int32)
         q = _normal(20, 2, 16)
@@ -499,7 +519,12 @@ ERRORS = {
     "scales": (
         lambda: version3.flash_attn_func(Q, Q, Q, v_descale=torch.ones(1, 2)),
         NotImplementedError,
-        "v_descale: got Tensor, need None: flashtile takes no FP8",
+        "v_descale: got Tensor, need None: flashtile takes scales of 8-bit queries, keys and values in flash_attn_func",
+    ),
+    "8-bit tensors and qv": (
+        lambda: version3.flash_attn_func(*[Q.to(torch.float8_e4m3fn)] * 3, qv=Q),
+        NotImplementedError,
+        "qv: got one beside 8-bit tensors, need None",
     ),
     "packed": (
         lambda: version3.flash_attn_qkvpacked_func(Q),

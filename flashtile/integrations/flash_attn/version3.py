@@ -5,7 +5,9 @@ Conventions as in `version2`, but without dropout and ALiBi; `return_attn_probs`
 scale; q and k are joined with qv and v, a copy. `attention_chunk` n: a query sees keys of its own chunk of n. What only
 steers FlashAttention-3's scheduler (num_splits, pack_gqa, sm_margin,
 scheduler_metadata) is accepted and has no effect: flashtile plans by
-itself. `q_descale`, `k_descale`, `v_descale` belong to FP8 tensors and are refused with them.
+itself. 8-bit q, k and v give bfloat16; `q_descale`, `k_descale`, `v_descale`, float32 (batch, heads_kv), default 1, say
+what they stand for. Values are copied there; packed sequences share scales, so that those take no descales; caches take
+no 8-bit queries.
 """
 
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import masks
+from flashtile import fp8, masks
 from flashtile.api import attention, attention_varlen
 from flashtile.check import guests as check
 from flashtile.integrations.flash_attn.cached import packed_over_pages, with_kvcache
@@ -41,11 +43,24 @@ def flash_attn_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """q (batch, seqlen_q, heads, headdim); k (batch, seqlen_kv, heads_kv, headdim); v with its own head dimension."""
-    check.no_descales({"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
-    q, k = _absorbed(q, k, v, qv)
     chosen = options(softmax_scale, causal, window_size, softcap, deterministic)
-    found = attention(q, k, v, mask=_chunk(attention_chunk), return_lse=return_attn_probs, **chosen)
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    found = attention(
+        *_tensors(q, k, v, qv, descales), mask=_chunk(attention_chunk), return_lse=return_attn_probs, **chosen
+    )
     return tuple(found) if return_attn_probs else found
+
+
+def _tensors(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, descales: dict[str, Tensor | None]) -> Any:
+    """(q, k, v) as `attention` takes them."""
+    if q.dtype.itemsize > 1:
+        check.no_descales(descales)
+        return *_absorbed(q, k, v, qv), v
+    check.descales_of_heads(descales, packed=q.ndim == 3, absorbed=qv is not None)
+    heads = (*q.shape[:-3], k.shape[-2])
+    scales = [torch.ones(heads, device=q.device) if scale is None else scale for scale in descales.values()]
+    scales[0] = scales[0].repeat_interleave(q.shape[-2] // k.shape[-2], dim=-1)
+    return fp8.scaled(q, k, v, scales[0], scales[1], scales[2])
 
 
 def flash_attn_varlen_func(
@@ -74,8 +89,8 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """Packed q (total_q, heads, headdim), k (total_k, heads_kv, headdim), v; seqused_* (sequences,): rows in use."""
-    check.no_descales({"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
-    q, k = _absorbed(q, k, v, qv)
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    q, k, v = _tensors(q, k, v, qv, descales)
     found = attention_varlen(
         q,
         k,
