@@ -16,8 +16,9 @@ def add_bench(commands: Any) -> None:
         "suites",
         nargs="*",
         metavar="suite",
-        help="dense, masks, memory, error, on a GPU also grid, functions, packed, sparsity, decode (default: all); "
-        "report; paper, published speed-ups measured again; or scaling, a cost model of context parallelism",
+        help="dense, masks, memory, error, on a GPU also grid, grid_error, functions, packed, sparsity, decode "
+        "(default: all); report; paper, published speed-ups measured again; or scaling, a cost model of context "
+        "parallelism",
     )
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
     command.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes; default %(default)s")
