@@ -454,6 +454,23 @@ class TestReport:
             report.write(tmp_path, tmp_path)
 
 
+def test_errors_beside_fused_kernels(tmp_path: Path) -> None:
+    """Both kinds of inputs; outliers make them larger; a kernel without gradients has none in the table."""
+    settings = replace(TINY, error_seqlen=48, peers=("flashtile", "sdpa", "fa3"))
+    record, _ = suite.run("grid_error", settings, tmp_path)
+    assert {row["status"] for row in record["rows"] if row["peer"] == "fa3"} == {"refused"}
+    shown = [row for row in record["rows"] if row["peer"] == "flashtile"]
+    assert [row["case"]["inputs"] for row in shown] == ["normal", "outliers"] * 6
+    assert all(row["passed"] for row in shown)
+    usual, large = (cases.tensors(records.case_of(row)) for row in shown[:2])
+    assert usual.q.abs().max() < 6 < large.q.abs().max()
+    forward_alone = {**shown[0], "peer": "fa3", "errors": {"out": {"max": 2.0, "rms": 1.0}}}
+    own = {**shown[0], "errors": {name: {"max": 1.0, "rms": 0.5} for name in ("out", "dq", "dk", "dv")}}
+    (table,) = tables.of({**record, "rows": [own, forward_alone]})
+    assert [line[2] for line in table.rows] == ["2.0e+00 (1e+00)", "–"]
+    assert "outputs: root mean square at most 0.50 times that of the best other kernel" in table.notes
+
+
 def test_eight_bits(tmp_path: Path) -> None:
     """Errors of the paper's table in its order; attention with 8-bit inputs passes a gate that rounds as it must."""
     record, _ = suite.run("fp8_error", replace(TINY, error_seqlen=256), tmp_path)

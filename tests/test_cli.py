@@ -171,8 +171,8 @@ class TestBench:
         [
             (
                 ["speed"],
-                "suite: got 'speed', need one of dense, masks, grid, lengths, portable, fp8, fp8_error, shapes, "
-                "functions, packed, sparsity, decode, memory, error",
+                "suite: got 'speed', need one of dense, masks, grid, lengths, portable, fp8, fp8_error, grid_error, "
+                "shapes, functions, packed, sparsity, decode, memory, error",
             ),
             (["--peers", "nobody"], "--peers: got 'nobody', need one of flashtile, flashtile_functions, textbook"),
             (["--heads", "8", "--heads-kv", "3"], "--heads-kv: got 3, need a divisor of 8 heads"),

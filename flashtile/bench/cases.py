@@ -25,7 +25,7 @@ DOCUMENT = 700
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call."""
+    """One attention call. inputs: "normal", or with "outliers"."""
 
     feature: str = "plain"
     batch: int = 1
@@ -35,6 +35,7 @@ class Case:
     headdim: int = 64
     dtype: str = "float32"
     device: str = "cpu"
+    inputs: str = "normal"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -80,12 +81,24 @@ class Feature:
 
 
 def tensors(case: Case) -> Tensors:
-    """Normal inputs; the same on every device."""
+    """Inputs as the case asks for, and a normal gradient; the same on every device."""
     queries = (case.batch, case.seqlen, case.heads, case.headdim)
     keys = (case.batch, case.seqlen, case.heads_kv, case.headdim)
     generator = torch.Generator().manual_seed(case.seqlen)
-    drawn = [torch.randn(shape, generator=generator) for shape in (queries, keys, keys, queries)]
+    draw = with_outliers if case.inputs == "outliers" else normal
+    drawn = [draw(queries, generator), draw(keys, generator), draw(keys, generator), normal(queries, generator)]
     return Tensors(*(tensor.to(case.device, case.torch_dtype) for tensor in drawn))
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def with_outliers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """N(0, 1) + N(0, 100) Bernoulli(0.001): section 4.3 of the FlashAttention-3 paper."""
+    usual, large = torch.randn(2, *shape, generator=generator)
+    rare = torch.rand(shape, generator=generator) < 0.001
+    return usual + 10.0 * large * rare
 
 
 @lru_cache(maxsize=16)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flashtile
 from flashtile import fp8, reference
-from flashtile.bench import accuracy, records, textbook
+from flashtile.bench import accuracy, cases, records, textbook
 from flashtile.bench.accuracy import Error, Truth
 from flashtile.bench.cases import Case, Tensors
 from flashtile.bench.peers import Attend, Refused, peer
@@ -116,16 +116,11 @@ def _formula(tensors: tuple[Tensor, ...], case: Case) -> Tensor:
 
 
 def outliers(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of the paper's section 4.3, float16: N(0, 1) + N(0, 100) Bernoulli(0.001)."""
+    """q, k and v, float16, some of them far larger than others."""
     generator = torch.Generator().manual_seed(case.seqlen)
     shape = (case.batch, case.seqlen, case.heads, case.headdim)
-
-    def draw() -> Tensor:
-        normal, large = torch.randn(2, *shape, generator=generator)
-        rare = torch.rand(shape, generator=generator) < 0.001
-        return (normal + 10.0 * large * rare).to(case.device, torch.float16)
-
-    return draw(), draw(), draw()
+    q, k, v = (cases.with_outliers(shape, generator).to(case.device, torch.float16) for _ in range(3))
+    return q, k, v
 
 
 def accuracy_rows(case: Case, note: Callable[[str], None]) -> Iterator[Row]:

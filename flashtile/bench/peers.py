@@ -33,6 +33,9 @@ LAYOUTS = ("bshd", "bhsd")
 
 FORWARD_ALONE = "it has a forward pass alone"
 
+FUSED = ("sdpa_flash", "sdpa_cudnn", "fa3", "fa4", "flashtile")
+"""Who computes attention in one kernel on a GPU."""
+
 
 class Refused(Exception):
     """The peer cannot take the case; the message says why."""

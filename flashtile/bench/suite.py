@@ -8,7 +8,7 @@ from typing import Any
 
 from flashtile.bench import accuracy, cases, decode, eight, machine, memory, records, subject, timing
 from flashtile.bench.cases import Case
-from flashtile.bench.peers import FORWARD_ALONE, PEERS, Bound, Peer, Refused
+from flashtile.bench.peers import FORWARD_ALONE, FUSED, PEERS, Bound, Peer, Refused
 from flashtile.bench.records import Record, Row
 from flashtile.bench.timing import Effort
 
@@ -111,9 +111,6 @@ TOKENS, HIDDEN = 16384, 2048
 """Tokens of a batch and width of all heads, the grid of the FlashAttention-3 paper."""
 
 
-FUSED = ("sdpa_flash", "sdpa_cudnn", "fa3", "fa4", "flashtile")
-
-
 @suite("grid", "16k tokens, hidden dimension 2048", "time", devices=("cuda",))
 def _grid(settings: Settings, note: Note) -> Iterator[Row]:
     yield from _cells(settings, note, (1024, 4096, 16384), FUSED)
@@ -147,6 +144,20 @@ def _cells(settings: Settings, note: Note, seqlens: Sequence[int], names: tuple[
                 heads = HIDDEN // headdim
                 case = Case(feature, TOKENS // seqlen, seqlen, heads, heads, headdim, "bfloat16", settings.device)
                 yield from timed(case, settings, names, note)
+
+
+@suite(
+    "grid_error",
+    "Error against float64 beside other fused kernels, inputs normal and with outliers",
+    "error",
+    ("cuda",),
+)
+def _grid_error(settings: Settings, note: Note) -> Iterator[Row]:
+    for headdim in (64, 128, 256):
+        for feature in ("plain", "causal"):
+            for inputs in ("normal", "outliers"):
+                case = Case(feature, 1, settings.error_seqlen, 4, 4, headdim, "bfloat16", settings.device, inputs)
+                yield from _errors(case, settings, FUSED, note)
 
 
 @suite("shapes", "Grouped heads, and a window in a long sequence", "time", devices=("cuda",))
@@ -293,6 +304,8 @@ def _errors(case: Case, settings: Settings, names: tuple[str, ...], note: Note) 
             errors = truth.errors(peer.bind(case, inputs))
         except Refused as refusal:
             yield records.row(case, peer.name, "refused", str(refusal))
+        except Exception as error:  # as where times are taken
+            yield records.row(case, peer.name, "failed", f"{type(error).__name__}: {error}"[:500])
         else:
             passed = not truth.failures(errors)
             yield records.row(case, peer.name, errors={n: e._asdict() for n, e in errors.items()}, passed=passed)

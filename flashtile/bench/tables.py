@@ -9,7 +9,7 @@ from flashtile.bench import decode, records
 from flashtile.bench.accuracy import NAMES
 from flashtile.bench.cases import Case
 from flashtile.bench.memory import gib
-from flashtile.bench.peers import PEERS
+from flashtile.bench.peers import FUSED, PEERS
 from flashtile.bench.records import Record, Row
 
 SUBJECT = "flashtile"
@@ -62,7 +62,8 @@ def label(entry: Row) -> str:
     case = records.case_of(entry)
     headdim = f", headdim {case.headdim}" if case.headdim != Case.headdim else ""
     heads = f", heads {case.heads}/{case.heads_kv}" if case.group > 1 else ""
-    return f"{case.feature}{headdim}{heads}"
+    inputs = f", {case.inputs}" if case.inputs != Case.inputs else ""
+    return f"{case.feature}{headdim}{heads}{inputs}"
 
 
 def _excuse(entry: Row) -> str:
@@ -200,13 +201,31 @@ def _error(record: Record, spread: bool) -> list[Table]:
                 line = [_error_cell(found[peer], names) if peer in found else "" for peer in peers]
                 table.rows.append([label(cell[0]) if what == "output" else "", what, *line])
         table.notes.append("The textbook formula is computed in the inputs' dtype.")
+        for what, names in (("outputs", NAMES[:1]), ("gradients", NAMES[1:])):
+            worst = max((ratio for cell in records.cells(rows) if (ratio := _error_ratio(cell, names))), default=None)
+            if worst is not None:
+                table.notes.append(f"{what}: root mean square at most {worst:.2f} times that of the best other kernel")
         tables.append(table)
     return tables
+
+
+def _error_ratio(cell: list[Row], names: tuple[str, ...]) -> float | None:
+    """The largest ratio of flashtile's root mean square to the least of the other kernels', among these tensors."""
+    errors = {entry["peer"]: entry["errors"] for entry in cell if entry["status"] == "ok"}
+    own = errors.pop("flashtile", {})
+    ratios = []
+    for name in names:
+        others = [each[name]["rms"] for peer, each in errors.items() if peer in FUSED and name in each]
+        if others and name in own:
+            ratios.append(own[name]["rms"] / min(others))
+    return max(ratios, default=None)
 
 
 def _error_cell(entry: Row, names: tuple[str, ...]) -> str:
     """Of several tensors the largest error, and the largest root mean square."""
     if entry["status"] != "ok":
         return _excuse(entry)
+    if names[0] not in entry["errors"]:
+        return "–"
     largest, rms = (max(float(entry["errors"][name][kind]) for name in names) for kind in ("max", "rms"))
     return f"{largest:.1e} ({rms:.0e})"

@@ -16,7 +16,7 @@ def add_bench(commands: Any) -> None:
         "suites",
         nargs="*",
         metavar="suite",
-        help="dense, masks, memory, error, on a GPU also grid, portable, functions, packed, sparsity, decode "
+        help="dense, masks, memory, error, on a GPU also grid, grid_error, portable, functions, packed, sparsity, decode "
         "(default: all); report; paper, published speed-ups measured again; or scaling, a cost model of context "
         "parallelism",
     )
