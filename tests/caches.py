@@ -93,7 +93,7 @@ WIDE = (
 
 _LATENT: dict[str, Any] = {"latent": True, "heads_kv": 1, "headdim": 576, "headdim_v": 512}
 LATENT = (
-    CacheCase("latent_many", heads=70, seqlen_q=1, appended=1, lengths=(5, 130, 0, 31), capacity=140, **_LATENT),
+    CacheCase("latent_many", heads=70, seqlen_q=1, appended=1, lengths=(5, 70, 0), capacity=80, **_LATENT),
     CacheCase("latent_pages", lengths=(95, 30, 0), heads=20, seqlen_q=2, appended=2, capacity=128, page=32,
               indexed=True, softcap=5.0, **_LATENT),
     CacheCase("latent_padded", lengths=(100, 63, 40), heads=23, appended=None, capacity=128, leftpad=(3, 40, 40),

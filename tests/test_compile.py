@@ -160,6 +160,14 @@ def test_latent_attention() -> None:
     assert rows[1].tiles[0] == 16
 
 
+def test_latent_attention_with_many_rows() -> None:
+    """Hopper has a kernel for it, whose warpgroups hold what they need in registers."""
+    rows = [Row(**row) for row in build.rows(Entry("sm_90a", matrix.LATENT, "bfloat16", "decode_some"))]
+    (row,) = [row for row in rows if row.kernel == "latent_kernel"]
+    assert (row.backend, row.broken, row.tiles) == ("hopper", [], (64, 32, 12, 6))
+    assert row.products == {"wgmma": 40}
+
+
 @pytest.mark.parametrize(
     ("target", "registers", "shared", "waves", "expected"),
     [

@@ -16,8 +16,8 @@ def add_bench(commands: Any) -> None:
         "suites",
         nargs="*",
         metavar="suite",
-        help="dense, masks, memory, error, on a GPU also grid, grid_error, portable, functions, packed, sparsity, decode "
-        "(default: all); report; paper, published speed-ups measured again; or scaling, a cost model of context "
+        help="dense, masks, memory, error, on a GPU also grid, grid_error, portable, functions, packed, sparsity, "
+        "decode (default: all); report; paper, published speed-ups measured again; or scaling, a cost model of context "
         "parallelism",
     )
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")

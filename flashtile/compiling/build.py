@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from flashtile.autograd import wanted_of
 from flashtile.backends import hopper, portable
+from flashtile.backends.hopper import cached as hopper_cached
 from flashtile.backends.hopper import launch as hopper_launch
 from flashtile.backends.portable import cached as portable_cached
 from flashtile.backends.portable import launch as portable_launch
@@ -92,6 +93,10 @@ def _cached(entry: Entry) -> list[Row]:
     problem = describe_cached(call.inputs, call.cache, call.options, call.interleaved, call.splits)
     config = portable.configure_decoding(problem, target.family)
     portable_cached.decode(call.inputs, call.cache, problem, config, _portable_machine(entry, found))
+    there = replace(problem, device=hopper.DEVICE)
+    if entry.target == "sm_90a" and hopper.refuses_latent(there) is None:
+        config = hopper.configure_latent(there)
+        hopper_cached.decode(call.inputs, call.cache, problem, config, _compiling(entry, config.tiles.chosen(), found))
     return found
 
 
@@ -107,7 +112,7 @@ def _eight(entry: Entry) -> list[Row]:
     portable_launch.forward(inputs, problem, config, _portable_machine(entry, found), eight=how)
     if entry.target == "sm_90a" and hopper.refuses(replace(problem, device=hopper.DEVICE)) is None:
         for tiles in hopper.configs(problem):
-            hopper_launch.forward(inputs, problem, tiles, _compiling(entry, tiles, found))
+            hopper_launch.forward(inputs, problem, tiles, _compiling(entry, _tiles(tiles), found))
     return found
 
 
@@ -146,19 +151,25 @@ def _hopper(entry: Entry) -> list[Row]:
             continue
         if backward:
             config: Any = hopper.configure(problem)
-            hopper_launch.backward(inputs, problem, config, out, lse, out, None, _compiling(entry, config, found))
+            hopper_launch.backward(
+                inputs, problem, config, out, lse, out, None, _compiling(entry, _tiles(config), found)
+            )
             continue
         for config in hopper.configs(problem):
-            hopper_launch.forward(inputs, problem, config, _compiling(entry, config, found))
+            hopper_launch.forward(inputs, problem, config, _compiling(entry, _tiles(config), found))
     return found
 
 
-def _compiling(entry: Entry, config: Any, found: list[Row]) -> hopper_launch.Machine:
+def _tiles(config: Any) -> tuple[int, ...]:
+    """Of a row of the Hopper backend's tables."""
+    return config.tile_q, config.tile_kv, 4 * config.consumers, config.stages
+
+
+def _compiling(entry: Entry, tiles: tuple[int, ...], found: list[Row]) -> hopper_launch.Machine:
     """A machine that compiles what it is to launch, and adds a row."""
 
     def compile_instead(kernel: Any, programs: int, arguments: Any, options: dict[str, Any]) -> None:
         given = {parameter.name: value for parameter, value in zip(kernel.params, arguments, strict=True)}
-        tiles = (config.tile_q, config.tile_kv, 4 * config.consumers, config.stages)
         row = _named(entry, "hopper", kernel, tiles)
         row.spills_allowed = hopper_tables.spills_allowed(row.kernel, row.headdim, row.variant)
         _measure(row, kernel, given, options)

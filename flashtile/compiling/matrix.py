@@ -54,7 +54,7 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 """Name -> the options of a call; `varlen` is a packed one."""
 
-OWN_KERNELS = {"deterministic": "sm_90a"}
+OWN_KERNELS = {"deterministic": "sm_90a", "decode_some": "sm_90a"}
 """Variants that have kernels of their own on one target alone."""
 
 
@@ -66,6 +66,7 @@ CACHED: dict[str, tuple[int, dict[str, Any]]] = {
     "decode_fp8": (1, {"paged": True, "stored": torch.float8_e4m3fn}),
     "decode_int8": (1, {"paged": True, "stored": torch.int8}),
     "decode_int4": (1, {"paged": True, "stored": torch.uint8}),
+    "decode_some": (8, {"paged": True}),
     "decode_many": (64, {"paged": True, "softcap": 20.0, "window": (100, 0), "rotary": True}),
 }
 """Name -> queries of a sequence and options of a call over a KV cache."""

@@ -69,8 +69,8 @@ LATENT = Tiles(64, 32, 12, 6)
 """Of Hopper's kernel for latent attention with more rows than those of 16 bits serve; `stages` counts slots for tiles
 of keys, six of which fill shared memory."""
 
-LATENT_LEAST = 33
-"""Rows of queries from which on that kernel is taken."""
+LATENT_LEAST: int | None = 33
+"""Rows of queries from which on that kernel is taken; None: it is not, and the portable one runs."""
 
 LATENT_COUNTED = 128
 """Keys that count as a tile where parts are chosen for it."""

@@ -8,6 +8,7 @@ import torch
 
 from flashtile import State, decoding, plan
 from flashtile.decoding import CacheArguments
+from flashtile.tuning import decoding as tables
 from tests import caches
 from tests.caches import FP8, LATENT, CacheCase
 from tests.emulated.hopper import emulated
@@ -35,9 +36,13 @@ def _run(case: CacheCase, dtype: torch.dtype, schedule: dict[str, Any], splits: 
     return found[0]
 
 
-@pytest.mark.parametrize("case", LATENT, ids=str)
-def test_matches_reference(case: CacheCase) -> None:
-    _run(case, torch.bfloat16, SWEEP[0], 2)
+@pytest.mark.parametrize(
+    ("case", "splits"),
+    [(LATENT[0], 1), (LATENT[1], 2), pytest.param(LATENT[2], 1, marks=pytest.mark.newest_triton)],
+    ids=str,
+)
+def test_matches_reference(case: CacheCase, splits: int) -> None:
+    _run(case, torch.bfloat16, SWEEP[0], splits)
 
 
 SHORT = replace(LATENT[0], name="short", heads=40, lengths=(250, 40), capacity=256)
@@ -54,6 +59,13 @@ def test_every_schedule_gives_the_same_bits(schedule: int) -> None:
 _first: dict[str, State] = {}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_warpgroups_may_be_late(seed: int) -> None:
+    """Parts of one or two tiles, whose last turn comes at once."""
+    case = replace(SHORT, name="two", lengths=(40, 20))
+    _run(case, torch.float16, {"async_mode": "random", "order": "random", "seed": seed, "interleave": 2}, 1)
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -62,7 +74,7 @@ _first: dict[str, State] = {}
         (replace(LATENT[1], leftpad=(1, 0, 0)), "in pages it has no left padding"),
         (replace(LATENT[0], sinks=True), "no sinks"),
         (replace(LATENT[0], window=(3, 0)), "no window to the left"),
-        (replace(LATENT[0], heads=32), "below 33 rows"),
+        (replace(LATENT[0], heads=32), "33 rows of queries or more"),
         (replace(LATENT[0], latent=False), "first 512 of 576 columns"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -70,6 +82,12 @@ _first: dict[str, State] = {}
 def test_refuses(case: CacheCase, reason: str) -> None:
     with emulated(SWEEP[0]), pytest.raises(NotImplementedError, match=reason):
         _plan(case, backend="hopper")
+
+
+def test_it_can_be_left_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "LATENT_LEAST", None)
+    with emulated(SWEEP[0]), pytest.raises(NotImplementedError, match="tuning table"):
+        _plan(LATENT[0], backend="hopper")
 
 
 def test_equal_bits_in_any_pages_are_another_kernels() -> None:

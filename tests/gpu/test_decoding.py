@@ -1,5 +1,7 @@
 """Calls over a KV cache on a GPU: every case, graphs replayed with other lengths, large caches, no waiting."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -37,26 +39,14 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", LATENT, ids=str)
-def test_latent_attention_on_hopper(case: CacheCase, dtype: torch.dtype) -> None:
-    for splits in (None, 1, 3):
-        call = caches.make(case, dtype, "cuda")
-        chosen = _plan(call, num_splits=splits)
-        assert (chosen.backend, chosen.kernel) == ("hopper", "latent")
-        for _ in range(3):
-            # The launches are played from a tape the third time.
-            caches.check(call.copy(), num_splits=splits)
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs a Hopper")
-@pytest.mark.parametrize("page", [0, 64])
-def test_latent_attention_in_real_shapes(page: int) -> None:
-    many = replace(LATENT[0], name=f"latent_{page}", heads=128, lengths=(1, 4097, 2222, 0), capacity=4160, page=page)
-    call = caches.make(many, torch.bfloat16, "cuda")
-    chosen = _plan(call)
-    assert (chosen.backend, chosen.config.splits > 1) == ("hopper", True)
-    caches.check(call)
+@pytest.mark.parametrize("case", [*map(str, LATENT), "real", "real_pages"])
+def test_latent_attention_on_hopper(case: str) -> None:
+    """In a process of its own: warpgroups that wait for each other for ever end with it."""
+    told = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.latent", case], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    assert told.stdout.split() == ["ran", case]
 
 
 @pytest.mark.parametrize("headdim", [64, 128, 256])

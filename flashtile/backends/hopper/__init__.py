@@ -83,7 +83,8 @@ def refuses_latent(problem: Problem) -> str | None:
         ("sinks" in problem.modified, "it has no sinks"),
         (window.left is not None, "it has no window to the left"),
         (problem.batch_invariant, "it takes not all pages, and equal bits in all of them are wanted"),
-        (problem.seqlen_q * problem.heads < few, f"below {few} rows of queries the portable kernel reads as fast"),
+        (few is None, "the tuning table leaves these calls to the portable kernel"),
+        (problem.seqlen_q * problem.heads < (few or 0), f"it takes {few} rows of queries or more"),
         (problem.scale <= 0, "its scale must be positive"),
         (0 in (problem.batch, problem.seqlen_kv), "it takes no empty tensors"),
     )
