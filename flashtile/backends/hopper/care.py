@@ -106,7 +106,8 @@ def careful_output(
                 b_scores, True, o_query[:, None], o_key[None, :], place, rules, META, SCORE, MASK, "always"
             )
             factor = factor_of(rules, unit, META)
-            b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, True, 0)
+            b_top = gl.max(b_scores, 1)
+            b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_top, b_max, b_sum, factor, True, 0)
             b_left = gl.convert_layout((b_weights * values).to(b_q.dtype), LEFT)
             b_out = mma_v2(b_left, load_values(v, place, i_key, m_tile, META), b_out * b_rescale[:, None])
     return b_out / gl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
