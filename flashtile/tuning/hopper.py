@@ -10,7 +10,8 @@ class HopperConfig(NamedTuple):
     shared_o: the output leaves through the memory of its queries, which makes room for larger tiles, but the next
     queries must wait for it. turns: the warpgroups start their products one after the other, so that the exponentials
     of one run under the products of the others. section: heads whose tiles are handed out together, heaviest first, so
-    that they share the L2 cache.
+    that they share the L2 cache. query_stages: query tiles in flight, not with `shared_o`. foreseen: a step takes the
+    maxima of its scores before it is known whether they need the mask, and again if they do.
     """
 
     consumers: int
@@ -19,6 +20,8 @@ class HopperConfig(NamedTuple):
     shared_o: bool = False
     turns: bool = False
     section: int = 16
+    query_stages: int = 1
+    foreseen: bool = False
 
     @property
     def tile_q(self) -> int:
@@ -34,20 +37,29 @@ class Row(NamedTuple):
 
 
 _TWO = HopperConfig(consumers=2, tile_kv=128, stages=3)
+_SHORT = _TWO._replace(query_stages=2)
 _THREE = HopperConfig(consumers=3, tile_kv=128, stages=2, turns=True)
-_WIDE = (
-    Row(128, None, HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)),
-    Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)),
-)
+_128 = HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)
+_256 = HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)
 
 _EIGHT_TWO = HopperConfig(consumers=2, tile_kv=128, stages=4)
 _EIGHT_THREE = HopperConfig(consumers=3, tile_kv=128, stages=4, turns=True)
 _EIGHT_WIDE = (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=128, stages=2)))
 
 FORWARD: dict[str, tuple[Row, ...]] = {
-    "full": (Row(64, 1024, _TWO), Row(64, None, _THREE), *_WIDE),
-    "window": (Row(64, 2048, _TWO), Row(64, None, _THREE), *_WIDE),
-    "cut": (Row(64, None, _TWO), *_WIDE),
+    "full": (
+        Row(64, 1024, _SHORT),
+        Row(64, None, _THREE),
+        Row(128, None, _128._replace(query_stages=2)),
+        Row(256, None, _256),
+    ),
+    "window": (
+        Row(64, 2048, _SHORT),
+        Row(64, None, _THREE),
+        Row(128, None, _128._replace(foreseen=True)),
+        Row(256, None, _256._replace(foreseen=True)),
+    ),
+    "cut": (Row(64, None, _TWO), Row(128, None, _128), Row(256, None, _256)),
     "dropout": (
         Row(64, None, _TWO),
         Row(128, None, HopperConfig(consumers=2, tile_kv=64, stages=4, section=32)),

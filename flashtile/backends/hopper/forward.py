@@ -17,7 +17,7 @@ from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store, tma_store_wait
 from flashtile.backends.hopper.dropped import kept_at, only_kept
 from flashtile.backends.hopper.eight import factor_of, packed, query_unit, units_of, unpacked
-from flashtile.backends.hopper.loading import loader
+from flashtile.backends.hopper.loading import loader, query_slot
 from flashtile.backends.hopper.memory import new_barriers, pass_turn, store_rows, take_turn
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
@@ -118,12 +118,21 @@ def step(
     b_kept = kept_at(rules, place, first, i_tile * META.tile_kv, META.tile_kv, False)
     b_scores = warpgroup_mma_wait(1, [score_token])
     MASKED: gl.constexpr = META.asked
+    # A branch lets ptxas wait for the other product as soon as it is passed, so the maxima come first.
+    FORESEEN: gl.constexpr = META.foreseen and MASKED == "edges" and not META.modified
+    if FORESEEN:
+        b_top = gl.max(b_scores, 1)
     b_scores, _valid, _capped, _plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, rules, unit, META, SCORE, MASK, MASKED
     )
+    if FORESEEN:
+        if m_edge:
+            b_top = gl.max(b_scores, 1)
+    else:
+        b_top = gl.max(b_scores, 1)
     GUARDED: gl.constexpr = MASKED != "never" or META.modified
     factor = factor_of(rules, unit, META)
-    b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, GUARDED, META.lift)
+    b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_top, b_max, b_sum, factor, GUARDED, META.lift)
     b_new = only_kept(b_new, b_kept)
     if META.scaled == "block":
         b_rescale = b_rescale * change
@@ -159,7 +168,8 @@ def first_step(
     )
     b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, scores), META.lift)
     factor = factor_of(rules, unit, META)
-    b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_max, b_sum, factor, True, META.lift)
+    b_top = gl.max(b_scores, 1)
+    b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_top, b_max, b_sum, factor, True, META.lift)
     b_weights = narrowed(only_kept(b_new, b_kept), k_smem.dtype, META)
     return b_weights, gl.zeros([ROWS, BLOCK_DV], gl.float32, output), b_max, b_sum
 
@@ -227,13 +237,14 @@ def consumer(
     while place.batch >= 0:
         first = place.tile * META.tile_q + I_GROUP * ROWS
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
-        mbarrier.wait(q_full.index(I_GROUP), turn & 1)
+        slot = query_slot(turn, I_GROUP, META)
+        mbarrier.wait(q_full.index(slot), (turn // META.query_stages) & 1)
         b_weights, b_out, b_max, b_sum, value_unit, count = walk_keys(
-            place, counts, o_query, first, count, (q_smem.index(I_GROUP), k_smem, v_smem, o_smem), barriers, rules,
+            place, counts, o_query, first, count, (q_smem.index(slot), k_smem, v_smem, o_smem), barriers, rules,
             visits, sinks, scales, META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
         if not META.shared_o:
-            mbarrier.arrive(q_empty.index(I_GROUP), count=1)
+            mbarrier.arrive(q_empty.index(slot), count=1)
         token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
         m_empty = b_sum == 0.0
         b_lse = gl.where(m_empty, float("-inf"), (b_max + (gl.log2(b_sum) - META.lift)) * LN2)
@@ -250,7 +261,7 @@ def consumer(
         store_tile(descriptors[3], out, o_smem.index(I_GROUP), b_out, place, first, META.headdim_v, META)
         if META.shared_o:
             tma_store_wait(0)
-            mbarrier.arrive(q_empty.index(I_GROUP), count=1)
+            mbarrier.arrive(q_empty.index(slot), count=1)
         turn += 1
         place, counts = hear(mailbox, size, turn, META)
     if META.turns:
@@ -337,7 +348,8 @@ def forward_kernel(
     BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_D], q_desc.layout)
+    QUERIES: gl.constexpr = CONSUMERS * META.query_stages
+    q_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, ROWS, 1, BLOCK_D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_D], k_desc.layout)
     if META.eight:
         v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_DV, TILE_KV], v_desc.layout)
@@ -346,8 +358,8 @@ def forward_kernel(
     o_smem = q_smem
     if not META.shared_o:
         o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_DV], o_desc.layout)
-    q_full = new_barriers(CONSUMERS, 1)
-    q_empty = new_barriers(CONSUMERS, 1)
+    q_full = new_barriers(QUERIES, 1)
+    q_empty = new_barriers(QUERIES, 1)
     k_full = new_barriers(STAGES, 1)
     v_full = new_barriers(STAGES, 1)
     empty = new_barriers(STAGES, CONSUMERS)

@@ -88,18 +88,26 @@ def wait_for_slot(empty, count, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def query_slot(turn, i_group, META: gl.constexpr):
+    """Where a warpgroup's 64 rows of the turn-th query tile lie."""
+    return turn % META.query_stages * META.consumers + i_group
+
+
+@gluon.jit
 def load_queries(descriptors, memory, barriers, place, turn, META: gl.constexpr):
     """The query tile, 64 rows for each math warpgroup; for dQ also the gradients of its outputs."""
+    STAGES: gl.constexpr = META.query_stages
     CONSUMERS: gl.constexpr = META.consumers
     q_desc = descriptors[0]
     q_full, q_empty = barriers[0], barriers[1]
     for i in gl.static_range(CONSUMERS):
-        full = q_full.index(i)
+        slot = query_slot(turn, i, META)
+        full = q_full.index(slot)
         where = [place.batch * META.dense, place.first_q + place.tile * META.tile_q + i * ROWS, place.head, 0]
-        mbarrier.wait(q_empty.index(i), (turn & 1) ^ 1)
+        mbarrier.wait(q_empty.index(slot), ((turn // STAGES) & 1) ^ 1)
         if META.for_dq:
             mbarrier.expect(full, q_desc.block_type.nbytes + descriptors[4].block_type.nbytes)
-            tma_load(descriptors[4], where, full, memory[4].index(i))
+            tma_load(descriptors[4], where, full, memory[4].index(slot))
         else:
             mbarrier.expect(full, q_desc.block_type.nbytes)
-        tma_load(q_desc, where, full, memory[0].index(i))
+        tma_load(q_desc, where, full, memory[0].index(slot))

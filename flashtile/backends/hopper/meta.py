@@ -21,9 +21,9 @@ class Meta:
     sections: tiles of several heads are handed out together.
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
     shared_o: the output leaves through the memory of its queries. turns: warpgroups start their products one after the
-    other. guarded: what a mask hides may hold NaN, or have no finite gradient. careful: what lies beside what is seen
-    may hold NaN. collects: this kernel adds gradients of captured tensors. slope_gradient: and this one gives those of
-    ALiBi's slopes.
+    other. query_stages, foreseen: see `HopperConfig`. guarded: what a mask hides may hold NaN, or have no finite
+    gradient. careful: what lies beside what is seen may hold NaN. collects: this kernel adds gradients of captured
+    tensors. slope_gradient: and this one gives those of ALiBi's slopes.
     adds: the kernel of keys adds up dQ. for_dq: this is the kernel of dQ alone. split: two warpgroups share 64 keys.
     stages_v: slots for values, where they are not as many as those for keys.
     eight: inputs have 8 bits; scaled: which rows of them share a scale, see `Problem`; lift: see `softmax`.
@@ -54,6 +54,8 @@ class Meta:
     packed: bool
     shared_o: bool
     turns: bool
+    query_stages: int
+    foreseen: bool
     guarded: bool
     careful: bool
     collects: bool
@@ -113,6 +115,8 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         and config.shared_o
         and block(problem.headdim) == block(problem.headdim_v),
         turns=isinstance(config, HopperConfig) and config.turns,
+        query_stages=config.query_stages if isinstance(config, HopperConfig) else 1,
+        foreseen=isinstance(config, HopperConfig) and config.foreseen,
         guarded=bool(rest) or bool(problem.score_mod),
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score) and (adds or for_dq),

@@ -23,12 +23,13 @@ def before_any_key(sinks, i_head, layout: gl.constexpr, LIFT: gl.constexpr):
 
 
 @gluon.jit
-def online_softmax(b_scores, b_max, b_sum, factor, MASKED: gl.constexpr, LIFT: gl.constexpr):
+def online_softmax(b_scores, b_top, b_max, b_sum, factor, MASKED: gl.constexpr, LIFT: gl.constexpr):
     """(weights, raised maximum, new sum, what older sums are multiplied with); maxima in base 2, -inf: nothing seen.
 
-    LIFT: weights and sums are 2^LIFT times what they stand for, where 8 bits hold few small numbers.
+    b_top: the rows' maxima of `b_scores`. LIFT: weights and sums are 2^LIFT times what they stand for, where 8 bits
+    hold few small numbers.
     """
-    b_raised = gl.maximum(b_max, gl.max(b_scores, 1) * factor)
+    b_raised = gl.maximum(b_max, b_top * factor)
     b_base = b_raised
     if MASKED:
         # A row that has seen nothing: -inf less -inf would be NaN.
