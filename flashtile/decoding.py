@@ -66,6 +66,8 @@ class Call(NamedTuple):
     def plan(self) -> Plan:
         """What runs."""
         problem = describe_cached(self.inputs, self.cache, self.options, self.interleaved, self.splits)
+        if problem.cached is not None:
+            check.apart(problem.cached.latent, problem.cached.rotary)
         return plan.choose(problem, self.options.backend)
 
 

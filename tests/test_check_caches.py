@@ -41,6 +41,7 @@ def _call(**changes: Any) -> None:
 
 TABLE = torch.tensor([[0, 2, 4], [6, 1, 3]])
 COS = torch.randn(48, 4)
+SHARED = torch.randn(2, 48, 2, 8)
 EIGHT: dict[str, Any] = {
     "k_cache": torch.zeros(2, 48, 2, 8).to(torch.int8),
     "v_cache": torch.zeros(2, 48, 2, 6).to(torch.int8),
@@ -116,6 +117,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"rotary_cos": COS, "rotary_sin": COS, "k": None, "v": None},
         ValueError,
         "rotary_cos: got one without new keys, need k and v",
+    ),
+    (
+        {"rotary_cos": COS, "rotary_sin": COS, "k_cache": SHARED, "v_cache": SHARED[..., :6]},
+        ValueError,
+        "rotary_cos: got one beside a v_cache that is part of k_cache, need None",
     ),
     ({"rotary_cos": COS, "rotary_sin": COS.half()}, ValueError, "rotary_sin: got torch.float16 of shape"),
     ({"rotary_cos": COS, "rotary_sin": COS.int()}, TypeError, "rotary_sin: got torch.int32, need a floating-point"),

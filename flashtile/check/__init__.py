@@ -6,6 +6,7 @@ that it runs inside the operator; all of it may be traced by torch.compile.
 
 from flashtile.check.caches import (
     OutOfPages,
+    apart,
     cache,
     cache_values,
     combined,
@@ -64,6 +65,7 @@ __all__ = [
     "OutOfPages",
     "alibi_slopes",
     "alignment",
+    "apart",
     "backend",
     "bias",
     "block_mask",

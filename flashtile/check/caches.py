@@ -198,6 +198,15 @@ def rotary(cos: Any, sin: Any, q: Tensor, appended: int, positions: int, beyond:
         )
 
 
+def apart(latent: bool, rotary: int) -> None:
+    """Values that lie among the columns of keys that turn."""
+    if latent and rotary:
+        raise ValueError(
+            "rotary_cos: got one beside a v_cache that is part of k_cache, need None, for new values do not turn with "
+            "their keys; try turning q and k before the call"
+        )
+
+
 def num_splits(value: Any, batch_invariant: bool) -> None:
     if value is None:
         return
