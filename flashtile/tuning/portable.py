@@ -185,6 +185,7 @@ SPILLS: dict[tuple[str, str, int], int] = {
     ("ampere", "query_kernel", 128): 10,
     ("ampere", "key_kernel", 128): 10,
     ("ampere", "decode_kernel", 576): 50,
+    ("cdna", "decode_kernel", 576): 160,  # for 64 queries
     # Numbers of 8 bits, made 16 a tile of 512 columns at a time, on gfx1100.
     ("rdna", "decode_kernel", 576): 140,
 }
