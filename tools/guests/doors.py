@@ -116,8 +116,7 @@ def _pytorch() -> None:
 
 
 def _diffusers() -> None:
-    """The dispatcher's default is flashtile's, and what calls PyTorch's function goes there too; tests of backends
-    get flashtile's in the place of those that they name."""
+    """The dispatcher's default is flashtile's, and tests of backends get it in the place of those that they name."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     import flashtile.integrations.diffusers  # noqa: F401
@@ -125,7 +124,6 @@ def _diffusers() -> None:
     ours = AttentionBackendName("flashtile")
     _AttentionBackendRegistry.set_active_backend(ours)
     PARAMETERS["backend"] = [ours]
-    _Replacing().__enter__()
 
 
 def _evoformer() -> None:

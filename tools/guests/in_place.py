@@ -31,11 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Before any test module is imported: many look at their import for what is installed."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Before anything of the library is imported: many look at their import for what is installed, and some libraries'
+    conftest puts the checkout before the installed version."""
     for name in ("kernel", "decoder"):
         setattr(flashtile.plan, name, _counting(getattr(flashtile.plan, name)))
-    doors.DOORS[config.getoption("--door")]()
+    doors.DOORS[early_config.known_args_namespace.door]()
 
 
 def _counting(choose: Callable[[Any], Any]) -> Callable[[Any], Any]:
