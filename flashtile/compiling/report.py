@@ -1,6 +1,7 @@
 """All entries, compiled side by side, as a table or JSON."""
 
 import importlib.metadata
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,17 @@ of them that accumulate, a wave's own; waves: on a SIMD unit at a time, or warps
 
 
 def compiled(entries: Sequence[Entry], note: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of all entries; processes share the work, as Triton compiles on one core."""
+    """The rows of all entries; processes share the work, as Triton compiles on one core.
+
+    Each target has its own processes: Triton 3.6 converts 8-bit floats for all GPUs as for the first one that it met.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(entries), os.cpu_count() or 1), mp_context=context) as pool:
-        for entry, found in zip(entries, pool.map(build.rows, entries), strict=True):
-            note(f"{entry.target} headdim {entry.headdim} {entry.variant}")
-            yield from (Row(**row) for row in found)
+    for _target, group in itertools.groupby(entries, lambda entry: entry.target):
+        alike = list(group)
+        with ProcessPoolExecutor(min(len(alike), os.cpu_count() or 1), mp_context=context) as pool:
+            for entry, found in zip(alike, pool.map(build.rows, alike), strict=True):
+                note(f"{entry.target} headdim {entry.headdim} {entry.variant}")
+                yield from (Row(**row) for row in found)
 
 
 def record(rows: Sequence[Row]) -> dict[str, Any]:

@@ -184,7 +184,8 @@ def scores(descriptors, memory, barriers, lse, call, META: gl.constexpr, EARLY: 
         b_scores, _valid, _capped, _plain = ruled(
             b_scores, m_edge, o_query[:, None], o_key[None, :], place, rules, META, None, None, "edges"
         )
-        b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, True, 0)
+        b_top = gl.max(b_scores, 1)
+        b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_top, b_max, b_sum, rules.factor, True, 0)
         weights_in(memory[1], slot, META).store(b_weights.to(memory[1].dtype))
         hand_over(b_rescale, i_step, memory, barriers, META)
     # Nobody may be two turns of `go` behind.
