@@ -1,9 +1,14 @@
 """Room in what is remembered, where threads share it."""
 
-from collections.abc import Iterable
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+_T = TypeVar("_T")
+Made = dict[Any, tuple[list[weakref.ref[Tensor]], Any]]
+"""What was made of tensors, and of which."""
 
 
 def make_room(known: dict[Any, Any], most: int) -> None:
@@ -29,3 +34,29 @@ def marks(tensors: Iterable[Tensor | None]) -> tuple[Any, ...] | None:
         else:
             found.append((id(tensor), tensor._version))
     return tuple(found)
+
+
+def remembered(known: Made, what: Any, tensors: Sequence[Tensor], make: Callable[[], _T], most: int) -> _T:
+    """`make()`, or what it made before of the same tensors, unchanged since; forgotten once one of them is gone, or
+    there are `most` others. Tensors that do not count how often they are written to are never known again."""
+    marked = marks(tensors)
+    if marked is None:
+        return make()
+    key = (what, marked)
+    found = known.get(key)
+    if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], tensors, strict=True)):
+        found = [weakref.ref(tensor, _Forget(known, key)) for tensor in tensors], make()
+        make_room(known, most)
+        known[key] = found
+    made: _T = found[1]
+    return made
+
+
+class _Forget:
+    """Drops what was made of a tensor once that is gone. Holds the memory: the module may be gone too, at the end."""
+
+    def __init__(self, known: Made, key: Any) -> None:
+        self.known, self.key = known, key
+
+    def __call__(self, _: Any) -> None:
+        self.known.pop(self.key, None)

@@ -9,7 +9,6 @@ i + seqlen_kv - seqlen_q, so that the last query sees the last key; `"top_left"`
 """
 
 import json
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashtile import check
-from flashtile.forgetting import marks
+from flashtile.forgetting import Made, remembered
 from flashtile.queues import capturing, queue
 from flashtile.spans import FULL, PARTIAL
 
@@ -138,7 +137,8 @@ def from_block_mask(block_mask: Any) -> Mask:
     return block(_state_of(block_mask), tuple(block_mask.BLOCK_SIZE), custom(block_mask.mask_mod))
 
 
-_states: dict[Any, tuple[list[weakref.ref[Tensor]], Tensor]] = {}
+_states: Made = {}
+_KEPT = 256
 
 
 def _state_of(block_mask: Any) -> Tensor:
@@ -147,16 +147,9 @@ def _state_of(block_mask: Any) -> Tensor:
     lists = (count, block_mask.kv_indices, block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     if torch.compiler.is_compiling() or type(count) is not Tensor or capturing(count.device):
         return _state(*lists)
-    marked = marks(lists)
-    if marked is None:
-        return _state(*lists)
     there = [tensor for tensor in lists if tensor is not None]
-    key = (queue(count.device), marked)
-    known = _states.get(key)
-    if known is None or any(ref() is not tensor for ref, tensor in zip(known[0], there, strict=True)):
-        known = [weakref.ref(tensor, lambda _: _states.pop(key, None)) for tensor in there], _state(*lists)
-        _states[key] = known
-    return known[1]
+    what = (queue(count.device), tuple(tensor is None for tensor in lists))
+    return remembered(_states, what, there, lambda: _state(*lists), _KEPT)
 
 
 def _state(count: Tensor, indices: Tensor, full_count: Tensor | None, full_indices: Tensor | None) -> Tensor:

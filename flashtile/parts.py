@@ -6,11 +6,10 @@ themselves and only need to be added up. `flashtile.distributed` runs on this; i
 """
 
 import importlib.util
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,9 @@ from flashtile import autograd, check, cut, recall, scores
 from flashtile.backends import Gradients
 from flashtile.check import packing_complete
 from flashtile.check import sharding as check_sharding
+from flashtile.contents import fingerprint
 from flashtile.cut import Part, Tables
+from flashtile.forgetting import Made, remembered
 from flashtile.masks import Mask
 from flashtile.problem import Inputs, Options, Wanted, describe
 from flashtile.recall import attention
@@ -27,8 +28,8 @@ from flashtile.request import Arguments, Packing
 from flashtile.scores import Grads
 
 _calls: dict[Any, autograd.Call] = {}
-_made: dict[Any, tuple[list[weakref.ref[Tensor]], Any]] = {}
-_T = TypeVar("_T")
+_made: Made = {}
+_KEPT = 4096
 
 __all__ = [
     "Arguments",
@@ -43,6 +44,7 @@ __all__ = [
     "Wanted",
     "Whole",
     "attention",
+    "fingerprint",
     "packing_complete",
 ]
 
@@ -131,7 +133,7 @@ def _tables(inputs: Inputs, lengths: tuple[int, int]) -> Tables:
     used = (inputs.seqused_q, inputs.seqused_k)
     tensors = [tensor for tensor in (queries, keys, *used) if tensor is not None]
     what = ("tables", lengths, tuple(tensor is None for tensor in used))
-    return _remembered(what, tensors, lambda: cut.tables(queries, keys, used, lengths))
+    return remembered(_made, what, tensors, lambda: cut.tables(queries, keys, used, lengths), _KEPT)
 
 
 def _same_sequences(inputs: Inputs) -> bool:
@@ -175,69 +177,11 @@ def mask_of(whole: Whole, part: Part) -> Mask | None:
     given, device, tables = Mask(whole.options.mask, whole.inputs.mask), whole.inputs.q.device, whole.tables
     if cut.same_for_all_heads(given.token):
         part = replace(part, head=0, heads=None)
+    what = ("mask" if tables is None else "packed", given.token, part, device)
     if tables is None:
-        return _remembered(("mask", given.token, part, device), given.tensors, lambda: cut.mask(given, part, device))
+        return remembered(_made, what, given.tensors, lambda: cut.mask(given, part, device), _KEPT)
     tensors = (*given.tensors, *vars(tables).values())
-    return _remembered(
-        ("packed", given.token, part, device), tensors, lambda: cut.packed_mask(given, tables, part, device)
-    )
-
-
-def _remembered(what: Any, tensors: Sequence[Tensor], make: Callable[[], _T]) -> _T:
-    """`make()`, or what it made before of the same tensors, unchanged since."""
-    key = (what, tuple((id(tensor), tensor._version) for tensor in tensors))
-    found = _made.get(key)
-    if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], tensors, strict=True)):
-        found = [weakref.ref(tensor, _Forget(key)) for tensor in tensors], make()
-        recall.keep(_made, key, found)
-    made: _T = found[1]
-    return made
-
-
-def fingerprint(inputs: Inputs) -> int:
-    """A number that differs where the contents of a mask's tensors of whole numbers, or where sequences lie, differ.
-
-    On a GPU it is read once a tensor, for that waits for the device; never while a graph is captured.
-    """
-    given = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k, *inputs.mask)
-    tensors = [each for each in given if each is not None and not each.is_floating_point()]
-    if not tensors or tensors[0].is_meta:
-        return 0
-    if not tensors[0].is_cuda:
-        return _fingerprint(tensors)
-    if torch.cuda.is_current_stream_capturing():
-        return 0
-    # Masks are often views that a call makes of the user's tensor.
-    owners = [tensor if tensor._base is None else tensor._base for tensor in tensors]
-    views = tuple((tensor.storage_offset(), tensor.shape, tensor.stride()) for tensor in tensors)
-    return _remembered(("contents", views), owners, lambda: _fingerprint(tensors))
-
-
-_PIECE = 2**22
-_ODD = 0x1E3779B97F4A7C15
-"""A multiplier that spreads places over 64 bits (Knuth 1997, section 6.4)."""
-
-
-def _fingerprint(tensors: Sequence[Tensor]) -> int:
-    """Sums of numbers, each times a number that belongs to its place, modulo 2^64."""
-    found = 0
-    for tensor in tensors:
-        numbers = tensor.detach().reshape(-1)
-        for first in range(0, len(numbers), _PIECE):
-            piece = numbers[first : first + _PIECE].to(torch.int64)
-            places = torch.arange(first + 1, first + 1 + len(piece), device=piece.device)
-            found = (31 * found + int(((piece + 1) * (places * _ODD | 1)).sum())) % 2**64
-    return found
-
-
-class _Forget:
-    """Drops what was made of a tensor once that is gone. Holds the memory: the module may be gone too, at the end."""
-
-    def __init__(self, key: Any) -> None:
-        self.memory, self.key = _made, key
-
-    def __call__(self, _: Any) -> None:
-        self.memory.pop(self.key, None)
+    return remembered(_made, what, tensors, lambda: cut.packed_mask(given, tables, part, device), _KEPT)
 
 
 def local(whole: Whole, part: Part, mask: Mask, qkv: Sequence[Tensor]) -> Local:

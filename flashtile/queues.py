@@ -19,9 +19,10 @@ def queue(device: torch.device) -> Any:
     return (device, torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else device
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched now is not run, but written into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device | None = None) -> bool:
+    """Whether what is launched now (None: on the current GPU) is not run, but written into a CUDA graph."""
+    asked = torch.cuda.is_initialized() if device is None else device.type == "cuda"
+    return asked and torch.cuda.is_current_stream_capturing()
 
 
 def counter(device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ class _Driver:
 def test_the_mode_is_relaxed_for_a_while(monkeypatch: pytest.MonkeyPatch, captured: bool) -> None:
     driver = _Driver()
     monkeypatch.setattr(capture, "driver", lambda: driver)
-    monkeypatch.setattr(capture, "under_way", lambda: captured)
+    monkeypatch.setattr(capture, "capturing", lambda: captured)
 
     def load() -> None:
         with capture.relaxed():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flashtile
 from flashtile import masks, plan, recall, trace
-from flashtile.forgetting import make_room, marks
+from flashtile.forgetting import Made, make_room, marks, remembered
 
 
 def test_the_oldest_go_first() -> None:
@@ -31,6 +31,27 @@ def test_what_was_written_to_has_another_mark() -> None:
     with torch.inference_mode():
         assert marks((a, torch.zeros(3))) is None
         assert marks((a, b)) == marks((a, b))
+
+
+def test_what_was_made_of_tensors_lives_as_long_as_they_are_the_same() -> None:
+    known: Made = {}
+    a, b = torch.zeros(3), torch.zeros(3)
+
+    def made(*tensors: Tensor) -> object:
+        return remembered(known, "sum", tensors, object, 2)
+
+    first = made(a, b)
+    assert made(a, b) is first
+    assert made(b, a) is not first
+    a += 1
+    assert made(a, b) is not first
+    assert len(known) == 2, "the oldest has made room"
+    del b
+    assert known == {}
+    with torch.inference_mode():
+        unmarked = torch.zeros(3)
+    assert made(unmarked) is not made(unmarked)
+    assert known == {}
 
 
 def test_threads_that_add_and_remove() -> None:

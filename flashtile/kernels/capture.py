@@ -12,14 +12,10 @@ from contextlib import contextmanager
 import torch
 
 from flashtile.kernels.direct import driver
+from flashtile.queues import capturing
 
 _RELAXED = 2
 """CU_STREAM_CAPTURE_MODE_RELAXED."""
-
-
-def under_way() -> bool:
-    """Whether the current stream is being captured."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def possible_aside() -> bool:
@@ -30,7 +26,7 @@ def possible_aside() -> bool:
 @contextmanager
 def relaxed() -> Iterator[None]:
     """Kernels may be loaded inside, whether a graph is captured or not."""
-    if not under_way() or not possible_aside():
+    if not capturing() or not possible_aside():
         yield
         return
     exchange, mode = driver().cuThreadExchangeStreamCaptureMode, ctypes.c_int(_RELAXED)
@@ -57,5 +53,5 @@ def _free_stream(device: torch.device) -> torch.cuda.Stream:
     while True:
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
-            if not under_way():
+            if not capturing():
                 return stream

@@ -1,13 +1,12 @@
 """Which tiles a mask leaves, as lists on the device; made once per mask and kept while its tensors are unchanged."""
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashtile import mask_nodes
-from flashtile.forgetting import make_room, marks
+from flashtile.forgetting import Made, make_room, remembered
 from flashtile.kernels import bits, capture
 from flashtile.kernels.words import Visits, odd
 from flashtile.problem import Inputs, Problem
@@ -17,7 +16,7 @@ from flashtile.spans import FULL, PARTIAL, Tiling
 
 _KEPT = 64
 _KEPT_BYTES = 2**28
-_known: dict[Any, tuple[list[weakref.ref[Tensor]], Visits]] = {}
+_known: Made = {}
 _in_graphs: dict[Any, Visits] = {}
 """Those that CUDA graphs read, which nobody can tell to be gone. They belong to no stream: what made them is done."""
 
@@ -44,34 +43,29 @@ class Maker(NamedTuple):
 
 def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, maker: Maker | None = None) -> Visits:
     """The tiles that each query tile visits; `keys`: each key tile. With a `maker`, the mask's bits too."""
-    marked = marks(inputs.mask)
-    if marked is None:
-        return _made(inputs, problem, tile_q, tile_kv, keys, maker)
     sizes = (problem.seqlen_q, problem.seqlen_kv, problem.batch, problem.heads)
     alone = (problem.mask, sizes, tile_q, tile_kv, keys, maker and maker.machine)
     device = inputs.q.device
+
+    def made() -> Visits:
+        lists = _lists(inputs, problem, tile_q, tile_kv, keys)
+        return lists._replace(bits=bits.of(lists, tile_kv if keys else tile_q, maker.launch)) if maker else lists
+
     if capturing(device):
         place = (device, *alone)
         if place not in _in_graphs:
             with capture.aside(device):
-                _in_graphs[place] = _made(inputs, problem, tile_q, tile_kv, keys, maker)
+                _in_graphs[place] = made()
         return _in_graphs[place]
-    key = (*alone, queue(device), marked)
-    found = _known.get(key)
-    if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], inputs.mask, strict=True)):
-        made = _made(inputs, problem, tile_q, tile_kv, keys, maker)
-        # The lists of a mask whose tensors are gone are gone with them.
-        found = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in inputs.mask], made
-        make_room(_known, _KEPT)
-        _known[key] = found
-        while len(_known) > 1 and _bytes() > _KEPT_BYTES:
-            make_room(_known, len(_known))
-    return found[1]
+    return remembered(_known, (*alone, queue(device)), inputs.mask, lambda: _with_room(made()), _KEPT)
 
 
-def _made(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, maker: Maker | None) -> Visits:
-    made = _lists(inputs, problem, tile_q, tile_kv, keys)
-    return made if maker is None else made._replace(bits=bits.of(made, tile_kv if keys else tile_q, maker.launch))
+def _with_room(found: Visits) -> Visits:
+    """The same, beside which there is room for its bits."""
+    size = 0 if found.bits is None else found.bits.nbytes
+    while _known and size + _bytes() > _KEPT_BYTES:
+        make_room(_known, len(_known))
+    return found
 
 
 def _bytes() -> int:

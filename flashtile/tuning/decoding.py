@@ -66,7 +66,7 @@ of 64 rows were faster, but their products read shared memory through the asynch
 has no fence before that: the emulator says so."""
 
 LATENT = Tiles(64, 32, 12, 6)
-"""Of Hopper's kernel for latent attention with more rows than those of 16 bits serve; `stages` counts slots for tiles
+"""Of Hopper's kernel for latent attention with many rows of queries; `stages` counts slots for tiles
 of keys, six of which fill shared memory."""
 
 LATENT_LEAST: int | None = 33

@@ -1,10 +1,10 @@
 """The kernel of latent attention over a KV cache: 64 packed rows of queries over a part of a sequence's keys.
 
-Values are the first 512 columns of the one key head (DeepSeek-V2, section 2.1, absorbed), so a tile of 64 keys that the
+Values are the first 512 columns of the one key head (DeepSeek-V2, section 2.1, absorbed), so a tile of 32 keys that the
 copy engine has put into shared memory serves both products. An output of 64 x 512 fills two warpgroups' registers;
 each has 256 columns of it (`values`). A third one (`scores`) holds the queries in its registers, computes scores and
 weights, and asks for the keys. It puts the weights where the last 64 columns of their keys were, which nobody needs any
-more, and their rescaling beside: there is a slot of three tiles for each tile in use, and nothing else.
+more, and their rescaling beside.
 
 The tensor cores always have something to do: scores of tile n + 1, then values of tile n while the weights of tile
 n + 1 are computed. Were both started at once, scores would be ready when all values are multiplied, and their weights
@@ -63,7 +63,7 @@ def packed_rows(i_tile, layout: gl.constexpr, META: gl.constexpr):
 
 @gluon.jit
 def load_tile(descs, i_entry, i_row, full, smem, rest_smem):
-    """Both pieces of 64 rows."""
+    """Both pieces of a tile's rows."""
     desc, rest_desc = descs
     mbarrier.expect(full, desc.block_type.nbytes + rest_desc.block_type.nbytes)
     tma_load(rest_desc, [i_entry, i_row, 0, desc.block_type.shape[3]], full, rest_smem)

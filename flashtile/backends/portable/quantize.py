@@ -14,6 +14,7 @@ from torch import Tensor
 from flashtile.forgetting import make_room
 from flashtile.kernels.arguments import numbers_of, rows_of
 from flashtile.kernels.places import number_of
+from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.kernels.words import Numbers, Rows, odd
 from flashtile.scaled import GROUP, KEYS, QUERIES, SMALLEST, blocks, largest, rotation
@@ -230,7 +231,7 @@ def _block(columns: int) -> int:
 
 def on_device(kernel: Any, programs: int, given: dict[str, Any], warps: int) -> Any:
     """Launches on the device of the tensors; returns the compiled kernel."""
-    with prepared(given["q"].out.device):
+    with prepared(given["q"].out.device), kept():
         return kernel[(programs,)](**given, num_warps=warps)
 
 
