@@ -132,11 +132,11 @@ def test_bits_go_with_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(visits._known) == 4
         ids = torch.arange(200) // 60
         flashtile.attention(q, q, q, mask=masks.document(ids), backend="hopper")
-        (listed,) = [known for key, known in visits._known.items() if "document" in key[0]]
+        (listed,) = [known for key, known in visits._known.items() if "document" in key[0][0]]
         assert listed[1].bits is not None
         assert listed[1].bits.nbytes == 2 * 3 * 128 * 16
         del ids, listed
-    assert not any("document" in key[0] for key in visits._known)
+    assert not any("document" in key[0][0] for key in visits._known)
 
 
 def test_a_large_softcap_hides_no_score() -> None:
