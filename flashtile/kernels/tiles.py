@@ -35,8 +35,11 @@ def open_tiles(
     base = rows.pointer + i_batch.to(tl.int64) * rows.batch + i_head.to(tl.int64) * rows.head
     tiles = base + first.to(tl.int64) * rows.row
     if TMA:
-        tiles += begin.to(tl.int64) * rows.row
-        length = tl.maximum(end - begin, 0)
+        # The copy engine takes no tensor without rows: in place of none there is one, before all that is asked for.
+        some = end > begin
+        tiles += tl.where(some, begin, 0).to(tl.int64) * rows.row
+        length = tl.where(some, end - begin, 1)
+        begin = tl.where(some, begin, -(2**30))
         tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
     return Source(rows, tiles, begin, end)
 

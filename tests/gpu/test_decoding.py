@@ -15,6 +15,7 @@ from flashtile.kernels.tape import Tape
 from flashtile.kvcache import PagedCache
 from tests import caches
 from tests.caches import CASES, EVERYTHING, LATENT, QUANTIZED, WIDE, CacheCase
+from tests.gpu.graphs import captured
 from tests.test_examples import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -110,8 +111,7 @@ def test_graphs_are_replayed_with_other_lengths(batch_invariant: bool) -> None:
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured() as graph:
         out = call()
     for step in range(3):
         chosen = [3, 100 * step, 1022 - step, 511]
