@@ -146,12 +146,9 @@ def query_range(window, diagonal, first_key, last_key, seqlen_q):
 
 @triton.jit
 def span(begin, end, all_begin, all_end, length, TILE: tl.constexpr):
-    """(begin, full_begin, full_end, end) in tiles: hull [begin, end), and what all see, [all_begin, all_end).
-
-    An empty hull has no tile.
-    """
+    """(begin, full_begin, full_end, end) in tiles: hull [begin, end), and what all see, [all_begin, all_end)."""
     first = begin // TILE
-    last = tl.where(end > begin, (end + TILE - 1) // TILE, first)
+    last = tl.maximum(first, (tl.maximum(end, 0) + TILE - 1) // TILE)
     full_begin = tl.minimum(tl.maximum((tl.maximum(all_begin, 0) + TILE - 1) // TILE, first), last)
     full_end = tl.maximum(tl.minimum(tl.minimum(tl.maximum(all_end, 0), length) // TILE, last), full_begin)
     return first, full_begin, full_end, last
