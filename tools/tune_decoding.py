@@ -31,7 +31,7 @@ from flashtile import decoding
 from flashtile.backends.portable import cached, launch
 from flashtile.bench import machine
 from flashtile.decoding import CacheArguments
-from flashtile.kernels.caches import combine_kernel
+from flashtile.kernels.joining import combine_kernel
 from flashtile.problem import describe_cached
 from flashtile.tuning.decoding import DecodeConfig
 from flashtile.tuning.portable import Tiles

@@ -8,7 +8,8 @@ import triton
 from torch import Tensor
 
 from flashtile.kernels.arguments import numbers_of, rows_of, size_of
-from flashtile.kernels.caches import append_kernel, combine_kernel, rotary_of, scale_of, stored
+from flashtile.kernels.caches import append_kernel, rotary_of, scale_of, stored
+from flashtile.kernels.joining import combine_kernel
 from flashtile.kernels.words import Cache, Parts, odd
 from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
@@ -95,7 +96,7 @@ def combine(
         *(size_of(problem, problem.heads, problem.seqlen_q), parts_of(problem, splits, None)),
     )
     block = _block(problem.headdim_v)
-    constants = {"DIM": problem.headdim_v, "BLOCK": block, "AT_ONCE": at_once, "EARLY": early}
+    constants = {"DIM": problem.headdim_v, "BLOCK": block, "AT_ONCE": at_once, "ALL": splits <= at_once, "EARLY": early}
     programs = problem.batch * problem.heads * problem.seqlen_q
     return Launch(combine_kernel, programs, max(1, block // columns), arguments, constants, early)
 

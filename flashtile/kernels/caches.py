@@ -1,4 +1,4 @@
-"""KV caches in kernels: where a sequence lies, new rows written into it and turned, parts of its keys joined.
+"""KV caches in kernels: where a sequence lies, new rows written into it and turned, its keys cut into parts.
 
 Lengths, rows and pages are read here, on the device: a launch depends on none of them, so that one that a CUDA graph
 holds may find others the next time.
@@ -10,7 +10,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashtile.kernels.places import number_of, program_of
-from flashtile.kernels.rules import LOG2E
 from flashtile.kernels.tiles import row_pointers, scales_of_rows
 from flashtile.kernels.words import Cache, Place, Rotary, Rows, Scale, Source, Table, odd
 from flashtile.lower.rules import round_half_even
@@ -233,47 +232,3 @@ def part_of(parts, i_part, begin, end):
         tiles = number_of(parts.tiles)
         first = i_part * tiles
     return tl.maximum(begin, first), tl.minimum(end, first + tiles)
-
-
-@triton.jit
-def combine_kernel(
-    parts_out, parts_lse, out, lse, size, parts,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """One row from its parts, weighted by exp(lse) (see `flashtile.state`); a part that saw no key was not written.
-
-    The parts are added up AT_ONCE at a time, in order: parts without a key, behind the others, change no bit.
-    """
-    wait_for_kernel(EARLY)
-    i_batch, i_head, i_query = program_of(size)
-    rows = number_of(parts.batches).to(tl.int64)
-    splits = number_of(parts.splits)
-    o_parts = tl.arange(0, AT_ONCE)
-    o_columns = tl.arange(0, BLOCK)[None, :]
-    p_lse = parts_lse.pointer + i_head.to(tl.int64) * number_of(parts_lse.head) + i_query
-    p_out = parts_out.pointer + i_head.to(tl.int64) * parts_out.head + i_query.to(tl.int64) * parts_out.row
-    highest = tl.max(tl.full([AT_ONCE], -float("inf"), tl.float32), 0)
-    b_out = tl.zeros([BLOCK], tl.float32)
-    total = tl.sum(tl.zeros([AT_ONCE], tl.float32), 0)
-    for i_part in range(0, splits, AT_ONCE):
-        i_rows = (i_part + o_parts) * rows + i_batch
-        m_parts = i_part + o_parts < splits
-        b_lse = tl.load(p_lse + i_rows * number_of(parts_lse.batch), mask=m_parts, other=-float("inf"))
-        p_parts = p_out + (i_rows * parts_out.batch)[:, None] + o_columns
-        b_part = tl.load(p_parts, mask=m_parts[:, None] & (o_columns < DIM), other=0.0)
-        raised = tl.maximum(highest, tl.max(b_lse, 0))
-        base = tl.where(raised == -float("inf"), 0.0, raised)
-        b_weights = tl.exp2((b_lse - base) * LOG2E)
-        rescale = tl.exp2((highest - base) * LOG2E)
-        # Both loads are under way at once, so what no part has written is read; it may be anything.
-        b_part = tl.where((b_lse != -float("inf"))[:, None], b_part, 0.0)
-        total = total * rescale + tl.sum(b_weights, 0)
-        b_out = b_out * rescale + tl.sum(b_weights[:, None] * b_part, 0)
-        highest = raised
-    m_empty = total == 0.0
-    b_out = b_out / tl.where(m_empty, 1.0, total)
-    row = i_batch.to(tl.int64) * out.batch + i_query.to(tl.int64) * out.row + i_head.to(tl.int64) * out.head
-    o_dim = tl.arange(0, BLOCK)
-    tl.store(out.pointer + row + o_dim, b_out.to(out.pointer.dtype.element_ty), mask=o_dim < DIM)
-    p_lse = lse.pointer + i_batch.to(tl.int64) * number_of(lse.batch) + i_head.to(tl.int64) * number_of(lse.head)
-    tl.store(p_lse + i_query, tl.where(m_empty, -float("inf"), highest + tl.log(total)))

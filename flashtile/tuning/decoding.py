@@ -1,5 +1,6 @@
 """Tiles and parts of calls over a KV cache: data, which changes no result beyond rounding."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from flashtile.tuning.portable import Tiles, portable_config
@@ -7,11 +8,13 @@ from flashtile.tuning.portable import Tiles, portable_config
 
 class DecodeConfig(NamedTuple):
     """tiles: of queries, all heads of a key head together, and of keys. splits: parts that the keys are cut into, of
-    `part` tiles each or, None, as even as can be."""
+    `part` tiles each or, None, as even as can be. inside: of a tile's programs the one that comes last joins its parts;
+    otherwise a kernel of its own does."""
 
     tiles: Tiles
     splits: int
     part: int | None = None
+    inside: bool = False
 
 
 Rows = tuple[tuple[int, Tiles], ...]
@@ -73,7 +76,14 @@ LATENT_LEAST: int | None = 33
 """Rows of queries from which on that kernel is taken; None: it is not, and the portable one runs."""
 
 LATENT_COUNTED = 128
-"""Keys that count as a tile where parts are chosen for it."""
+"""Keys that count as a tile where parts are chosen for it; it takes about as long to begin and end with a part.
+
+With 128 heads a sequence has two tiles of rows. Of 132 multiprocessors, which run one program each, 64 sequences fill
+128 without parts, and 16 with 4 parts each, of 2048 keys where there are 8192: any other number leaves more of them
+idle or comes in turns. One sequence of 8192 has 32 parts of 256 keys (`LEAST`) on 64 of them: 64 parts of 128 would end
+a tile earlier, and write and join twice as much. So it was not the number of parts that kept 16 sequences from taking a
+quarter of the time of 64, but joining: 19 to 34 microseconds for their 2048 rows on an H100 (`tools/tune_decoding.py`,
+with 32 parts at a time, see `COMBINE`). What 4 at a time make of it was not timed."""
 
 LATENT_REGISTERS = 168
 """A thread that it is compiled for; its warps trade them once it runs."""
@@ -82,8 +92,30 @@ APPEND = (1, 2, 4)
 """New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns do
 without the last."""
 
-COMBINE = 32
-"""Parts that are joined at a time."""
+COMBINE = (4, 16, 32)
+"""Parts that are joined at a time: the first that holds all. Of more than the last, `IN_TURN` at a time are.
+
+On an H100, with 32 at a time always, 8192 rows of 512 columns were joined in 99, 96 and 90 microseconds from 2, 3 and 4
+parts, 2048 rows of 128 columns in 7.4, 7.9 and 7.7 (`tools/tune_decoding.py`): a row costs what is done for 32 parts,
+most of which there were not. By that 4 at a time take about an eighth of what is not reading. 4 and 16 were not
+timed."""
+
+IN_TURN = 16
+
+INSIDE = {"hopper": 16384, "ampere": 16384}
+"""Numbers of all parts of a tile that the program which comes last joins at most, by family; 0, or none: a kernel of
+its own joins them.
+
+That kernel took 2.7 to 3.2 microseconds of the 12.7 of one sequence of 8k keys (H100, `tools/tune_decoding.py`). Inside
+there are an atomic addition, whose answer comes from the L2 cache, and the parts from there, `HELD` numbers at a time:
+by a latency of 0.6 to 0.8 microseconds each less than that for one or two times `HELD`, as much for four. Not timed.
+
+AMD's have none: what a release of one wave says of the others' stores is up to the barrier before it, and nobody has
+looked at that."""
+INSIDE["blackwell"] = INSIDE["hopper"]
+
+HELD = 8192
+"""Numbers that a program has in registers while it joins: 64 a thread, fewer than while it multiplies."""
 
 COLUMNS = 64
 """Columns of a row that one warp joins."""
@@ -152,6 +184,34 @@ def append_rows(rows: int, columns: int) -> int:
     """New rows of a program, from `APPEND`."""
     fitting = APPEND if columns <= 512 else APPEND[:-1]
     return next((tile for tile in fitting if rows <= tile), fitting[-1])
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How a program joins the parts of its tile: `rows` of it are in use, so many `at_once`, of up to so many `parts`;
+    all are powers of two."""
+
+    rows: int
+    at_once: int
+    parts: int
+
+
+def parts_at_once(splits: int) -> int:
+    """From `COMBINE`. Which it is changes no bit (see `joining.join_rows`)."""
+    return next((count for count in COMBINE if splits <= count), IN_TURN)
+
+
+def joining(splits: int, rows: int, columns: int) -> Joining:
+    """`rows` of a tile that are in use; all parts at a time."""
+    rows, parts = 1 << max(0, rows - 1).bit_length(), parts_at_once(splits)
+    return Joining(rows, min(rows, max(1, HELD // (parts * columns))), parts)
+
+
+def joins_inside(programs: int, splits: int, rows: int, columns: int, slots: int, family: str) -> bool:
+    """Whether the program of a tile that comes last joins its parts. `programs` without parts; `slots`: that run at
+    once. Where they come in turns, each turn would wait for its counter too."""
+    fitting = 1 < splits <= min(COMBINE[-1], slots // max(1, programs)) and parts_at_once(splits) * columns <= HELD
+    return fitting and splits * rows * columns <= INSIDE.get(family, 0)
 
 
 def decode_splits(programs: int, tiles: int, multiprocessors: int, room: Room) -> int:

@@ -8,12 +8,14 @@ import torch
 
 from flashtile import decoding as door
 from flashtile import plan
+from flashtile.backends import portable
 from flashtile.decoding import CacheArguments
 from flashtile.tuning import decoding
-from flashtile.tuning.decoding import Room
+from flashtile.tuning.decoding import Joining, Room
 from flashtile.tuning.portable import Tiles
 from tests import caches
 from tests.caches import CASES, EVERYTHING, QUANTIZED, WIDE, CacheCase
+from tests.oracle import assert_equal_bits
 
 ROWS = ((10**6, Tiles(128, 16, 4, 1)),)
 
@@ -51,6 +53,58 @@ def test_any_number_of_parts(splits: int) -> None:
     caches.check(caches.make(EVERYTHING, torch.float32), num_splits=splits)
 
 
+NAMED = {case.name: case for case in (*CASES, *WIDE)}
+JOINED = (EVERYTHING, *(NAMED[name] for name in ("plain", "group_of_seven", "nothing_new")))
+
+
+@pytest.mark.parametrize(("splits", "once"), [(2, True), (7, False)])
+@pytest.mark.parametrize("case", JOINED, ids=str)
+def test_the_program_that_comes_last_joins(
+    case: CacheCase, splits: int, once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows of a tile at once or one after the other; the second time counters are as the first left them. Bits are
+    those that the kernel behind gives."""
+    monkeypatch.setattr(portable, "_multiprocessors", lambda device: 132)
+    if not once:
+        monkeypatch.setattr(decoding, "HELD", 16 * case.headdim_v)
+    for _ in range(2):
+        call = caches.make(case, torch.float16)
+        config = _plan(call, num_splits=splits).config
+        assert (config.splits, config.inside) == (splits, True)
+        inside = caches.check(call, num_splits=splits, backend="portable")
+    monkeypatch.setattr(decoding, "INSIDE", {})
+    plan.choose.cache_clear()
+    call = caches.make(case, torch.float16)
+    assert not _plan(call, num_splits=splits).config.inside
+    behind = call.run(num_splits=splits, backend="portable")
+    assert_equal_bits([inside.out, inside.lse], [behind.out, behind.lse])
+
+
+@pytest.mark.parametrize(
+    ("programs", "splits", "rows", "slots", "family", "wanted"),
+    [
+        (8, 16, 4, 132, "hopper", True),  # one sequence of 8k keys, 32 heads over 8
+        (8, 16, 8, 132, "hopper", True),  # 64 heads
+        (8, 16, 16, 132, "hopper", False),  # more than is joined as fast as a kernel begins
+        (8, 17, 4, 132, "hopper", False),  # not all run at once
+        (8, 1, 4, 132, "hopper", False),
+        (1, 40, 1, 132, "hopper", False),  # more parts than are joined at a time
+        (8, 16, 4, 132, "cdna", False),
+        (0, 2, 0, 132, "hopper", True),  # no sequence
+    ],
+)
+def test_where_parts_are_joined(programs: int, splits: int, rows: int, slots: int, family: str, wanted: bool) -> None:
+    assert decoding.joins_inside(programs, splits, rows, 128, slots, family) == wanted
+
+
+def test_how_many_parts_and_rows_are_joined_at_a_time() -> None:
+    at_once = {splits: decoding.parts_at_once(splits) for splits in (2, 4, 5, 16, 17, 32, 33, 128)}
+    assert at_once == {2: 4, 4: 4, 5: 16, 16: 16, 17: 32, 32: 32, 33: 16, 128: 16}
+    assert decoding.joining(16, 4, 128) == Joining(rows=4, at_once=4, parts=16)
+    assert decoding.joining(13, 7, 128) == Joining(rows=8, at_once=4, parts=16)
+    assert decoding.joining(2, 1, 512) == Joining(rows=1, at_once=1, parts=4)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_places_of_either_integer(dtype: torch.dtype) -> None:
     call = caches.make(EVERYTHING, torch.float32)
@@ -75,8 +129,6 @@ def test_batch_invariant(part: int, page: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_sequence_that_is_too_long_touches_nothing_else() -> None:
     """On a GPU nobody looks at lengths: rows beyond the end of the cache are neither written nor read."""
-    from flashtile.backends import portable
-
     call = caches.make(CacheCase("long", lengths=(15, 16), capacity=16, page=16), torch.float32)
     before = call.copy()
     call.options["cache_seqlens"] = torch.tensor([16, 500])
@@ -90,13 +142,14 @@ def test_a_sequence_that_is_too_long_touches_nothing_else() -> None:
     ("room", "programs", "tiles", "wanted"),
     [
         *((Room(1, 1), *row) for row in ((512, 64, 1), (128, 64, 1), (32, 512, 4), (8, 1024, 16), (8, 64, 16))),
+        *((Room(1, 1), *row) for row in ((32, 64, 4), (2, 64, 32))),  # latent attention, 16 sequences and one
         *((Room(3, 2), *row) for row in ((512, 128, 2), (128, 128, 2), (32, 1024, 8), (8, 2048, 32), (8, 128, 32))),
         *((Room(2, 2), *row) for row in ((512, 128, 1), (128, 128, 2), (32, 1024, 8), (8, 2048, 32), (8, 128, 32))),
         *((Room(3, 2), *row) for row in ((8, 4, 2), (396, 100, 1), (0, 9, 1), (4, 0, 1))),
     ],
 )
 def test_parts_fill_the_device(room: Room, programs: int, tiles: int, wanted: int) -> None:
-    """Of 132 multiprocessors: the numbers of parts that were the fastest on an H100, and odd ones."""
+    """Of 132 multiprocessors: the numbers of parts that were the fastest on an H100, untimed and odd ones."""
     assert decoding.decode_splits(programs, tiles, 132, room) == wanted
 
 

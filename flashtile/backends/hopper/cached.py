@@ -19,7 +19,7 @@ from flashtile.kernels.caches import cache_of
 from flashtile.kernels.tape import Tape, perform
 from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
-from flashtile.tuning.decoding import COLUMNS, COMBINE, LATENT_REGISTERS, DecodeConfig, append_rows
+from flashtile.tuning.decoding import COLUMNS, LATENT_REGISTERS, DecodeConfig, append_rows, parts_at_once
 
 KERNELS = (latent_kernel, *cached.KERNELS)
 
@@ -79,7 +79,7 @@ def decode(
         _run(call, cached.append(inputs, cache, problem, words, turned, append_rows, True))
         _attend(call, cache, turned, parts)
         if splits > 1:
-            _run(call, cached.combine(problem, splits, parts, (out, lse), COMBINE, COLUMNS, True))
+            _run(call, cached.combine(problem, splits, parts, (out, lse), parts_at_once(splits), COLUMNS, True))
 
     perform(launches, (q, inputs.k, out, lse, *parts, turned, *cache, *beside(inputs)), memory)
     return out, lse

@@ -112,13 +112,14 @@ def configure_decoding(problem: Problem, family: str | None = None) -> DecodeCon
     if problem.batch_invariant:
         part = decoding.PART // tiles.tile_kv
         return DecodeConfig(tiles, max(1, -(-longest // part)), part)
-    if problem.cached is not None and problem.cached.splits is not None:
-        return DecodeConfig(tiles, problem.cached.splits)
     programs = problem.batch * problem.heads_kv * -(-rows // tiles.tile_q)
-    stored = problem.cached.stored if problem.cached is not None else None
+    splits, stored = (problem.cached.splits, problem.cached.stored) if problem.cached is not None else (None, None)
     row = (problem.headdim + problem.headdim_v) * (stored or problem.dtype).itemsize
-    room = decoding.room_for(tiles, row, stored is not None, family)
-    return DecodeConfig(tiles, decode_splits(programs, longest, _multiprocessors(device), room))
+    room, multiprocessors = decoding.room_for(tiles, row, stored is not None, family), _multiprocessors(device)
+    splits = splits or decode_splits(programs, longest, multiprocessors, room)
+    used, slots = min(rows, tiles.tile_q), multiprocessors * room.programs
+    inside = decoding.joins_inside(programs, splits, used, problem.headdim_v, slots, family)
+    return DecodeConfig(tiles, splits, inside=inside)
 
 
 def _kind_of_cache(problem: Problem) -> str:
