@@ -190,16 +190,23 @@ def _of_suites(folder: Path) -> dict[str, dict[str, Any]]:
     return {"fp8": experiment.entry(ROWS["fp8"], kernels.eight_bits(rows))} if rows else {}
 
 
+def _known(path: Path, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a record that were run, by name."""
+    known = {**_of_suites(path.parent.parent), **{entry["name"]: entry for entry in found["rows"]}}
+    return {name: entry for name, entry in known.items() if entry["status"] != "not run"}
+
+
 def write(results: Path, docs: Path) -> list[Path]:
     """docs/paper.md and its plots, from all records under `results` that are not quick ones."""
     parts, written = [HEADING], []
-    for path in sorted(results.glob("*/paper/rows.json")):
-        found = json.loads(path.read_text())
-        if found["settings"]["quick"]:
-            continue
+    records = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*/paper/rows.json"))]
+    records = [(path, found) for path, found in records if not found["settings"]["quick"]]
+    known = [_known(path, found) for path, found in records]
+    for (_, found), here in zip(records, known, strict=True):
         described = found["machine"]
-        known = {**_of_suites(path.parent.parent), **{entry["name"]: entry for entry in found["rows"]}}
-        rows = [known.get(name) or experiment.not_run(row) for name, row in ROWS.items()]
+        # What ran nowhere is shown as such; what ran on another device is not shown as missing here.
+        shown = [row for name, row in ROWS.items() if name in here or not any(name in other for other in known)]
+        rows = [here.get(row.name) or experiment.not_run(row) for row in shown]
         drawn = draw(rows, docs / "benchmarks" / f"{described['slug']}-paper.png")
         named = ", ".join(f"{name} {version}" for name, version in described["versions"].items() if version)
         parts.append(f"## {described['name']}\n\n{described['date'][:10]}, {named}; {found['settings']['dtype']}.\n")
