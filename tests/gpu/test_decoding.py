@@ -183,8 +183,9 @@ def test_the_program_that_comes_last_joins(
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="a kernel joins parts on AMD's GPUs")
-def test_streams_and_graphs_count_apart() -> None:
-    """Two streams with eager calls and two with a graph each, all at once: nobody counts another one's programs."""
+def test_streams_and_graphs_count_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two streams with eager calls and two with a graph each, all at once: nobody counts another one's programs. One
+    graph has counters from the stock, the other, captured when there is none, fills its own."""
     calls = [_long(8, 2, batch) for batch in (1, 2, 3, 1)]
     assert all(_plan(call).config.inside for call in calls)
     wanted = [call.run() for call in calls]
@@ -194,6 +195,7 @@ def test_streams_and_graphs_count_apart() -> None:
     for graph, call in zip(graphs, calls[2:], strict=True):
         with torch.cuda.graph(graph):
             written.append(call.run())
+        monkeypatch.setattr(queues, "_spare", {})
     torch.cuda.synchronize()
     found: list[list[State]] = [[] for _ in calls]
     for _ in range(100):
