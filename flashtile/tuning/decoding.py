@@ -102,9 +102,9 @@ timed."""
 
 IN_TURN = 16
 
-INSIDE = {"hopper": 16384, "ampere": 16384}
-"""Numbers of all parts of a tile that the program which comes last joins at most, by family; 0, or none: a kernel of
-its own joins them.
+INSIDE = dict.fromkeys(("hopper", "blackwell", "ampere"), 16384)
+"""Numbers of all parts of a tile (parts, rows, columns) that the program which comes last joins at most, by family. 0:
+a kernel of its own joins all.
 
 That kernel took 2.7 to 3.2 microseconds of the 12.7 of one sequence of 8k keys (H100, `tools/tune_decoding.py`). Inside
 there are an atomic addition, whose answer comes from the L2 cache, and the parts from there, `HELD` numbers at a time:
@@ -112,7 +112,6 @@ by a latency of 0.6 to 0.8 microseconds each less than that for one or two times
 
 AMD's have none: what a release of one wave says of the others' stores is up to the barrier before it, and nobody has
 looked at that."""
-INSIDE["blackwell"] = INSIDE["hopper"]
 
 HELD = 8192
 """Numbers that a program has in registers while it joins: 64 a thread, fewer than while it multiplies."""

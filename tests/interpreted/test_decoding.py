@@ -65,6 +65,7 @@ def test_the_program_that_comes_last_joins(
     """All rows of a tile at once or one after the other; the second time counters are as the first left them. Bits are
     those that the kernel behind gives."""
     monkeypatch.setattr(portable, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(decoding, "INSIDE", {"hopper": 2**14})
     if not once:
         monkeypatch.setattr(decoding, "HELD", 16 * case.headdim_v)
     for _ in range(2):
