@@ -40,7 +40,8 @@ class Traced:
         self.elementwise = self._is_elementwise()
         self._example = list(examples)
         self.double: Traced | None = None  # the same function of a float64 score, where that is another graph
-        self._tiled = _on_tiles(forward, self.captures)
+        self._scalar = _beside_inputs(forward)
+        self._tiled = _beside_inputs(_on_tiles(forward, self.captures))
         reads = self._reads() if kind == "score" and self.elementwise else None
         self.reads_of = [self.captures.index(node) for node, _ in reads or ()]
         self.places: fx.GraphModule | None = None
@@ -49,7 +50,8 @@ class Traced:
         if reads is not None:
             self.places, self.backward = self._derive(reads, tensors)
             inputs = [node for node in self.backward.graph.nodes if node.op == "placeholder"]
-            self._tiled_backward = _on_tiles(self.backward, inputs[self.inputs : self.inputs + len(self.captures)])
+            captures = inputs[self.inputs : self.inputs + len(self.captures)]
+            self._tiled_backward = _beside_inputs(_on_tiles(self.backward, captures))
 
     def evaluate(
         self, score: Tensor | None, b: Tensor, h: Tensor, q: Tensor, k: Tensor, tensors: Sequence[Tensor]
@@ -77,7 +79,7 @@ class Traced:
     ) -> Tensor:
         """The function under torch.vmap, for graphs with vectors inside."""
         leading = [] if score is None else [0]
-        mapped: Callable[..., Tensor] = self.forward
+        mapped: Callable[..., Tensor] = self._scalar
         for place in (3, 2, 1, 0):
             index = [0 if place == position else None for position in range(4)]
             mapped = torch.vmap(mapped, in_dims=(*leading, *index, *(None for _ in tensors)))
@@ -274,6 +276,33 @@ def _on_tiles(module: fx.GraphModule, captures: Sequence[fx.Node]) -> fx.GraphMo
         if any(user in free for user in node.users):
             copies[node] = graph.call_function(torch.ops.aten.view.default, (copies[node], [1, 1, 1, 1]))
     return fx.GraphModule(module, graph)
+
+
+def _beside_inputs(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with its constants on the device of its inputs, wherever it was traced."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    first = None
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], copies.__getitem__))
+        elif first is not None and "device" in node.kwargs and not node.all_input_nodes:
+            rest = {name: value for name, value in node.kwargs.items() if name != "device"}
+            copies[node] = graph.call_function(_made_beside, (first, node.target, *node.args), rest)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            first = copies[node] if first is None else first
+            if node.op == "get_attr":
+                copies[node] = graph.call_function(_moved_beside, (first, copies[node]))
+    return fx.GraphModule(module, graph)
+
+
+def _made_beside(other: Tensor, make: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    return make(*arguments, **options, device=other.device)
+
+
+def _moved_beside(other: Tensor, constant: Tensor) -> Tensor:
+    return constant.to(other.device)
 
 
 def _with_output(module: fx.GraphModule, output: Any) -> fx.GraphModule:

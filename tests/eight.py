@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import State, fp8, reference
+from flashtile import State, fp8, reference, scaled
 from flashtile.fp8 import Quantized
 from tests import oracle
 from tests.oracle import Ratio
@@ -76,6 +76,30 @@ def check(case: Eight, quantized: Quantized, found: State, lse_extra: float = 0.
     worst = max(ratios, key=lambda ratio: ratio.value)
     assert worst.value <= 1, f"{case.name} {worst.name}: error {worst.error:.3e}, allowed {worst.allowed:.3e}"
     return ratios
+
+
+def with_nan(queries: tuple[int, ...], keys: tuple[int, ...], columns: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k and v to round: a column that is far larger than the others, and a NaN."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in (queries, keys, (*keys[:-1], columns))]
+    for tensor in tensors:
+        tensor[..., 3] *= 10
+        tensor[..., 0, 0][..., :1] = torch.nan
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def rounded(
+    tensors: list[Tensor], granularity: str, incoherent: bool, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """What PyTorch makes of q, k and v: (data, scale) of each, values of a batch turned."""
+    found = []
+    for tensor, rows in zip(tensors, (scaled.QUERIES, scaled.KEYS, scaled.KEYS), strict=True):
+        wide, values = tensor.float(), tensor is tensors[2]
+        if incoherent and not values:
+            wide = scaled.rotation(tensor.shape[-1], 0, tensor.device, torch.float32).apply(wide)
+        data, scale = scaled.rounded(wide, dtype, granularity, rows)
+        found.append((scaled.turned(data) if values and tensor.ndim == 4 else data, scale))
+    return found
 
 
 def _textbook(case: Eight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

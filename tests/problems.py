@@ -415,6 +415,8 @@ CASES: tuple[Case, ...] = (
     Case("causal_more_queries", dense(1, 90, 40, 2, 2, 16), ("causal",)),
     Case("causal_long", dense(1, 300, 600, 2, 1, 64), ("causal",)),
     Case("window_long", dense(1, 330, 700, 2, 2, 32), ("window",)),
+    Case("rows_without_keys", dense(1, 200, 100, 2, 1, 32), ("window_top_left",)),
+    Case("keys_without_rows", dense(1, 110, 154, 2, 1, 32), ("window_top_left",)),
     *_one_feature_each(),
     Case("gqa", _SMALL, ("gqa", "causal")),
     Case("gqa_plain", _SMALL, ("gqa",), kernels=_ATEN, lse_grad=False),

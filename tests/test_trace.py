@@ -277,3 +277,25 @@ def test_methods_and_partials_compile_and_numbers_are_watched(form: str) -> None
         small.factor = factor
         for a, b in zip(gradients(compiled, q, [small.table]), gradients(loss, q, [small.table]), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda score, b, h, q_idx, kv_idx: torch.where(kv_idx > q_idx, score, -torch.inf),
+        lambda score, b, h, q_idx, kv_idx: score.clamp(-3.0, 3.0) * torch.tensor([0.5, 1.0]).sum(),
+        lambda score, b, h, q_idx, kv_idx: score + torch.ones(3).cumsum(0)[h % 3] * torch.tensor(2.0),
+    ],
+)
+def test_constants_follow_the_tile_to_its_device(function: Callable[..., Any]) -> None:
+    """Traced for one device and run on another: PyTorch's "meta" stands for it."""
+    lifted = trace.lift(function, "score")
+    indices = [
+        torch.arange(size, device="meta").view([-1 if place == dim else 1 for dim in range(4)])
+        for place, size in enumerate((1, 2, 3, 4))
+    ]
+    score = torch.zeros(1, 2, 3, 4, device="meta")
+    traced = trace.graph(lifted.key)
+    assert traced.evaluate(score, *indices, lifted.tensors).device.type == "meta"
+    grad, _ = traced.derivative(score, *indices, lifted.tensors, score, [False] * len(lifted.tensors))
+    assert (grad.device.type, grad.shape) == ("meta", score.shape)

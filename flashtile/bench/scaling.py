@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,14 @@ class Settings:
     dtype: torch.dtype
     seconds: float
     rounds: int
+
+
+class Run(NamedTuple):
+    """What one way computes, again and again."""
+
+    way: Attention
+    leaves: list[Tensor]
+    grad: Tensor
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -129,35 +137,37 @@ def _length(settings: Settings, seqlen: int) -> list[dict[str, Any]]:
     sizes = (1, seqlen, settings.heads, settings.headdim)
     whole = [torch.randn(sizes, generator=generator, device=device, dtype=settings.dtype) for _ in range(4)]
     shares = [distributed.shard(tensor) for tensor in whole]
-    rows, truth = [], None
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Run] = {}
+    truth = None
     for name, way in _ways(settings).items():
         *leaves, grad = whole if name == ONE else shares
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        found, memory = _once(way, leaves, grad)
+        run = Run(way, [leaf.detach().requires_grad_() for leaf in leaves], grad)
+        found, memory = _once(run)
         if name == ONE:
             found = [distributed.shard(tensor) for tensor in found]
             truth = found
         error = _error(found, truth or found)
         del found
-        row = {"seqlen": seqlen, "way": name, "error": error, "memory": memory}
-        if error > 0.02:
-            rows.append({**row, "status": "wrong"})
-            continue
-        times = _time(settings, way, leaves, grad)
-        rows.append({**row, "status": "ok", **times})
-    return rows
+        rows[name] = {"seqlen": seqlen, "way": name, "error": error, "memory": memory}
+        rows[name]["status"] = "wrong" if error > 0.02 else "ok"
+        if error <= 0.02:
+            runs[name] = run
+    for name, times in _times(settings, runs).items():
+        rows[name] |= times
+    return list(rows.values())
 
 
-def _once(way: Attention, leaves: list[Tensor], grad: Tensor) -> tuple[list[Tensor], int]:
+def _once(run: Run) -> tuple[list[Tensor], int]:
     """(out and gradients, bytes that the two passes allocate at most beyond their inputs)."""
-    gpu = grad.is_cuda
+    gpu = run.grad.is_cuda
     if gpu:
-        way(*leaves)  # what is allocated once is no cost of a call
+        run.way(*run.leaves)  # what is allocated once is no cost of a call
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    out = way(*leaves)
-    grads = torch.autograd.grad(out, leaves, grad)
+    out = run.way(*run.leaves)
+    grads = torch.autograd.grad(out, run.leaves, run.grad)
     peak = torch.cuda.max_memory_allocated() - before if gpu else 0
     return [out.detach(), *grads], int(_slowest(float(peak)))
 
@@ -187,33 +197,44 @@ def _of_the_slowest(values: Tensor) -> Tensor:
     return shared.cpu()
 
 
-def _time(settings: Settings, way: Attention, leaves: list[Tensor], grad: Tensor) -> dict[str, Any]:
-    """Milliseconds of the passes, round by round, of the slowest rank. Rounds follow each other without a pause, as the
-    layers of a model do: a device has its next work before it is done with the last. A burst's first has not, and does
-    not count."""
-    samples: dict[str, list[float]] = {"forward": [], "backward": []}
-    begun = time.monotonic()
-    while len(samples["forward"]) < settings.rounds or _slowest(time.monotonic() - begun) < settings.seconds:
-        dist.barrier()
-        marks = [_round(way, leaves, grad) for _ in range(BURST if grad.is_cuda else 1)]
-        if grad.is_cuda:
-            torch.cuda.synchronize()
-            marks = marks[1:]
-        times = torch.tensor([[_between(*pair) for pair in pairwise(three)] for three in marks], dtype=torch.float64)
-        for name, values in zip(samples, _of_the_slowest(times).unbind(1), strict=True):
-            samples[name] += values.tolist()
-        if len(samples["forward"]) >= 50:
+def _times(settings: Settings, runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+    """Of each way, milliseconds of the passes, round by round, of the slowest rank. Ways take turns, for a device
+    slows down as it warms up."""
+    samples: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in runs}
+    begun, most = time.monotonic(), 0
+    while runs and most < 50:
+        for name, run in runs.items():
+            for one, values in _burst(run).items():
+                samples[name][one] += values
+        most = min(len(found["forward"]) for found in samples.values())
+        if most >= settings.rounds and _slowest(time.monotonic() - begun) >= settings.seconds * len(runs):
             break
-    return {name: {"median": statistics.median(values), "samples": values} for name, values in samples.items()}
+    return {
+        name: {one: {"median": statistics.median(values), "samples": values} for one, values in found.items()}
+        for name, found in samples.items()
+    }
 
 
-def _round(way: Attention, leaves: list[Tensor], grad: Tensor) -> list[Any]:
+def _burst(run: Run) -> dict[str, list[float]]:
+    """Rounds that follow each other without a pause, as the layers of a model do: a device has its next work before it
+    is done with the last. The first has not, and does not count."""
+    dist.barrier()
+    marks = [_round(run) for _ in range(BURST if run.grad.is_cuda else 1)]
+    if run.grad.is_cuda:
+        torch.cuda.synchronize()
+        marks = marks[1:]
+    times = torch.tensor([[_between(*pair) for pair in pairwise(three)] for three in marks], dtype=torch.float64)
+    forward, backward = _of_the_slowest(times).unbind(1)
+    return {"forward": forward.tolist(), "backward": backward.tolist()}
+
+
+def _round(run: Run) -> list[Any]:
     """Marks before, between and after the two passes."""
-    marks = [_mark(grad)]
-    out = way(*leaves)
-    marks.append(_mark(grad))
-    torch.autograd.grad(out, leaves, grad)
-    return [*marks, _mark(grad)]
+    marks = [_mark(run.grad)]
+    out = run.way(*run.leaves)
+    marks.append(_mark(run.grad))
+    torch.autograd.grad(out, run.leaves, run.grad)
+    return [*marks, _mark(run.grad)]
 
 
 def _mark(tensor: Tensor) -> Any:

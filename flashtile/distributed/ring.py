@@ -24,7 +24,7 @@ from flashtile.distributed.groups import peer
 from flashtile.distributed.scheme import Rectangle, Running, Scheme, call, hull, rows_of, saved_of
 from flashtile.parts import Grads, Whole
 
-FORWARD_PAIRS, BACKWARD_PAIRS = 2**35, 2**29
+FORWARD_PAIRS, BACKWARD_PAIRS = 2**35, 2**30
 """Pairs of a query and a key in a step of some heads, at least: enough work to keep a GPU busy, for longer than the
 host takes to launch it. Backwards much more is in flight for every key."""
 MOST_PIECES = 8

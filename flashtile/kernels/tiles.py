@@ -29,14 +29,17 @@ def load_queries(rows, place, o_query, DIM: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def open_tiles(
     rows, i_batch, i_head, first, begin, end,
-    DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+    DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr, PERHAPS_NONE: tl.constexpr = False,
 ):  # fmt: skip
-    """The `Source` of rows [begin, end) of one head."""
+    """The `Source` of rows [begin, end) of one head; PERHAPS_NONE: of which there may be none, where tiles are read."""
     base = rows.pointer + i_batch.to(tl.int64) * rows.batch + i_head.to(tl.int64) * rows.head
     tiles = base + first.to(tl.int64) * rows.row
     if TMA:
         tiles += begin.to(tl.int64) * rows.row
-        length = tl.maximum(end - begin, 0)
+        # The copy engine takes no tensor without rows: in place of none there is one, far before all that is asked for.
+        length = tl.maximum(end - begin, 1)
+        if PERHAPS_NONE:
+            begin = tl.where(end > begin, begin, -(2**30))
         tiles = tl.make_tensor_descriptor(tiles, [length, DIM], [rows.row.to(tl.int64), 1], [TILE, BLOCK])
     return Source(rows, tiles, begin, end)
 
@@ -130,12 +133,14 @@ def open_keys(keys, values, place, window, META: tl.constexpr):
     diagonal = diagonal_of(place, META.window_top_left)
     begin, end = key_range(window, diagonal, first_row, last_row, place.seqlen_k)
     i_head = place.head // META.group
+    NONE: tl.constexpr = window.left is not None
     k = open_tiles(
-        keys, place.batch, i_head, place.first_k, begin, end, META.headdim, META.tile_kv, META.block_d, META.tma
+        keys, place.batch, i_head, place.first_k, begin, end, META.headdim, META.tile_kv, META.block_d, META.tma, NONE
     )
     v = open_tiles(
-        values, place.batch, i_head, place.first_k, begin, end, META.headdim_v, META.tile_kv, META.block_dv, META.tma
-    )
+        values, place.batch, i_head, place.first_k, begin, end, META.headdim_v, META.tile_kv, META.block_dv, META.tma,
+        NONE,
+    )  # fmt: skip
     return k, v
 
 

@@ -77,45 +77,42 @@ def test_no_barrier_is_missing(arch: str, request: pytest.FixtureRequest) -> Non
 
 
 ROUNDED = (
-    ((1, 70, 2, 64), "block", scaled.QUERIES, False, 0, torch.bfloat16),
-    ((2, 50, 1, 40), "tensor", scaled.KEYS, True, None, torch.float16),
+    ((1, 70, 2, 64), (1, 50, 1, 64), 64, "block", True, torch.bfloat16),
+    ((50, 1, 40), (30, 1, 40), 24, "head", True, torch.bfloat16),
+    ((2, 50, 1, 40), (2, 20, 1, 40), 40, "tensor", False, torch.float16),
 )
+"""Shapes of queries and of keys, columns of values, and how they are rounded."""
 
 
-@pytest.mark.parametrize(("shape", "granularity", "rows", "turned", "seed", "dtype"), ROUNDED, ids=str)
+@pytest.mark.parametrize(("queries", "keys", "columns", "granularity", "incoherent", "dtype"), ROUNDED, ids=str)
 @pytest.mark.parametrize("arch", OWN)
 def test_rounding(
     arch: str,
-    shape: tuple[int, ...],
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    columns: int,
     granularity: str,
-    rows: int,
-    turned: bool,
-    seed: int | None,
+    incoherent: bool,
     dtype: torch.dtype,
     request: pytest.FixtureRequest,
 ) -> None:
     """The bits that PyTorch gives, but for the last of some where a rotation sums in another order."""
     low, device = OWN[arch][torch.float8_e4m3fn], Emulated(arch)
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    tensor[..., 3] *= 10
-    tensor[..., 0, 0][..., :1] = torch.nan
-    tensor = tensor.to(dtype)
+    tensors = eight.with_nan(queries, keys, columns, dtype)
 
     def run(kernel: Any, programs: int, given: dict[str, Any], warps: int) -> None:
         ordered = tuple(given[parameter.name] for parameter in kernel.params)
         device.execute(kernel, programs, Tiles(0, 0, warps, 1), ordered, {})
 
-    data, scale = quantize._rounded(tensor, granularity, low, rows, seed, turned, run)
-    rows_of = tensor.float()
-    if seed is not None:
-        rows_of = scaled.rotation(shape[-1], seed, tensor.device, torch.float32).apply(rows_of)
-    expected, expected_scale = scaled.rounded(rows_of, low, granularity, rows)
-    expected = scaled.turned(expected) if turned else expected
-    torch.testing.assert_close(scale, expected_scale, rtol=2**-22, atol=0)
-    assert torch.equal(data.float().isnan(), expected.float().isnan())
-    assert bool(data.float().isnan().any())
-    wrong = (data.float().nan_to_num() - expected.float().nan_to_num()).abs()
-    assert float((wrong > 0).float().mean()) < (0.01 if seed is not None else 1e-9)
-    assert float(wrong.max()) <= scaled.largest(low) / 14
+    found = quantize.quantize(*tensors, granularity, incoherent, low, 0, run)
+    for (data, scale), (expected, expected_scale) in zip(
+        found, eight.rounded(tensors, granularity, incoherent, low), strict=True
+    ):
+        torch.testing.assert_close(scale, expected_scale, rtol=2**-22, atol=0)
+        assert torch.equal(data.float().isnan(), expected.float().isnan())
+        assert bool(data.float().isnan().any())
+        wrong = (data.float().nan_to_num() - expected.float().nan_to_num()).abs()
+        assert float((wrong > 0).float().mean()) < (0.01 if incoherent else 1e-9)
+        assert float(wrong.max()) <= scaled.largest(low) / 14
     assert device.ran == {"quantize_kernel": 1 if granularity == "block" else 2}
     device.note(request.node)

@@ -100,22 +100,12 @@ def test_rounding_gives_the_bits_of_pytorch(
     dtype: Any,
     low: Any,
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator) for shape in (queries, keys, (*keys[:-1], columns))]
-    for tensor in tensors:
-        tensor[..., 3] *= 10
-        tensor[..., 0, 0][..., :1] = torch.nan
-    tensors = [tensor.to(dtype) for tensor in tensors]
+    tensors = eight.with_nan(queries, keys, columns, dtype)
     found = quantize.quantize(*tensors, granularity, incoherent, low, 0, _emulate)
-    for tensor, rows, (data, scale) in zip(tensors, (scaled.QUERIES, scaled.KEYS, scaled.KEYS), found, strict=True):
-        values = tensor is tensors[2]
-        rows_of = tensor.float()
-        if incoherent and not values:
-            rows_of = scaled.rotation(tensor.shape[-1], 0, tensor.device, torch.float32).apply(rows_of)
-        expected, expected_scale = scaled.rounded(rows_of, low, granularity, rows)
-        expected = scaled.turned(expected) if values and len(keys) == 4 else expected
+    expected = eight.rounded(tensors, granularity, incoherent, low)
+    for (data, scale), (expected_data, expected_scale) in zip(found, expected, strict=True):
         assert torch.equal(scale, expected_scale)
-        assert torch.equal(data.float().nan_to_num(nan=-1e9), expected.float().nan_to_num(nan=-1e9))
+        assert torch.equal(data.float().nan_to_num(nan=-1e9), expected_data.float().nan_to_num(nan=-1e9))
         assert bool(data.float().isnan().any())
 
 

@@ -87,11 +87,18 @@ def _work(given: argparse.Namespace, worker: int, workers: int) -> dict[str, Tal
     end, seed = time.monotonic() + given.seconds, given.seed + worker
     while time.monotonic() < end:
         for name in names:
-            _batch(name, seed, where, end, tallies[name], given.shrink)
+            try:
+                _batch(name, seed, where, end, tallies[name], given.shrink)
+            except _Lost:
+                return tallies
         if given.shrink:
             break
         seed += workers
     return tallies
+
+
+class _Lost(BaseException):
+    """The GPU takes no work of this process any more: a kernel was stopped. All that followed would fail too."""
 
 
 def _batch(name: str, seed: int, where: Any, end: float, tally: Tally, shrink: bool) -> None:
@@ -119,6 +126,8 @@ def _batch(name: str, seed: int, where: Any, end: float, tally: Tally, shrink: b
             if shrink:
                 raise
             _note(tally, error, drawn, seed)
+            if where.lost():
+                raise _Lost from error
         finally:
             faulthandler.cancel_dump_traceback_later()
 

@@ -57,6 +57,16 @@ class Where:
     def longest(self) -> int:
         return LONGEST[self.device]
 
+    def lost(self) -> bool:
+        """Whether a kernel was stopped, after which a GPU takes nothing more from its process."""
+        if self.device != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     @contextmanager
     def tiles(self, small: bool) -> Iterator[None]:
         """Small ones, so that small calls have many; interpreted kernels always get them. A GPU keeps its own."""

@@ -17,6 +17,7 @@ from flashtile.kernels import visits
 from flashtile.problem import Inputs, Options, describe
 from flashtile.tuning.portable import portable_config
 from tests import conformance, kept
+from tests.gpu.graphs import captured
 from tests.oracle import assert_equal_bits
 from tests.problems import CASES, Case
 
@@ -169,8 +170,7 @@ def test_cuda_graph_replays(backend: str, options: dict[str, object]) -> None:
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured() as graph:
         held = step()
     with torch.no_grad():
         for tensor in tensors:
@@ -192,8 +192,7 @@ def test_a_captured_mask_follows_its_tensor(backend: str) -> None:
             *tensors, mask=lambda b, h, q_idx, kv_idx: (q_idx - kv_idx) % strides[0] == 0, backend=backend
         )
 
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured() as graph:
         held = step()
     for stride in (3, 5):
         strides.fill_(stride)

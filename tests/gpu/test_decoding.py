@@ -18,6 +18,7 @@ from flashtile.kvcache import PagedCache
 from flashtile.tuning import decoding as tables
 from tests import caches
 from tests.caches import CASES, EVERYTHING, LATENT, QUANTIZED, WIDE, CacheCase
+from tests.gpu.graphs import captured
 from tests.oracle import assert_equal_bits
 from tests.test_examples import load
 
@@ -114,8 +115,7 @@ def test_graphs_are_replayed_with_other_lengths(batch_invariant: bool) -> None:
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured() as graph:
         out = call()
     for step in range(3):
         chosen = [3, 100 * step, 1022 - step, 511]
@@ -175,8 +175,7 @@ def test_the_program_that_comes_last_joins(
     for _ in range(100):
         found = call.run()
         assert_equal_bits(list(found), list(wanted))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured() as graph:
         written = [call.run() for _ in range(3)]
     for _ in range(200):
         for state in written:
@@ -198,11 +197,11 @@ def test_streams_and_graphs_count_apart(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(_plan(call).config.inside for call in calls)
     wanted = [call.run() for call in calls]
     streams = [torch.cuda.Stream() for _ in calls]
-    graphs = [torch.cuda.CUDAGraph() for _ in calls[2:]]
-    written = []
-    for graph, call in zip(graphs, calls[2:], strict=True):
-        with torch.cuda.graph(graph):
+    graphs, written = [], []
+    for call in calls[2:]:
+        with captured() as graph:
             written.append(call.run())
+        graphs.append(graph)
         monkeypatch.setattr(queues, "_spare", {})
     torch.cuda.synchronize()
     found: list[list[State]] = [[] for _ in calls]

@@ -13,6 +13,7 @@ from torch import Tensor
 import flashtile
 from flashtile.integrations.serving import ragged
 from tests import conformance
+from tests.gpu.graphs import captured
 from tests.integrations import engines
 from tests.integrations.rule import assert_close, ran
 
@@ -160,8 +161,7 @@ def test_transformers_in_a_cuda_graph() -> None:
         with torch.cuda.stream(stream):
             model(input_ids=ids, use_cache=False)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with captured() as graph:
             found = model(input_ids=ids, use_cache=False).logits
         graph.replay()
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

@@ -178,22 +178,13 @@ def key_sweep(
 
 
 @triton.jit
-def open_queries(q, grad_out, place, begin, end, META: tl.constexpr):
+def open_queries(q, grad_out, place, begin, end, window, META: tl.constexpr):
     """The `Source`s of queries and of their outputs' gradients."""
-    queries = open_tiles(
-        q, place.batch, place.head, place.first_q, begin, end, META.headdim, META.tile_q, META.block_d, META.tma
-    )
+    i_batch, i_head, first = place.batch, place.head, place.first_q
+    NONE: tl.constexpr = window.left is not None or window.right is not None
+    queries = open_tiles(q, i_batch, i_head, first, begin, end, META.headdim, META.tile_q, META.block_d, META.tma, NONE)
     grads = open_tiles(
-        grad_out,
-        place.batch,
-        place.head,
-        place.first_q,
-        begin,
-        end,
-        META.headdim_v,
-        META.tile_q,
-        META.block_dv,
-        META.tma,
+        grad_out, i_batch, i_head, first, begin, end, META.headdim_v, META.tile_q, META.block_dv, META.tma, NONE
     )
     return queries, grads
 
@@ -219,7 +210,7 @@ def walk_queries(
     )
     for i_member in tl.range(0, META.group):
         place = with_head(shared, shared.head * META.group + i_member)
-        queries, grads = open_queries(q, grad_out, place, begin_row, end_row, META)
+        queries, grads = open_queries(q, grad_out, place, begin_row, end_row, rules.window, META)
         for PHASE in tl.static_range(2 if LISTS else 1):
             steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
             b_dk, b_dv = key_sweep(
