@@ -201,16 +201,21 @@ def parts_at_once(splits: int) -> int:
     return next((count for count in COMBINE if splits <= count), IN_TURN)
 
 
+def parts_inside(splits: int) -> int:
+    """As `parts_at_once`, for a kernel that takes longer to build, and whose first number would be one build more."""
+    return max(COMBINE[1], parts_at_once(splits))
+
+
 def joining(splits: int, rows: int, columns: int) -> Joining:
     """`rows` of a tile that are in use; all parts at a time."""
-    rows, parts = 1 << max(0, rows - 1).bit_length(), parts_at_once(splits)
+    rows, parts = 1 << max(0, rows - 1).bit_length(), parts_inside(splits)
     return Joining(rows, min(rows, max(1, HELD // (parts * columns))), parts)
 
 
 def joins_inside(programs: int, splits: int, rows: int, columns: int, slots: int, family: str) -> bool:
     """Whether the program of a tile that comes last joins its parts. `programs` without parts; `slots`: that run at
     once. Where they come in turns, each turn would wait for its counter too."""
-    fitting = 1 < splits <= min(COMBINE[-1], slots // max(1, programs)) and parts_at_once(splits) * columns <= HELD
+    fitting = 1 < splits <= min(COMBINE[-1], slots // max(1, programs)) and parts_inside(splits) * columns <= HELD
     return fitting and splits * rows * columns <= INSIDE.get(family, 0)
 
 
