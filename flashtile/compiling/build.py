@@ -92,7 +92,7 @@ def _cached(entry: Entry) -> list[Row]:
     if call.inputs.k.dtype is torch.float8_e4m3fn and target.backend == "cuda" and int(target.arch) < 89:
         return found  # the backend refuses it there
     inside = entry.variant == "decode_joined"
-    if inside and not decoding_tables.INSIDE.get(target.family):
+    if inside and target.family not in decoding_tables.INSIDE:
         return found
     problem = describe_cached(call.inputs, call.cache, call.options, call.interleaved, call.splits)
     config = portable.configure_decoding(problem, target.family)._replace(inside=inside)

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
+from flashtile import queues
 from flashtile.kernels.caches import wait_for_kernel
 from flashtile.kernels.places import number_of, program_of
 from flashtile.kernels.rules import LOG2E
 
-LINE = tl.constexpr(32)
-"""Numbers of 32 bits from one counter to the next: `flashtile.queues.LINE`."""
+LINE = tl.constexpr(queues.LINE)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ LATENT_LEAST: int | None = 33
 """Rows of queries from which on that kernel is taken; None: it is not, and the portable one runs."""
 
 LATENT_COUNTED = 128
-"""Keys that count as a tile where parts are chosen for it; it takes about as long to begin and end with a part.
+"""Keys that count as a tile where parts are chosen for it.
 
 With 128 heads a sequence has two tiles of rows. Of 132 multiprocessors, which run one program each, 64 sequences fill
 128 without parts, and 16 with 4 parts each, of 2048 keys where there are 8192: any other number leaves more of them
@@ -102,17 +102,17 @@ timed."""
 
 IN_TURN = 16
 
-INSIDE = {"hopper": 16384, "ampere": 16384}
-"""Numbers of all parts of a tile that the program which comes last joins at most, by family; 0, or none: a kernel of
-its own joins them.
+INSIDE = dict.fromkeys(("hopper", "blackwell", "ampere"), 16384)
+"""Numbers of all parts of a tile (parts, rows, columns) that the program which comes last joins at most, by family. 0:
+a kernel of its own joins all.
 
-That kernel took 2.7 to 3.2 microseconds of the 12.7 of one sequence of 8k keys (H100, `tools/tune_decoding.py`). Inside
-there are an atomic addition, whose answer comes from the L2 cache, and the parts from there, `HELD` numbers at a time:
-by a latency of 0.6 to 0.8 microseconds each less than that for one or two times `HELD`, as much for four. Not timed.
+That kernel took 2.7 to 3.2 microseconds of the 13 to 14 of one sequence of 8k keys in 16 or 32 parts (H100,
+`tools/tune_decoding.py`). Inside there are an atomic addition, whose answer comes from the L2 cache, and the parts from
+there, `HELD` numbers at a time: at a latency of 0.6 to 0.8 microseconds each, less than that for one or two times
+`HELD`, as much for four. Not timed.
 
 AMD's have none: what a release of one wave says of the others' stores is up to the barrier before it, and nobody has
 looked at that."""
-INSIDE["blackwell"] = INSIDE["hopper"]
 
 HELD = 8192
 """Numbers that a program has in registers while it joins: 64 a thread, fewer than while it multiplies."""
@@ -201,16 +201,21 @@ def parts_at_once(splits: int) -> int:
     return next((count for count in COMBINE if splits <= count), IN_TURN)
 
 
+def parts_inside(splits: int) -> int:
+    """As `parts_at_once`, for a kernel that takes longer to build, and whose first number would be one build more."""
+    return max(COMBINE[1], parts_at_once(splits))
+
+
 def joining(splits: int, rows: int, columns: int) -> Joining:
     """`rows` of a tile that are in use; all parts at a time."""
-    rows, parts = 1 << max(0, rows - 1).bit_length(), parts_at_once(splits)
+    rows, parts = 1 << max(0, rows - 1).bit_length(), parts_inside(splits)
     return Joining(rows, min(rows, max(1, HELD // (parts * columns))), parts)
 
 
 def joins_inside(programs: int, splits: int, rows: int, columns: int, slots: int, family: str) -> bool:
     """Whether the program of a tile that comes last joins its parts. `programs` without parts; `slots`: that run at
     once. Where they come in turns, each turn would wait for its counter too."""
-    fitting = 1 < splits <= min(COMBINE[-1], slots // max(1, programs)) and parts_at_once(splits) * columns <= HELD
+    fitting = 1 < splits <= min(COMBINE[-1], slots // max(1, programs)) and parts_inside(splits) * columns <= HELD
     return fitting and splits * rows * columns <= INSIDE.get(family, 0)
 
 

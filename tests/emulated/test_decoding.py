@@ -27,11 +27,12 @@ FAMILIES = {80: "ampere", 90: "hopper"}
 
 class Emulated:
     """Runs calls for one architecture under one schedule, keys in `splits` parts, joined `inside` or behind. `ran`:
-    kernels; `complaints`: what the emulator suspects."""
+    kernels; `ptx`: of the last one; `complaints`: what the emulator suspects."""
 
     def __init__(self, arch: int, schedule: dict[str, Any], splits: int = 2, inside: bool = False) -> None:
         self.arch, self.schedule, self.splits, self.inside = arch, schedule, splits, inside
         self.ran: list[str] = []
+        self.ptx = ""
         self.complaints: list[str] = []
 
     def run(self, call: CacheCall) -> State:
@@ -51,6 +52,7 @@ class Emulated:
         values = [plain(leaf) for path, leaf in aot.leaves(tuple(bound.values()), ()) if path not in constants]
         report = emulate_kernel(compiled, (programs, 1, 1), values, **self.schedule)
         self.ran.append(kernel.fn.__name__)
+        self.ptx = compiled.asm["ptx"]
         self.complaints += report.warnings
 
 
@@ -140,3 +142,6 @@ def test_joins_everything() -> None:
         caches.check(caches.make(case, torch.float16), device.run)
         assert device.ran[-1] == "decode_kernel"
         assert device.complaints == []
+        # The emulator's memory has one order. On a GPU all warps' stores come before the one count that releases them.
+        before, _, _ = device.ptx.partition("atom.global.gpu.acq_rel.add")
+        assert before.rindex("bar.sync") > before.rindex("st.global")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -141,19 +142,21 @@ def _long(heads: int, heads_kv: int, batch: int = 1, **more: Any) -> caches.Cach
     return caches.make(case, torch.bfloat16, "cuda")
 
 
-def _behind(call: caches.CacheCall, monkeypatch: pytest.MonkeyPatch) -> State:
-    """What the call gives if a kernel joins the parts."""
-    with monkeypatch.context() as patched:
-        patched.setattr(tables, "INSIDE", {})
-        plan.choose.cache_clear()
-        decoding._known.clear()
-        assert not _plan(call).config.inside
-        found = call.copy().run()
+def _join(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, the program that comes last joins up to so many numbers, whatever the table says."""
+    monkeypatch.setattr(tables, "INSIDE", dict.fromkeys(tables.INSIDE, most))
     plan.choose.cache_clear()
     decoding._known.clear()
-    return found
 
 
+@pytest.fixture
+def _forgotten() -> Iterator[None]:
+    yield
+    plan.choose.cache_clear()
+    decoding._known.clear()
+
+
+@pytest.mark.usefixtures("_forgotten")
 @pytest.mark.skipif(torch.version.hip is not None, reason="a kernel joins parts on AMD's GPUs")
 @pytest.mark.parametrize(("heads", "heads_kv", "batch"), [(32, 8, 1), (64, 8, 1), (8, 2, 3)])
 def test_the_program_that_comes_last_joins(
@@ -161,7 +164,10 @@ def test_the_program_that_comes_last_joins(
 ) -> None:
     """Whichever it is, in eager calls, from a tape and in graphs: the same bits as from the kernel behind."""
     call = _long(heads, heads_kv, batch)
-    wanted = _behind(call, monkeypatch)
+    _join(0, monkeypatch)
+    assert not _plan(call).config.inside
+    wanted = call.run()
+    _join(2**14, monkeypatch)
     config = _plan(call).config
     assert config.inside
     assert config.splits > 1
@@ -181,9 +187,12 @@ def test_the_program_that_comes_last_joins(
     assert not any(bool(counters.any()) for counters in queues._standing.values())
 
 
+@pytest.mark.usefixtures("_forgotten")
 @pytest.mark.skipif(torch.version.hip is not None, reason="a kernel joins parts on AMD's GPUs")
-def test_streams_and_graphs_count_apart() -> None:
-    """Two streams with eager calls and two with a graph each, all at once: nobody counts another one's programs."""
+def test_streams_and_graphs_count_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two streams with eager calls and two with a graph each, all at once: nobody counts another one's programs. One
+    graph has counters from the stock, the other, captured when there is none, fills its own."""
+    _join(2**14, monkeypatch)
     calls = [_long(8, 2, batch) for batch in (1, 2, 3, 1)]
     assert all(_plan(call).config.inside for call in calls)
     wanted = [call.run() for call in calls]
@@ -193,6 +202,7 @@ def test_streams_and_graphs_count_apart() -> None:
         with captured() as graph:
             written.append(call.run())
         graphs.append(graph)
+        monkeypatch.setattr(queues, "_spare", {})
     torch.cuda.synchronize()
     found: list[list[State]] = [[] for _ in calls]
     for _ in range(100):

@@ -65,6 +65,7 @@ def test_the_program_that_comes_last_joins(
     """All rows of a tile at once or one after the other; the second time counters are as the first left them. Bits are
     those that the kernel behind gives."""
     monkeypatch.setattr(portable, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(decoding, "INSIDE", {"hopper": 2**14})
     if not once:
         monkeypatch.setattr(decoding, "HELD", 16 * case.headdim_v)
     for _ in range(2):
@@ -102,7 +103,8 @@ def test_how_many_parts_and_rows_are_joined_at_a_time() -> None:
     assert at_once == {2: 4, 4: 4, 5: 16, 16: 16, 17: 32, 32: 32, 33: 16, 128: 16}
     assert decoding.joining(16, 4, 128) == Joining(rows=4, at_once=4, parts=16)
     assert decoding.joining(13, 7, 128) == Joining(rows=8, at_once=4, parts=16)
-    assert decoding.joining(2, 1, 512) == Joining(rows=1, at_once=1, parts=4)
+    assert decoding.joining(17, 1, 64) == Joining(rows=1, at_once=1, parts=32)
+    assert decoding.joining(2, 1, 512) == Joining(rows=1, at_once=1, parts=16)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
