@@ -29,6 +29,7 @@ def sections(folder: Path) -> dict[str, str]:
         versions = record["versions"]
         said = f"Triton {versions['triton']}, PyTorch {versions['torch']}, {record['date']}:"
         found["emulated"] = f"{said}\n\n{_table(_emulated(record['tests']))}"
+        found["banks"] = _table(_banks(record["tests"]))
     return found
 
 
@@ -81,6 +82,21 @@ def _spills(rows: Rows) -> Iterator[list[str]]:
             most[name] = max(most[name], row["spills"])
         worst = ", ".join(f"{name}: {count}" for name, count in most.items() if count)
         yield [target, str(len(found)), str(sum(not row["spills"] for row in found)), worst or "none"]
+
+
+def _banks(tests: Rows) -> Iterator[list[str]]:
+    """By kernel and head dimension: cycles of LDS over those that there would be without conflicts, for each GPU."""
+    counted = [test for test in tests if "conflicts" in test]
+    targets = sorted({test["arch"] for test in counted})
+    yield ["kernel", "head dimension", *targets]
+    shares: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
+    for test in counted:
+        headdim = int(test["test"].rpartition("-")[2].rstrip("]"))
+        for kernel, accesses in test["conflicts"].items():
+            cycles, least = (sum(found[place] for found in accesses.values()) for place in (1, 2))
+            shares[kernel.removesuffix("_kernel"), headdim][test["arch"]] = f"{cycles / least:.2f}"
+    for (kernel, headdim), found in sorted(shares.items()):
+        yield [kernel, str(headdim), *(found.get(target, "–") for target in targets)]
 
 
 def _emulated(tests: Rows) -> Iterator[list[str]]:

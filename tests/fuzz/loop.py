@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 STUCK = 900
 """Seconds after which one call is taken to hang; beside other work an interpreted one may take minutes."""
 BATCH = 40
@@ -139,15 +140,17 @@ def _note(tally: Tally, error: Exception, drawn: Any, seed: int) -> None:
     tally.failed += 1
     last = traceback.extract_tb(error.__traceback__)[-1]
     said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    # As it is named in the repository or where packages lie: nobody else has this machine's folders.
+    place = last.filename.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/")
     kind = f"{Path(last.filename).name} {re.sub(r'[-+]?[0-9][0-9.e+-]*', '#', said)[:200]}"
     if kind not in tally.failures:
         tally.failures[kind] = {
             "said": said,
             "seed": seed,
             "drawn": repr(drawn),
-            "at": f"{last.filename}:{last.lineno}",
+            "at": f"{place}:{last.lineno}",
         }
-        print(f"FAILED (seed {seed}) {said}\n    {drawn!r}\n    {last.filename}:{last.lineno}", flush=True)
+        print(f"FAILED (seed {seed}) {said}\n    {drawn!r}\n    {place}:{last.lineno}", flush=True)
 
 
 def _report(given: argparse.Namespace, tallies: dict[str, Tally], seconds: float) -> int:
