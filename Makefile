@@ -55,7 +55,7 @@ oldest-triton: $(OLDEST)
 		tests/test_lower.py tests/test_builds.py tests/emulated tests/ptx_emulation -m "not newest_triton" $(ARGS)
 
 # Random calls, the same ones each time: on the PyTorch backend and interpreted, side by side, for FUZZ seconds each.
-FUZZ ?= 75
+FUZZ ?= 150
 FUZZER = OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ) $(ARGS)
 
 fuzz: $(READY)
