@@ -20,6 +20,7 @@ from torch import Tensor
 from flashtile import mask_nodes, trace
 from flashtile.mask_nodes import At
 from flashtile.masks import Mask
+from flashtile.queues import apart
 from flashtile.scores import four_dimensions
 from flashtile.spans import FULL, PARTIAL
 
@@ -186,8 +187,11 @@ def _cut_chunk(size: int, part: Part, diagonal: int, device: torch.device) -> Ma
 
 @lru_cache(maxsize=256)
 def _chunk_ids(size: int, queries: int, keys: int, query: int, key: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.arange(queries, device=device), torch.arange(keys, device=device)
-    return (rows + query) // size, (columns + key) // size
+    def made() -> tuple[Tensor, Tensor]:
+        rows, columns = torch.arange(queries, device=device), torch.arange(keys, device=device)
+        return (rows + query) // size, (columns + key) // size
+
+    return apart(made)
 
 
 def _cut_prefix(length: int, tensors: Sequence[Tensor], part: Part, device: torch.device) -> Mask | None:
@@ -215,7 +219,7 @@ def table_slices(table: Tensor, part: Part) -> tuple[slice, ...]:
 @lru_cache(maxsize=1024)
 def numbers(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """Kept, so that lists of tiles that were made of them are found again."""
-    return torch.tensor(values, dtype=torch.int64, device=device).unbind()
+    return apart(lambda: torch.tensor(values, dtype=torch.int64, device=device)).unbind()
 
 
 def _origin(part: Part, device: torch.device) -> tuple[Tensor, ...]:

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from flashtile.queues import apart
+
 _T = TypeVar("_T")
 Made = dict[Any, tuple[list[weakref.ref[Tensor]], Any]]
 """What was made of tensors, and of which."""
@@ -45,7 +47,7 @@ def remembered(known: Made, what: Any, tensors: Sequence[Tensor], make: Callable
     key = (what, marked)
     found = known.get(key)
     if found is None or any(ref() is not tensor for ref, tensor in zip(found[0], tensors, strict=True)):
-        found = [weakref.ref(tensor, _Forget(known, key)) for tensor in tensors], make()
+        found = [weakref.ref(tensor, _Forget(known, key)) for tensor in tensors], apart(make)
         make_room(known, most)
         known[key] = found
     made: _T = found[1]

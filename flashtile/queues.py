@@ -1,12 +1,15 @@
 """The queue of work (a CUDA stream) that launches of this moment go to, and what belongs to one of them."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+_T = TypeVar("_T")
 _PACK = 64
 LINE = 32
 """Numbers of 32 bits in a line of the cache: counters that are in use at once do not share one."""
@@ -31,6 +34,34 @@ def capturing(device: torch.device | None = None) -> bool:
     return asked and torch.cuda.is_current_stream_capturing()
 
 
+def apart(make: Callable[[], _T]) -> _T:
+    """What `make` makes, to be kept: in memory that belongs to nobody else.
+
+    While PyTorch warms up a compiled function (`torch.compile(mode="reduce-overhead")`) whatever its thread allocates
+    comes from the pool of the graph to be, and nothing but the function's outputs may be left there. Another thread's
+    memory does not.
+    """
+    if not _warming_up():
+        return make()
+    stream = torch.cuda.current_stream()
+
+    def elsewhere() -> _T:
+        with torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(elsewhere).result()
+
+
+def _warming_up() -> bool:
+    """Whether this thread's memory on the current GPU may come from the pool of a graph that is not captured yet."""
+    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None or not torch.cuda.is_initialized():
+        return False
+    manager = trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    return manager is not None and manager.path_state is trees.ExecutionState.WARMUP
+
+
 def counter(device: torch.device) -> Tensor:
     """A number that is zero when the next launch begins: int32, at the start of its own memory.
 
@@ -43,7 +74,8 @@ def counter(device: torch.device) -> Tensor:
     found = next(_fresh.get(here, _NONE), None)
     if found is None:
         # Of two threads that come here at once one keeps its pack, the other's is forgotten after its first number.
-        _fresh[here] = pack = iter(torch.zeros((_PACK, LINE), dtype=torch.int32, device=device).unbind())
+        made = apart(lambda: torch.zeros((_PACK, LINE), dtype=torch.int32, device=device))
+        _fresh[here] = pack = iter(made.unbind())
         found = next(pack)
     return found
 
@@ -65,7 +97,7 @@ def standing_counters(count: int, device: torch.device) -> Tensor:
     found = _standing.get(here)
     if found is None or len(found) < count * LINE:
         # Of two threads that come here at once both have what is zero, and one keeps it.
-        _standing[here] = found = torch.zeros(count * LINE, dtype=torch.int32, device=device)
+        _standing[here] = found = apart(lambda: torch.zeros(count * LINE, dtype=torch.int32, device=device))
     return found
 
 
@@ -73,7 +105,7 @@ def _provide(device: torch.device) -> None:
     """Makes lines for graphs, unless half of those that were made are left. The older ones stay where they are."""
     packs = _spare.get(device)
     if packs is None or len(packs[-1]) < _SPARE // 2 * LINE:
-        made = torch.zeros(_SPARE * LINE, dtype=torch.int32, device=device)
+        made = apart(lambda: torch.zeros(_SPARE * LINE, dtype=torch.int32, device=device))
         with _lock:
             # What was taken of a pack is in graphs, but no tensor says so: its memory is kept by what is left of it.
             _spare.setdefault(device, []).append(made)

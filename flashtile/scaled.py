@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flashtile.problem import Inputs, Problem
+from flashtile.queues import apart
 
 FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 GRANULARITIES = ("tensor", "head", "block")
@@ -143,7 +144,7 @@ def _rotation(headdim: int, size: int, seed: int, device: torch.device, dtype: t
     generator = torch.Generator().manual_seed(seed)
     signs = 1.0 - 2.0 * torch.randint(2, (headdim,), generator=generator)
     matrix = torch.block_diag(*[hadamard] * max(1, NARROWEST // size))
-    return signs.to(device, dtype), matrix.to(device, dtype)
+    return apart(lambda: (signs.to(device, dtype), matrix.to(device, dtype)))
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype, granularity: str, rows: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,10 @@
 """Numbers that are zero when a launch begins."""
 
+import inspect
+import sys
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,3 +81,32 @@ def test_each_call_in_a_graph_has_its_own_standing_counters(monkeypatch: pytest.
     assert queues._spare[CPU][0].untyped_storage().data_ptr() == before
     queues._provide(CPU)
     assert len(queues._spare[CPU]) == 2
+
+
+def test_what_is_kept_while_a_function_is_warmed_up_is_made_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's warm-up gives the memory of its own thread back to the graph."""
+    states = SimpleNamespace(WARMUP=object(), EXECUTION=object())
+    manager = SimpleNamespace(path_state=states.WARMUP)
+    found: dict[int, Any] = {threading.get_ident(): manager}
+    trees = SimpleNamespace(
+        ExecutionState=states, get_manager=lambda device, create_if_none_exists: found.get(threading.get_ident())
+    )
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    for name, value in {"is_initialized": True, "current_device": 0, "current_stream": "stream"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    assert queues.apart(threading.get_ident) != threading.get_ident()
+    # What is made may keep something itself.
+    assert queues.apart(lambda: queues.apart(lambda: queues.counter(CPU)))[0] == 0
+    manager.path_state = states.EXECUTION
+    assert queues.apart(threading.get_ident) == threading.get_ident()
+    found.clear()
+    assert queues.apart(threading.get_ident) == threading.get_ident()
+
+
+def test_pytorch_has_what_is_asked() -> None:
+    trees = pytest.importorskip("torch._inductor.cudagraph_trees", exc_type=ImportError)
+    assert "create_if_none_exists" in inspect.signature(trees.get_manager).parameters
+    assert trees.ExecutionState.WARMUP is not trees.ExecutionState.RECORDING
+    assert "path_state" in inspect.getsource(trees.CUDAGraphTreeManager.run_eager)
+    assert "beginAllocateCurrentThreadToPool" in inspect.getsource(trees._use_cuda_memory_pool_manager)

@@ -12,6 +12,7 @@ from flashtile import lower
 from flashtile.kernels.words import Dropout, Grid, Modifiers, Numbers, Packing, Rows, Rules, Size, Stats, Window, odd
 from flashtile.lower.rules import without_ones
 from flashtile.problem import Inputs, Problem
+from flashtile.queues import apart
 from flashtile.region import region
 
 
@@ -61,7 +62,7 @@ def padded(tensor: Tensor, fill: float) -> Tensor:
 @lru_cache(maxsize=1024)
 def _pattern(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """One number that looks like as many."""
-    return torch.empty((), dtype=dtype, device=device).expand(shape)
+    return apart(lambda: torch.empty((), dtype=dtype, device=device)).expand(shape)
 
 
 def memory_for(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

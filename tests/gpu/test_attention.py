@@ -321,3 +321,24 @@ def test_dropout_is_recalled() -> None:
             torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
     drawn = [flashtile.attention(*tensors, dropout_p=0.3) for _ in range(4)]
     assert not any(torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{"causal": True}, {"mask": lambda b, h, q_idx, kv_idx: (q_idx - kv_idx) % 3 == 0}])
+def test_compiled_functions_become_cuda_graphs(backend: str, options: dict[str, object]) -> None:
+    """What the library keeps, counters and lists of tiles, does not lie in the graphs' memory."""
+    tensors = [_random(2, 300, 4, 64, seed=seed).requires_grad_() for seed in range(3)]
+    out_grad = _random(2, 300, 4, 64, seed=9)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flashtile.attention(q, k, v, backend=backend, **options) * 2.0
+
+    expected = step(*tensors)
+    grads = torch.autograd.grad(expected, tensors, out_grad)
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = compiled(*tensors)
+        found_grads = torch.autograd.grad(found, tensors, out_grad)
+        for one, other in zip((found, *found_grads), (expected, *grads), strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
