@@ -31,6 +31,15 @@ def _plan(call: caches.CacheCall) -> plan.Plan:
     return decoding.build(call.q, call.k_cache, call.v_cache, CacheArguments(**call.options)).plan()
 
 
+def test_a_page_of_padding_alone_needs_no_scale() -> None:
+    """Nor is it asked for where debug looks."""
+    case = CacheCase("padding", (20,), 3, 0, stored=INT8, page=16, leftpad=(20,), scale_by_page=True)
+    call = caches.make(case, torch.float32)
+    assert bool(call.options["k_scale"].isnan().all())
+    caches.check(call)
+    caches.check(caches.make(case, torch.float32), debug=True)
+
+
 @pytest.mark.parametrize("stored", [None, INT8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_other_dtypes(dtype: torch.dtype, stored: torch.dtype | None) -> None:

@@ -268,8 +268,8 @@ def _page_ids(table: list[list[int]], lengths: list[int], pads: list[int], appen
     size = pages.shape[1]
     used: list[int] = []
     for index, (ids, length) in enumerate(zip(table, lengths, strict=True)):
-        first = pads[index] // size if pads else 0
-        for page in ids[first : -(-(length + appended) // size)]:
+        begin, end = pads[index] if pads else 0, length + appended
+        for page in ids[begin // size : -(-end // size)] if begin < end else ():
             if not 0 <= page < len(pages):
                 raise ValueError(
                     f"block_table: got page {page} for sequence {index}, need 0 to {len(pages) - 1}, the "
