@@ -132,3 +132,12 @@ def _cgroup() -> int | None:
         return None if limit == "max" else max(0, int(limit) - used)
     except (OSError, ValueError):
         return None
+
+
+def lost() -> bool:
+    """Whether the GPU takes no more work from this process, as after a kernel that was stopped."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

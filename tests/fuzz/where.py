@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 
 from flashtile import plan
+from flashtile.bench import machine
 from flashtile.tuning import cpu, portable
 
 BACKENDS: dict[str, tuple[str | None, ...]] = {
@@ -58,14 +59,8 @@ class Where:
         return LONGEST[self.device]
 
     def lost(self) -> bool:
-        """Whether a kernel was stopped, after which a GPU takes nothing more from its process."""
-        if self.device != "cuda":
-            return False
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            return True
-        return False
+        """Whether nothing more can be run in this process."""
+        return self.device == "cuda" and machine.lost()
 
     @contextmanager
     def tiles(self, small: bool) -> Iterator[None]:

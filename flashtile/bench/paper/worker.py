@@ -17,8 +17,7 @@ import threading
 import time
 from typing import IO, Any
 
-import torch
-
+from flashtile.bench import machine
 from flashtile.bench.paper import experiment
 from flashtile.bench.paper.experiment import Note, Row, Setting
 
@@ -102,17 +101,6 @@ def _read(lines: Any, into: queue.Queue[str | None]) -> None:
     into.put(None)
 
 
-def _broken(setting: Setting) -> bool:
-    """Whether the device takes no more work from this process."""
-    if not setting.cuda:
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
-
-
 def _serve(setting: Setting, rows: dict[str, Row]) -> None:
     # What libraries print goes where errors go; answers have the pipe to themselves.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -120,7 +108,7 @@ def _serve(setting: Setting, rows: dict[str, Row]) -> None:
     for line in sys.stdin:
         row = rows[line.strip()]
         entry = experiment.run(row, setting, lambda text: print(json.dumps({"note": text}), file=answers))
-        print(json.dumps({"entry": entry, "broken": _broken(setting)}), file=answers)
+        print(json.dumps({"entry": entry, "broken": setting.cuda and machine.lost()}), file=answers)
 
 
 if __name__ == "__main__":
