@@ -173,6 +173,8 @@ def test_two_cards_keep_what_is_promised() -> None:
             assert ring[which]["median"] < peer[which]["median"]
             assert length == 2**15 or one[which]["median"] >= 0.92 * 2 * ring[which]["median"], (length, which)
     for each in costs.validate(record):
-        # The model leaves out the host's time, which shows in the shortest sequence.
-        rel = 0.1 if each.seqlen > 2**15 else 0.25
-        assert each.measured == pytest.approx(each.predicted, rel=rel), each
+        if each.seqlen == 2**15:
+            # The model leaves out the host's time, which is the limit here: it is a bound, no prediction.
+            assert each.predicted < each.measured, each
+        else:
+            assert each.measured == pytest.approx(each.predicted, rel=0.11), each
