@@ -115,6 +115,7 @@ CASES = (
     CacheCase("rotary", rotary=16),
     CacheCase("rotary_apart", rotary=12, interleaved=False),
     CacheCase("rotary_not_causal", rotary=8, causal=False),
+    CacheCase("turned_beyond", lengths=(5, 62), seqlen_q=5, appended=2, rotary=8),
     CacheCase("modifiers", softcap=5.0, alibi=True, sinks=True),
     CacheCase("paged", page=16),
     CacheCase("paged_odd", page=24, capacity=72, lengths=(5, 60, 23)),

@@ -11,6 +11,8 @@ import pytest
 
 from flashtile import check
 from flashtile.backends.pytorch import sweep
+from tests import stubborn
+from tests.fuzz import crew
 from tests.fuzz import loop as fuzz
 from tests.fuzz.doors import DOORS, INTERPRETED
 from tests.fuzz.where import DTYPES, Where
@@ -76,7 +78,42 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fuzz.main() == 0
     found = json.loads(record.read_text())
     assert found["device"] == "cpu"
+    assert found["processes"] == {"died": 0, "late": 0}
     assert found["doors"]["evoformer"] == {"cases": 5, "refused": 0, "failed": 0, "failures": {}}
+
+
+def test_processes_that_die_and_that_do_not_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What they said is known before they are ended, and nobody waits for them."""
+    monkeypatch.setattr(crew, "LATE", 0.0)
+    monkeypatch.setattr(crew, "PATIENCE", 0.5)
+    team = crew.Crew(stubborn.work, [("works",), ("does not end",), ("dies",)])
+    begin = time.monotonic()
+    while team.late > 1 and time.monotonic() < begin + 60:
+        team.listen(0.2)
+    team.listen(0.2)
+    assert team.heard == {0: "works ends", 1: "does not end at all", 2: "dies begins"}
+    assert (team.late, team.died) == (1, 1)
+    assert "FAILED process 2" in capsys.readouterr().out
+    begin = time.monotonic()
+    assert team.dismiss() == 0
+    assert time.monotonic() - begin < 30
+
+
+def test_an_interrupted_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "fuzz.json"
+    original = fuzz._batch
+
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        original(*arguments, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fuzz, "BATCH", 5)
+    monkeypatch.setattr(fuzz, "_batch", interrupted)
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--door", "evoformer", "--record", str(record)])
+    assert fuzz.main() == fuzz.INTERRUPTED
+    assert json.loads(record.read_text())["doors"]["evoformer"]["cases"] == 5
 
 
 def test_devices_are_described() -> None:

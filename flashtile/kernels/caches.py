@@ -193,9 +193,11 @@ def append_kernel(
         store_new(v_cache, v_scale, cache, i_row, i_head, o_places, m_rows, b_v, DIM_V, BLOCK_V, PAGE)
     elif rotary is not None:
         i_head -= number_of(heads_kv)
+        # Of more queries than new rows the last ones have places behind all rows, and there are angles for them.
+        beyond = tl.maximum(number_of(size.seqlen_q) - number_of(cache.appended), 0)
         if not MOVING:
-            o_places = seqlen + o_rows * 0
-        m_rows = (o_rows < number_of(size.seqlen_q)) & (o_places >= 0) & (o_places < number_of(size.seqlen_k))
+            o_places, beyond = seqlen + o_rows * 0, 0
+        m_rows = (o_rows < number_of(size.seqlen_q)) & (o_places >= 0) & (o_places < number_of(size.seqlen_k) + beyond)
         b_q = load_turned(q, i_batch, i_head, o_rows, m_rows, o_places, rotary, DIM, BLOCK, HALF, INTERLEAVED)
         p_q = row_pointers(turned, i_batch, i_head, 0, o_rows, BLOCK)
         m_q = (o_rows < number_of(size.seqlen_q))[:, None] & (tl.arange(0, BLOCK) < DIM)[None, :]

@@ -45,15 +45,16 @@ def _cached(where: Where) -> st.SearchStrategy[tuple[CacheCase, torch.dtype]]:
     }
     cases = st.builds(CacheCase, **fields)
     heads, pads = st.tuples(st.integers(1, 3), st.integers(1, 4)), st.none() | st.integers(0, 64)
-    return st.tuples(st.tuples(cases, heads, pads).map(_settled), st.sampled_from(where.dtypes))
+    room = st.integers(0, 3)
+    return st.tuples(st.tuples(cases, heads, pads, room).map(_settled), st.sampled_from(where.dtypes))
 
 
-def _settled(parts: tuple[CacheCase, tuple[int, int], int | None]) -> CacheCase:
-    """A case that is whole: heads in groups, padding within the rows, capacity for all, pages of scales."""
-    case, (groups, group), pad = parts
+def _settled(parts: tuple[CacheCase, tuple[int, int], int | None, int]) -> CacheCase:
+    """A case that is whole: heads in groups, padding within the rows, `room` for rows of no call, pages of scales."""
+    case, (groups, group), pad, room = parts
     appended = 0 if case.appended is None else case.appended
     rotary = min(case.rotary, case.headdim) // 2 * 2 if appended else 0
-    capacity = max(case.lengths) + appended + 3
+    capacity = max(1, max(case.lengths) + appended + room)
     page = case.page
     return replace(
         case,

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import faulthandler
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -12,14 +11,19 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tests.fuzz.crew import Crew, Say, leave
 
 ROOT = Path(__file__).resolve().parents[2]
 STUCK = 900
 """Seconds after which one call is taken to hang; beside other work an interpreted one may take minutes."""
 BATCH = 40
 DEVICES = ("cpu", "interpreter", "cuda")
+INTERRUPTED = 130
+"""The exit status of programs that were."""
 
 
 @dataclasses.dataclass
@@ -44,17 +48,28 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     workers = given.workers or (max(1, (os.cpu_count() or 2) // 2) if given.device == "cuda" else 1)
     begin = time.monotonic()
-    jobs = [(given, worker, workers) for worker in range(workers)]
-    if workers == 1:
-        found = [_work(*jobs[0])]
-    else:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            found = pool.starmap(_work, jobs)
+    crew = Crew(_work, [(given, worker, workers) for worker in range(workers)]) if workers > 1 else None
+    heard: dict[int, dict[str, Tally]] = {} if crew is None else crew.heard
+    versions = _versions()
+    status = 0
+    try:
+        if crew is None:
+            _work(given, 0, 1, partial(heard.__setitem__, 0))
+        else:
+            crew.listen(given.seconds)
+    except KeyboardInterrupt:
+        print("interrupted: what was done until then follows")
+        status = INTERRUPTED
+    # Before any process is ended, which may take its time.
     tallies: dict[str, Tally] = {}
-    for part in found:
+    for part in heard.values():
         for door, tally in part.items():
             tallies.setdefault(door, Tally()).join(tally)
-    return _report(given, tallies, time.monotonic() - begin)
+    processes = {"died": 0 if crew is None else crew.died, "late": 0 if crew is None else crew.late}
+    status = _report(given, tallies, time.monotonic() - begin, processes, versions) or status
+    if crew is not None and crew.dismiss():
+        leave(status)
+    return status
 
 
 def _arguments() -> argparse.Namespace:
@@ -69,8 +84,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _work(given: argparse.Namespace, worker: int, workers: int) -> dict[str, Tally]:
-    """The batches of one process."""
+def _work(given: argparse.Namespace, worker: int, workers: int, say: Say) -> None:
+    """The batches of one process; after each it says what happened so far."""
     import torch
 
     from tests.fuzz.doors import DOORS, INTERPRETED
@@ -85,17 +100,19 @@ def _work(given: argparse.Namespace, worker: int, workers: int) -> dict[str, Tal
     where = Where(given.device)
     names = given.door or (INTERPRETED if given.device == "interpreter" else tuple(DOORS))
     tallies = {name: Tally() for name in names}
+    say(tallies)
     end, seed = time.monotonic() + given.seconds, given.seed + worker
     while time.monotonic() < end:
         for name in names:
             try:
                 _batch(name, seed, where, end, tallies[name], given.shrink)
             except _Lost:
-                return tallies
+                return
+            finally:
+                say(tallies)
         if given.shrink:
             break
         seed += workers
-    return tallies
 
 
 class _Lost(BaseException):
@@ -153,26 +170,38 @@ def _note(tally: Tally, error: Exception, drawn: Any, seed: int) -> None:
         print(f"FAILED (seed {seed}) {said}\n    {drawn!r}\n    {place}:{last.lineno}", flush=True)
 
 
-def _report(given: argparse.Namespace, tallies: dict[str, Tally], seconds: float) -> int:
+def _versions() -> dict[str, str]:
     import torch
 
     import flashtile
 
+    return {"flashtile": flashtile.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+
+
+def _report(
+    given: argparse.Namespace,
+    tallies: dict[str, Tally],
+    seconds: float,
+    processes: dict[str, int],
+    versions: dict[str, str],
+) -> int:
+    """Prints and writes down what happened. processes: see `Crew`, those that died and those that were late."""
     for name, tally in tallies.items():
         print(f"{name:10} {tally.cases:7} calls, {tally.refused:6} refused, {tally.failed:4} failed")
     total = Counter({field: sum(getattr(tally, field) for tally in tallies.values()) for field in ("cases", "failed")})
     print(f"{given.device}: {total['cases']} calls in {seconds:.0f} s, {total['failed']} failed")
+    if any(processes.values()):
+        print(
+            "{died} processes ended before their work did, {late} were at work when time was over".format(**processes)
+        )
     if given.record is not None:
         record = {
             "device": given.device,
             "seconds": round(seconds),
             "seed": given.seed,
-            "versions": {
-                "flashtile": flashtile.__version__,
-                "torch": torch.__version__,
-                "python": sys.version.split()[0],
-            },
+            "processes": processes,
+            "versions": versions,
             "doors": {name: dataclasses.asdict(tally) for name, tally in tallies.items()},
         }
         given.record.write_text(json.dumps(record, indent=1) + "\n")
-    return 1 if total["failed"] or not total["cases"] else 0
+    return 1 if total["failed"] or processes["died"] or not total["cases"] else 0
