@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -11,16 +10,11 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 _PACK = 64
-LINE = 32
+_LINE = 32
 """Numbers of 32 bits in a line of the cache: counters that are in use at once do not share one."""
-_SPARE = 8192
-"""Lines for graphs that are made at a time: one megabyte."""
 
 _fresh: dict[Any, Iterator[Tensor]] = {}
 _NONE: Iterator[Tensor] = iter(())
-_standing: dict[Any, Tensor] = {}
-_spare: dict[torch.device, list[Tensor]] = {}
-_lock = Lock()
 
 
 def queue(device: torch.device) -> Any:
@@ -74,48 +68,7 @@ def counter(device: torch.device) -> Tensor:
     found = next(_fresh.get(here, _NONE), None)
     if found is None:
         # Of two threads that come here at once one keeps its pack, the other's is forgotten after its first number.
-        made = apart(lambda: torch.zeros((_PACK, LINE), dtype=torch.int32, device=device))
+        made = apart(lambda: torch.zeros((_PACK, _LINE), dtype=torch.int32, device=device))
         _fresh[here] = pack = iter(made.unbind())
         found = next(pack)
     return found
-
-
-def standing_counters(count: int, device: torch.device) -> Tensor:
-    """So many numbers, a `LINE` apart: int32, zero when the next launch begins, which leaves zeros behind. `count` > 0.
-
-    A queue has its own, for launches in it come one after the other. What is written into a graph has its own too, for
-    graphs may run beside each other; it is zero before the graph runs the first time, so that nothing need be launched
-    in it to make it so. It was made by an earlier call that was no part of a graph and, as graphs may live on, is never
-    taken back. If there is none of it, the graph fills some of its own whenever it is replayed.
-    """
-    if capturing(device):
-        taken = _taken(count, device)
-        return torch.zeros(count * LINE, dtype=torch.int32, device=device) if taken is None else taken
-    if device.type == "cuda":
-        _provide(device)
-    here = queue(device)
-    found = _standing.get(here)
-    if found is None or len(found) < count * LINE:
-        # Of two threads that come here at once both have what is zero, and one keeps it.
-        _standing[here] = found = apart(lambda: torch.zeros(count * LINE, dtype=torch.int32, device=device))
-    return found
-
-
-def _provide(device: torch.device) -> None:
-    """Makes lines for graphs, unless half of those that were made are left. The older ones stay where they are."""
-    packs = _spare.get(device)
-    if packs is None or len(packs[-1]) < _SPARE // 2 * LINE:
-        made = apart(lambda: torch.zeros(_SPARE * LINE, dtype=torch.int32, device=device))
-        with _lock:
-            # What was taken of a pack is in graphs, but no tensor says so: its memory is kept by what is left of it.
-            _spare.setdefault(device, []).append(made)
-
-
-def _taken(count: int, device: torch.device) -> Tensor | None:
-    """Of the newest lines for graphs, for good; None: there are not so many."""
-    with _lock:
-        packs = _spare.get(device, [])
-        if not packs or len(packs[-1]) < count * LINE:
-            return None
-        taken, packs[-1] = packs[-1][: count * LINE], packs[-1][count * LINE :]
-        return taken

@@ -54,8 +54,7 @@ def test_variants_on_the_gpu_that_is_measured(variant: str) -> None:
 )
 def test_kernels_over_a_cache(target: str, variant: str) -> None:
     rows = [Row(**row) for row in build.rows(Entry(target, 128, "bfloat16", variant))]
-    behind = [] if variant == "decode_joined" else ["combine_kernel"]
-    assert [row.kernel for row in rows] == ["append_kernel", "decode_kernel", *behind]
+    assert [row.kernel for row in rows] == ["append_kernel", "decode_kernel", "combine_kernel"]
     assert [str(row) for row in rows if row.broken] == []
     # One query of four heads shares a tile of the least size; 64 of them fill those of the forward kernel.
     filled = portable.portable_config(128, "modified", TARGETS[target].family).forward.tile_q
@@ -208,7 +207,7 @@ def test_limits_are_checked() -> None:
 def test_every_variant_is_a_call() -> None:
     for variant in matrix.CACHED:
         cached = matrix.cached_call(Entry("sm_80", 32, "float16", variant))
-        assert (cached.cache.block_table is None) == (variant in ("decode", "decode_joined"))
+        assert (cached.cache.block_table is None) == (variant == "decode")
     for variant in matrix.VARIANTS:
         inputs, options = matrix.call(Entry("sm_80", 32, "float16", variant))
         assert (inputs.cu_seqlens_q is not None) == (variant == "varlen")

@@ -17,8 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kept in ("_fresh", "_standing", "_spare"):
-        monkeypatch.setattr(queues, kept, {})
+    monkeypatch.setattr(queues, "_fresh", {})
 
 
 def test_every_counter_is_zero_and_given_out_once() -> None:
@@ -50,37 +49,6 @@ def test_streams_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(queues, "queue", lambda device, stream=stream: (device, stream))
         found[stream] = queues.counter(CPU)
     assert found[1].untyped_storage().data_ptr() != found[2].untyped_storage().data_ptr()
-
-
-def test_standing_counters_stay_a_queue_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others where more are wanted, and in other queues."""
-    first = queues.standing_counters(3, CPU)
-    assert first.shape == (3 * queues.LINE,)
-    assert not first.any()
-    assert queues.standing_counters(2, CPU) is first
-    assert len(queues.standing_counters(5, CPU)) == 5 * queues.LINE
-    monkeypatch.setattr(queues, "queue", lambda device: (device, 1))
-    assert queues.standing_counters(5, CPU) is not queues._standing[CPU]
-
-
-def test_each_call_in_a_graph_has_its_own_standing_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero before, so that the graph need not fill them; where there are none left it does."""
-    monkeypatch.setattr(queues, "_SPARE", 4)
-    queues._provide(CPU)
-    monkeypatch.setattr(queues, "capturing", lambda device: True)
-    found = [queues.standing_counters(count, CPU) for count in (1, 2, 1)]
-    places = [(counter.data_ptr() - found[0].data_ptr()) // (4 * queues.LINE) for counter in found]
-    assert places == [0, 1, 3]
-    filled = queues.standing_counters(1, CPU)
-    assert filled.untyped_storage().data_ptr() != found[0].untyped_storage().data_ptr()
-    # The next call outside of graphs makes more; those of the graphs stay.
-    before = found[0].untyped_storage().data_ptr()
-    del found
-    queues._provide(CPU)
-    assert [len(pack) for pack in queues._spare[CPU]] == [0, 4 * queues.LINE]
-    assert queues._spare[CPU][0].untyped_storage().data_ptr() == before
-    queues._provide(CPU)
-    assert len(queues._spare[CPU]) == 2
 
 
 def test_what_is_kept_while_a_function_is_warmed_up_is_made_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:

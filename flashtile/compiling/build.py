@@ -20,7 +20,6 @@ from flashtile.compiling.matrix import Entry
 from flashtile.compiling.targets import TARGETS
 from flashtile.kernels import aot
 from flashtile.problem import describe, describe_cached
-from flashtile.tuning import decoding as decoding_tables
 from flashtile.tuning import hopper as hopper_tables
 from flashtile.tuning import portable as portable_tables
 from flashtile.tuning.portable import Tiles
@@ -91,11 +90,8 @@ def _cached(entry: Entry) -> list[Row]:
     call, target = matrix.cached_call(entry), TARGETS[entry.target]
     if call.inputs.k.dtype is torch.float8_e4m3fn and target.backend == "cuda" and int(target.arch) < 89:
         return found  # the backend refuses it there
-    inside = entry.variant == "decode_joined"
-    if inside and target.family not in decoding_tables.INSIDE:
-        return found
     problem = describe_cached(call.inputs, call.cache, call.options, call.interleaved, call.splits)
-    config = portable.configure_decoding(problem, target.family)._replace(inside=inside)
+    config = portable.configure_decoding(problem, target.family)
     portable_cached.decode(call.inputs, call.cache, problem, config, _portable_machine(entry, found))
     there = replace(problem, device=hopper.DEVICE)
     if entry.target == "sm_90a" and hopper.refuses_latent(there) is None:

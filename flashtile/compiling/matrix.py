@@ -62,7 +62,6 @@ PAGE = 64
 
 CACHED: dict[str, tuple[int, dict[str, Any]]] = {
     "decode": (1, {}),
-    "decode_joined": (1, {}),
     "decode_paged": (1, {"paged": True}),
     "decode_fp8": (1, {"paged": True, "stored": torch.float8_e4m3fn}),
     "decode_int8": (1, {"paged": True, "stored": torch.int8}),
@@ -70,8 +69,7 @@ CACHED: dict[str, tuple[int, dict[str, Any]]] = {
     "decode_some": (8, {"paged": True}),
     "decode_many": (64, {"paged": True, "softcap": 20.0, "window": (100, 0), "rotary": True}),
 }
-"""Name -> queries of a sequence and options of a call over a KV cache. In `decode_joined` the program that comes last
-joins the parts, in the others a kernel does."""
+"""Name -> queries of a sequence and options of a call over a KV cache."""
 
 EIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8": ("block", {}),

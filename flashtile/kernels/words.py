@@ -209,15 +209,6 @@ class Parts(NamedTuple):
     batches: Any
 
 
-class Joined(NamedTuple):
-    """Where the program that comes last puts rows that it joins: `Rows` and `Numbers`; and the counters, one for each
-    tile of queries and key head, that say which it is (see `joining.comes_last`). No field is None."""
-
-    out: Any
-    lse: Any
-    counters: Any
-
-
 class Steps(NamedTuple):
     """The tiles [begin, end) of a sweep, by number, or by their place in the list at `tiles`; [full_begin, full_end)
     need no mask at the edges."""

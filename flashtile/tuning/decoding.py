@@ -1,6 +1,5 @@
 """Tiles and parts of calls over a KV cache: data, which changes no result beyond rounding."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from flashtile.tuning.portable import Tiles, portable_config
@@ -8,13 +7,11 @@ from flashtile.tuning.portable import Tiles, portable_config
 
 class DecodeConfig(NamedTuple):
     """tiles: of queries, all heads of a key head together, and of keys. splits: parts that the keys are cut into, of
-    `part` tiles each or, None, as even as can be. inside: of a tile's programs the one that comes last joins its parts;
-    otherwise a kernel of its own does."""
+    `part` tiles each or, None, as even as can be."""
 
     tiles: Tiles
     splits: int
     part: int | None = None
-    inside: bool = False
 
 
 Rows = tuple[tuple[int, Tiles], ...]
@@ -102,21 +99,6 @@ timed."""
 
 IN_TURN = 16
 
-INSIDE = dict.fromkeys(("hopper", "blackwell", "ampere"), 16384)
-"""Numbers of all parts of a tile (parts, rows, columns) that the program which comes last joins at most, by family. 0:
-a kernel of its own joins all.
-
-That kernel took 2.7 to 3.2 microseconds of the 13 to 14 of one sequence of 8k keys in 16 or 32 parts (H100,
-`tools/tune_decoding.py`). Inside there are an atomic addition, whose answer comes from the L2 cache, and the parts from
-there, `HELD` numbers at a time: at a latency of 0.6 to 0.8 microseconds each, less than that for one or two times
-`HELD`, as much for four. Not timed.
-
-AMD's have none: what a release of one wave says of the others' stores is up to the barrier before it, and nobody has
-looked at that."""
-
-HELD = 8192
-"""Numbers that a program has in registers while it joins: 64 a thread, fewer than while it multiplies."""
-
 COLUMNS = 64
 """Columns of a row that one warp joins."""
 
@@ -186,37 +168,9 @@ def append_rows(rows: int, columns: int) -> int:
     return next((tile for tile in fitting if rows <= tile), fitting[-1])
 
 
-@dataclass(frozen=True)
-class Joining:
-    """How a program joins the parts of its tile: `rows` of it are in use, so many `at_once`, of up to so many `parts`;
-    all are powers of two."""
-
-    rows: int
-    at_once: int
-    parts: int
-
-
 def parts_at_once(splits: int) -> int:
     """From `COMBINE`. Which it is changes no bit (see `joining.join_rows`)."""
     return next((count for count in COMBINE if splits <= count), IN_TURN)
-
-
-def parts_inside(splits: int) -> int:
-    """As `parts_at_once`, for a kernel that takes longer to build, and whose first number would be one build more."""
-    return max(COMBINE[1], parts_at_once(splits))
-
-
-def joining(splits: int, rows: int, columns: int) -> Joining:
-    """`rows` of a tile that are in use; all parts at a time."""
-    rows, parts = 1 << max(0, rows - 1).bit_length(), parts_inside(splits)
-    return Joining(rows, min(rows, max(1, HELD // (parts * columns))), parts)
-
-
-def joins_inside(programs: int, splits: int, rows: int, columns: int, slots: int, family: str) -> bool:
-    """Whether the program of a tile that comes last joins its parts. `programs` without parts; `slots`: that run at
-    once. Where they come in turns, each turn would wait for its counter too."""
-    fitting = 1 < splits <= min(COMBINE[-1], slots // max(1, programs)) and parts_inside(splits) * columns <= HELD
-    return fitting and splits * rows * columns <= INSIDE.get(family, 0)
 
 
 def decode_splits(programs: int, tiles: int, multiprocessors: int, room: Room) -> int:

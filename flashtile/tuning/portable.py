@@ -209,7 +209,6 @@ HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
     ("forward_kernel", 64): {"dropout": 110, "table": 100, "mask_mod": 80, "fp8_mask_mod": 370},
     ("forward_kernel", 128): {"mask_mod": 90, "fp8_mask_mod": 580},
     ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 90, "fp8_mask_mod": 10},
-    ("decode_kernel", 128): {"decode_joined": 10},  # around the loop, which nothing spills in
     ("decode_kernel", 256): {"decode_many": 10},
     ("decode_kernel", 576): {"decode_many": 90},
     ("bias_kernel", 64): {"bias": 20},
@@ -262,17 +261,13 @@ def portable_config(headdim: int, kind: str, family: str = "hopper") -> Portable
     return next(config for limit, config in rows if headdim <= limit)
 
 
-NARROWEST = 16
-"""Rows of a tile at least."""
-
-
 def smaller(tiles: Tiles) -> Iterator[Tiles]:
     """These tiles, then ever smaller ones, for a device or a function that needs them."""
     yield tiles
     while tiles.stages > 1:
         tiles = tiles._replace(stages=tiles.stages - 1)
         yield tiles
-    while max(tiles.tile_q, tiles.tile_kv) > NARROWEST:
+    while max(tiles.tile_q, tiles.tile_kv) > 16:
         larger = "tile_q" if tiles.tile_q >= tiles.tile_kv else "tile_kv"
         tiles = tiles._replace(**{larger: getattr(tiles, larger) // 2})
         yield tiles

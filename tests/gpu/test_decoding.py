@@ -2,24 +2,20 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import flashtile
-from flashtile import State, decoding, plan, queues
+from flashtile import decoding, plan
 from flashtile.decoding import CacheArguments
 from flashtile.kernels.tape import Tape
 from flashtile.kvcache import PagedCache
-from flashtile.tuning import decoding as tables
 from tests import caches
 from tests.caches import CASES, EVERYTHING, LATENT, QUANTIZED, WIDE, CacheCase
 from tests.gpu.graphs import captured
-from tests.oracle import assert_equal_bits
 from tests.test_examples import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -133,90 +129,6 @@ def test_graphs_are_replayed_with_other_lengths(batch_invariant: bool) -> None:
             assert torch.equal(dense[1][i, n], v[i, 0])
         wanted = _by_hand(q, *dense, [n + 1 for n in chosen])
         torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
-
-
-def _long(heads: int, heads_kv: int, batch: int = 1, **more: Any) -> caches.CacheCall:
-    """A query a sequence over a few thousand keys: few tiles, so that keys are cut and the last program joins."""
-    lengths = (8000, 0, 4097)[:batch]
-    case = CacheCase(f"long_{heads}_{batch}", lengths, 1, 1, heads, heads_kv, 128, 128, capacity=8192, **more)
-    return caches.make(case, torch.bfloat16, "cuda")
-
-
-def _join(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on, the program that comes last joins up to so many numbers, whatever the table says."""
-    monkeypatch.setattr(tables, "INSIDE", dict.fromkeys(tables.INSIDE, most))
-    plan.choose.cache_clear()
-    decoding._known.clear()
-
-
-@pytest.fixture
-def _forgotten() -> Iterator[None]:
-    yield
-    plan.choose.cache_clear()
-    decoding._known.clear()
-
-
-@pytest.mark.usefixtures("_forgotten")
-@pytest.mark.skipif(torch.version.hip is not None, reason="a kernel joins parts on AMD's GPUs")
-@pytest.mark.parametrize(("heads", "heads_kv", "batch"), [(32, 8, 1), (64, 8, 1), (8, 2, 3)])
-def test_the_program_that_comes_last_joins(
-    heads: int, heads_kv: int, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whichever it is, in eager calls, from a tape and in graphs: the same bits as from the kernel behind."""
-    call = _long(heads, heads_kv, batch)
-    _join(0, monkeypatch)
-    assert not _plan(call).config.inside
-    wanted = call.run()
-    _join(2**14, monkeypatch)
-    config = _plan(call).config
-    assert config.inside
-    assert config.splits > 1
-    caches.check(call.copy())
-    for _ in range(100):
-        found = call.run()
-        assert_equal_bits(list(found), list(wanted))
-    with captured() as graph:
-        written = [call.run() for _ in range(3)]
-    for _ in range(200):
-        for state in written:
-            state.out.fill_(torch.nan)
-        graph.replay()
-        for state in written:
-            assert_equal_bits(list(state), list(wanted))
-    torch.cuda.synchronize()
-    assert not any(bool(counters.any()) for counters in queues._standing.values())
-
-
-@pytest.mark.usefixtures("_forgotten")
-@pytest.mark.skipif(torch.version.hip is not None, reason="a kernel joins parts on AMD's GPUs")
-def test_streams_and_graphs_count_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two streams with eager calls and two with a graph each, all at once: nobody counts another one's programs. One
-    graph has counters from the stock, the other, captured when there is none, fills its own."""
-    _join(2**14, monkeypatch)
-    calls = [_long(8, 2, batch) for batch in (1, 2, 3, 1)]
-    assert all(_plan(call).config.inside for call in calls)
-    wanted = [call.run() for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    graphs, written = [], []
-    for call in calls[2:]:
-        with captured() as graph:
-            written.append(call.run())
-        graphs.append(graph)
-        monkeypatch.setattr(queues, "_spare", {})
-    torch.cuda.synchronize()
-    found: list[list[State]] = [[] for _ in calls]
-    for _ in range(100):
-        for index, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                if index < 2:
-                    found[index].append(calls[index].run())
-                else:
-                    graphs[index - 2].replay()
-                    found[index].append(State(*(tensor.clone() for tensor in written[index - 2])))
-    torch.cuda.synchronize()
-    for states, right in zip(found, wanted, strict=True):
-        for state in states:
-            assert_equal_bits(list(state), list(right))
 
 
 def test_compiles_whole() -> None:

@@ -11,7 +11,7 @@ from flashtile import plan
 from flashtile.backends import portable
 from flashtile.decoding import CacheArguments
 from flashtile.tuning import decoding
-from flashtile.tuning.decoding import Joining, Room
+from flashtile.tuning.decoding import Room
 from flashtile.tuning.portable import Tiles
 from tests import caches
 from tests.caches import CASES, EVERYTHING, QUANTIZED, WIDE, CacheCase
@@ -53,58 +53,22 @@ def test_any_number_of_parts(splits: int) -> None:
     caches.check(caches.make(EVERYTHING, torch.float32), num_splits=splits)
 
 
-NAMED = {case.name: case for case in (*CASES, *WIDE)}
-JOINED = (EVERYTHING, *(NAMED[name] for name in ("plain", "group_of_seven", "nothing_new")))
-
-
-@pytest.mark.parametrize(("splits", "once"), [(2, True), (7, False)])
-@pytest.mark.parametrize("case", JOINED, ids=str)
-def test_the_program_that_comes_last_joins(
-    case: CacheCase, splits: int, once: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All rows of a tile at once or one after the other; the second time counters are as the first left them. Bits are
-    those that the kernel behind gives."""
-    monkeypatch.setattr(portable, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(decoding, "INSIDE", {"hopper": 2**14})
-    if not once:
-        monkeypatch.setattr(decoding, "HELD", 16 * case.headdim_v)
-    for _ in range(2):
-        call = caches.make(case, torch.float16)
-        config = _plan(call, num_splits=splits).config
-        assert (config.splits, config.inside) == (splits, True)
-        inside = caches.check(call, num_splits=splits, backend="portable")
-    monkeypatch.setattr(decoding, "INSIDE", {})
-    plan.choose.cache_clear()
-    call = caches.make(case, torch.float16)
-    assert not _plan(call, num_splits=splits).config.inside
-    behind = call.run(num_splits=splits, backend="portable")
-    assert_equal_bits([inside.out, inside.lse], [behind.out, behind.lse])
-
-
-@pytest.mark.parametrize(
-    ("programs", "splits", "rows", "slots", "family", "wanted"),
-    [
-        (8, 16, 4, 132, "hopper", True),  # one sequence of 8k keys, 32 heads over 8
-        (8, 16, 8, 132, "hopper", True),  # 64 heads
-        (8, 16, 16, 132, "hopper", False),  # more than is joined as fast as a kernel begins
-        (8, 17, 4, 132, "hopper", False),  # not all run at once
-        (8, 1, 4, 132, "hopper", False),
-        (1, 40, 1, 132, "hopper", False),  # more parts than are joined at a time
-        (8, 16, 4, 132, "cdna", False),
-        (0, 2, 0, 132, "hopper", True),  # no sequence
-    ],
-)
-def test_where_parts_are_joined(programs: int, splits: int, rows: int, slots: int, family: str, wanted: bool) -> None:
-    assert decoding.joins_inside(programs, splits, rows, 128, slots, family) == wanted
-
-
-def test_how_many_parts_and_rows_are_joined_at_a_time() -> None:
+def test_how_many_parts_are_joined_at_a_time() -> None:
     at_once = {splits: decoding.parts_at_once(splits) for splits in (2, 4, 5, 16, 17, 32, 33, 128)}
     assert at_once == {2: 4, 4: 4, 5: 16, 16: 16, 17: 32, 32: 32, 33: 16, 128: 16}
-    assert decoding.joining(16, 4, 128) == Joining(rows=4, at_once=4, parts=16)
-    assert decoding.joining(13, 7, 128) == Joining(rows=8, at_once=4, parts=16)
-    assert decoding.joining(17, 1, 64) == Joining(rows=1, at_once=1, parts=32)
-    assert decoding.joining(2, 1, 512) == Joining(rows=1, at_once=1, parts=16)
+
+
+@pytest.mark.parametrize("splits", [3, 7])
+def test_how_many_parts_are_joined_at_a_time_changes_no_bit(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, or in turns of two."""
+    call = caches.make(EVERYTHING, torch.float16)
+    found = []
+    monkeypatch.setattr(decoding, "IN_TURN", 2)
+    for at_once in (32, 2):
+        monkeypatch.setattr(decoding, "COMBINE", (at_once,))
+        assert decoding.parts_at_once(splits) == at_once
+        found.append(call.copy().run(num_splits=splits, backend="portable"))
+    assert_equal_bits(list(found[0]), list(found[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -117,9 +117,7 @@ def configure_decoding(problem: Problem, family: str | None = None) -> DecodeCon
     row = (problem.headdim + problem.headdim_v) * (stored or problem.dtype).itemsize
     room, multiprocessors = decoding.room_for(tiles, row, stored is not None, family), _multiprocessors(device)
     splits = splits or decode_splits(programs, longest, multiprocessors, room)
-    used, slots = min(rows, tiles.tile_q), multiprocessors * room.programs
-    inside = decoding.joins_inside(programs, splits, used, problem.headdim_v, slots, family)
-    return DecodeConfig(tiles, splits, inside=inside)
+    return DecodeConfig(tiles, splits)
 
 
 def _kind_of_cache(problem: Problem) -> str:

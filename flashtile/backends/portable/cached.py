@@ -13,11 +13,10 @@ from flashtile.kernels.arguments import beside, numbers_of, rows_of, size_of
 from flashtile.kernels.cached import Launch, append, combine, parts_of, results
 from flashtile.kernels.caches import cache_of, scale_of, stored
 from flashtile.kernels.tape import Tape, perform
-from flashtile.kernels.words import Cache, Joined
+from flashtile.kernels.words import Cache
 from flashtile.problem import CacheTensors, Inputs, Problem
-from flashtile.queues import standing_counters
-from flashtile.tuning.decoding import COLUMNS, DecodeConfig, append_rows, joining, parts_at_once
-from flashtile.tuning.portable import NARROWEST, Tiles
+from flashtile.tuning.decoding import COLUMNS, DecodeConfig, append_rows, parts_at_once
+from flashtile.tuning.portable import Tiles
 
 KERNELS = (decode_kernel, *cached.KERNELS)
 
@@ -32,9 +31,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q, splits = inputs.q, config.splits
-    whole = out, lse = results(problem, 1, problem.out_dtype, q.device)
-    parts = results(problem, splits, torch.float32, q.device) if splits > 1 else whole
-    counters = standing_counters(_most_tiles(problem), q.device) if config.inside else None
+    out, lse = results(problem, 1, problem.out_dtype, q.device)
+    parts = results(problem, splits, torch.float32, q.device) if splits > 1 else (out, lse)
     turned = torch.empty(q.shape, dtype=q.dtype, device=q.device) if cache.rotary_cos is not None else q
 
     def launches(tape: Tape | None) -> None:
@@ -42,19 +40,13 @@ def decode(
         words = cache_of(cache)
         early = _early(call)
         _run(call, append(inputs, cache, problem, words, turned, append_rows, early))
-        joined = None if counters is None else Joined(rows_of(out), numbers_of(lse), counters)
-        _attend(call, cache, words, config, turned, parts, joined, early)
-        if splits > 1 and joined is None:
-            _run(call, combine(problem, splits, parts, whole, parts_at_once(splits), COLUMNS, early))
+        _attend(call, cache, words, config, turned, parts, early)
+        if splits > 1:
+            _run(call, combine(problem, splits, parts, (out, lse), parts_at_once(splits), COLUMNS, early))
 
-    tensors = (q, inputs.k, inputs.v, out, lse, *parts, turned, counters, *cache, *beside(inputs))
+    tensors = (q, inputs.k, inputs.v, out, lse, *parts, turned, *cache, *beside(inputs))
     perform(launches, tensors, memory)
     return out, lse
-
-
-def _most_tiles(problem: Problem) -> int:
-    """Tiles of queries that a call has at most, with the narrowest that there are."""
-    return problem.batch * problem.heads_kv * -(-problem.seqlen_q * problem.group // NARROWEST)
 
 
 def _early(call: Call) -> bool:
@@ -80,7 +72,6 @@ def _attend(
     config: DecodeConfig,
     q: Tensor,
     parts: tuple[Tensor, Tensor],
-    joined: Joined | None,
     early: bool,
 ) -> None:
     problem, inputs = call.problem, call.inputs
@@ -91,21 +82,17 @@ def _attend(
     launched = {"launch_pdl": True} if after else {}
 
     def attempt(tiles: Tiles) -> None:
-        rows = problem.seqlen_q * problem.group
-        count = -(-rows // tiles.tile_q)
-        meta = meta_of(problem, tiles, False, False, False, latent=latent)
-        join = None if joined is None else joining(config.splits, min(rows, tiles.tile_q), meta.block_dv)
+        count = -(-problem.seqlen_q * problem.group // tiles.tile_q)
         call.run(
             decode_kernel,
             problem.batch * config.splits * problem.heads_kv * count,
             tiles,
             *(rows_of(q), stored(inputs.k), stored(inputs.v), rows_of(parts[0]), numbers_of(parts[1]), words),
             *(scale_of(cache.k_scale), scale_of(cache.v_scale)),
-            *(size_of(problem, problem.heads_kv, count), call.rules, parted, inputs.sinks, joined),
-            META=meta,
-            JOIN=join,
+            *(size_of(problem, problem.heads_kv, count), call.rules, parted, inputs.sinks),
+            META=meta_of(problem, tiles, False, False, False, latent=latent),
             AFTER=after,
-            EARLY=early and config.splits > 1 and joined is None,
+            EARLY=early and config.splits > 1,
             enable_fp_fusion=call.fused(),
             **launched,
         )

@@ -1,8 +1,8 @@
 """The kernel of calls over a KV cache: the forward sweep over a part of a sequence's keys, in pages or in one piece.
 
 A query tile holds the queries of all the heads that share a key head (GQA packed: key tiles are read once for all of
-them): its row r is query r // group of head r % group. Parts are joined by the program of a tile that comes last, or by
-`combine_kernel` (see `kernels.joining`).
+them): its row r is query r // group of head r % group. Parts are joined by `combine_kernel`
+(see `kernels.joining`).
 
 Programs that run side by side read the same rows: first those of the query tiles, then those of the key heads, whose
 columns lie side by side in memory.
@@ -21,7 +21,6 @@ from flashtile.kernels.caches import (
     table_of,
     wait_for_kernel,
 )
-from flashtile.kernels.joining import comes_last, join_rows
 from flashtile.kernels.places import diagonal_of, key_range, key_span, number_of
 from flashtile.kernels.tiles import scales_of_rows
 from flashtile.kernels.words import Steps, Stored
@@ -51,30 +50,12 @@ def narrowed(b_rows, b_bits):
 
 
 @triton.jit
-def join_tile(out, lse, joined, size, parts, seqlen_q, META: tl.constexpr, JOIN: tl.constexpr):
-    """The parts of this program's tile become one, if it comes last."""
-    i_batch, i_head, i_tile, _ = program_of_part(size, parts)
-    i_joined = (i_batch * number_of(size.heads) + i_head) * number_of(size.tiles) + i_tile
-    ROWS: tl.constexpr = JOIN.rows
-    AT_ONCE: tl.constexpr = JOIN.at_once
-    if comes_last(joined.counters, i_joined, parts):
-        for FIRST in tl.static_range(0, ROWS, AT_ONCE):
-            o_rows = i_tile * META.tile_q + FIRST + tl.arange(0, AT_ONCE)[:, None]
-            o_query, o_head = o_rows // META.group, i_head * META.group + o_rows % META.group
-            join_rows(
-                out, lse, joined.out, joined.lse, parts, i_batch, o_query, o_head, o_query < seqlen_q,
-                META.headdim_v, META.block_dv, JOIN.parts, True,
-            )  # fmt: skip
-
-
-@triton.jit
 def decode_kernel(
-    q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts, sinks, joined,
-    META: tl.constexpr, JOIN: tl.constexpr, AFTER: tl.constexpr, EARLY: tl.constexpr,
+    q, k, v, out, lse, cache, k_scale, v_scale, size, rules, parts, sinks,
+    META: tl.constexpr, AFTER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program a query tile of a key head and part of the keys. joined: where that which comes last of a tile joins
-    its parts, as JOIN says, or None. AFTER, EARLY: whether it was launched before the kernel before had ended, and
-    whether that behind may be (see `let_next_begin`)."""
+    """One program a query tile of a key head and part of the keys. AFTER, EARLY: whether it was launched before the
+    kernel before had ended, and whether that behind may be (see `let_next_begin`)."""
     wait_for_kernel(AFTER)
     TILE: tl.constexpr = META.tile_q
     BLOCK_DV: tl.constexpr = META.block_dv
@@ -143,5 +124,3 @@ def decode_kernel(
     tl.store(p_out, b_out.to(out.pointer.dtype.element_ty), mask=m_out)
     p_lse = lse.pointer + i_slot.to(tl.int64) * number_of(lse.batch) + o_head.to(tl.int64) * number_of(lse.head)
     tl.store(p_lse + o_query, b_lse, mask=m_rows)
-    if joined is not None:
-        join_tile(out, lse, joined, size, parts, place.seqlen_q, META, JOIN)
