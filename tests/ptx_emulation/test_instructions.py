@@ -252,6 +252,25 @@ def test_bulk_copies_with_a_mistake(removed: str, shown: str) -> None:
     assert shown in emulate(HEADER + body + FOOTER, args=args, shared=2048).kinds()
 
 
+MEETING = "bar.warp.sync -1;"
+
+
+@pytest.mark.parametrize("touch", ["st.shared.b32 [%r14],%r2;", "ld.shared.b32 %r10,[%r14];"])
+@pytest.mark.parametrize(("meeting", "kinds"), [(MEETING, []), ("", ["arrival-for-others"])])
+def test_a_lane_that_arrives_for_others(touch: str, meeting: str, kinds: list[str]) -> None:
+    body = f"""
+ mov.b32 %r12,global_smem; add.s32 %r13,%r12,1024; setp.eq.u32 %p1,%r1,0;
+ @%p1 mbarrier.init.shared::cta.b64 [%r13],1;
+ {MEETING}
+ shl.b32 %r14,%r1,4; add.s32 %r14,%r12,%r14; {touch}
+ {meeting}
+ @%p1 mbarrier.arrive.shared::cta.b64 _,[%r13];
+ {WAIT}
+"""
+    args = [inputs(), np.zeros((32, 2), np.uint32)]
+    assert list(emulate(HEADER + body + FOOTER, args=args, shared=2048).kinds()) == kinds
+
+
 def test_named_barriers() -> None:
     """Warp 1 arrives at a barrier and goes on; warp 0, which waits there, reads what it stored."""
     body = """

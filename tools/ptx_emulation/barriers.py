@@ -7,7 +7,7 @@ import numpy as np
 from tools.ptx_emulation.access import Access, Effect
 from tools.ptx_emulation.errors import EmuError
 from tools.ptx_emulation.formats import BOOL, U32, U64
-from tools.ptx_emulation.machine import Barrier, Cta, Mbarrier, Warp
+from tools.ptx_emulation.machine import NO_LANES, Barrier, Cta, Mbarrier, Warp
 from tools.ptx_emulation.memory import SHARED_BASE, Mask, active, need_all_lanes, shared_offsets
 from tools.ptx_emulation.parse import Discard, Instruction
 from tools.ptx_emulation.warp_instructions import count_only
@@ -84,6 +84,8 @@ def _arrive_or_expect(access: Access) -> Effect:
     counts = access.reader(operands[1], U32) if len(operands) > 1 else None
 
     def run(warp: Warp, mask: Mask) -> None:
+        if arrives:
+            _check_together(warp, mask, instruction)
         for lane in active(mask):
             address = int(addresses(warp)[lane])
             count = 1 if counts is None else int(counts(warp)[lane])
@@ -96,6 +98,17 @@ def _arrive_or_expect(access: Access) -> Effect:
         warp.launch.version += 1
 
     return run
+
+
+def _check_together(warp: Warp, mask: Mask, instruction: Instruction) -> None:
+    """Warns where a lane arrives for others: it releases what it did itself, and what it has seen of them."""
+    others = NO_LANES if mask is None else warp.apart & ~mask
+    if others.any():
+        message = (
+            f"lanes {active(others)} of warp {warp.index} touched shared memory, and others arrive at an mbarrier, "
+            f"with no barrier between: {instruction.where()}"
+        )
+        warp.launch.report.warn("arrival-for-others", message)
 
 
 def _wait_for_phase(access: Access) -> Effect:
@@ -150,9 +163,9 @@ def _mbarrier(access: Access) -> Effect:
 
 
 def _barrier(access: Access) -> Effect:
-    """bar and barrier; bar.warp.sync has no effect, for a warp's lanes run together."""
+    """bar and barrier. A warp's lanes run together, so that bar.warp.sync changes no more than what they know."""
     if "warp" in access.parts:
-        return lambda warp, mask: None
+        return _meet
     if "cluster" in access.parts or "red" in access.parts:
         raise access.unsupported()
     instruction, waits = access.instruction, "arrive" not in access.parts
@@ -163,9 +176,16 @@ def _barrier(access: Access) -> Effect:
         need_all_lanes(mask, instruction)
         number = int(numbers(warp)[0])
         needed = int(counts(warp)[0]) if counts else warp.cta.threads
+        if waits:
+            _meet(warp, mask)
         _arrive_at_barrier(warp, number, needed, waits, instruction)
 
     return run
+
+
+def _meet(warp: Warp, mask: Mask) -> None:
+    """All lanes of a warp at a barrier: what each did to memory comes before what any does next."""
+    warp.apart = NO_LANES if mask is None else warp.apart & ~mask
 
 
 def _arrive_at_barrier(warp: Warp, number: int, needed: int, waits: bool, instruction: Instruction) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tools.ptx_emulation.parse import Instruction
     from tools.ptx_emulation.wgmma import Accumulator, Issued
 
+NO_LANES, ALL_LANES = np.zeros(32, BOOL), np.ones(32, BOOL)
 # What registers and shared memory hold before they are written: all ones, NaN in every float format.
 _UNWRITTEN: dict[Any, Array] = {
     BOOL: np.zeros(32, bool),
@@ -84,13 +85,14 @@ class Warp:
         cp_*, bulk_*, wgmma_*: operations that were issued, in committed groups and in the open one.
         accumulators: of matrix products under way, by their registers.
         in_flight, in_flight_a: registers that they will write, and that they read as A.
+        apart: lanes that have read or written shared memory since all lanes met at a barrier.
     """
 
     __slots__ = (
         *("registers", "pc", "index", "cta", "launch", "mask", "stack", "exited", "done"),
         *("blocked", "yielded", "spinning", "waits_for", "awaited", "waiting_at"),
         *("cp_groups", "cp_open", "bulk_groups", "bulk_open", "wgmma_groups", "wgmma_open"),
-        *("accumulators", "in_flight", "in_flight_a"),
+        *("accumulators", "in_flight", "in_flight_a", "apart"),
     )
 
     def __init__(self, cta: "Cta", index: int, registers: list[Array]) -> None:
@@ -113,6 +115,11 @@ class Warp:
         self.accumulators: dict[tuple[int, ...], Accumulator] = {}
         self.in_flight: frozenset[int] = frozenset()
         self.in_flight_a: frozenset[int] = frozenset()
+        self.apart: Array = NO_LANES
+
+    def touches_shared(self, mask: Array | None) -> None:
+        """Lanes read or write shared memory."""
+        self.apart = ALL_LANES if mask is None else self.apart | mask
 
 
 class Cta:

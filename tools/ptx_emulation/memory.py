@@ -155,6 +155,8 @@ def load(
     places = list(_places(warp, addresses, size * count, mask, space, instruction))
     if len(places) == 1:
         views, offsets, _ = places[0]
+        if views is warp.cta.views:
+            warp.touches_shared(mask)
         first = offsets // size
         view = views[size]
         return [view[first + i] if i else view[first] for i in range(count)]
@@ -187,6 +189,7 @@ def store(
             for i, value in enumerate(values):
                 view[first + i] = value[lanes]
         if views is warp.cta.views:
+            warp.touches_shared(lanes)
             warp.cta.unfenced[(offsets if lanes is None else offsets[lanes]) >> 4] = warp.index + 1
     warp.launch.version += 1
 

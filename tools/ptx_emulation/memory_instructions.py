@@ -141,6 +141,7 @@ def _load_matrices(access: Access) -> Effect:
     def run(warp: Warp, mask: Mask) -> None:
         need_all_lanes(mask, instruction)
         rows = shared_offsets(warp, addresses(warp)[: 8 * count], 16, None, instruction).reshape(count, 8)
+        warp.touches_shared(mask)
         for i, write in enumerate(writers):
             if transposed:
                 view, row = warp.cta.views[2], rows[i] >> 1
@@ -162,6 +163,7 @@ def _store_matrices(access: Access) -> Effect:
     def run(warp: Warp, mask: Mask) -> None:
         need_all_lanes(mask, instruction)
         rows = shared_offsets(warp, addresses(warp)[: 8 * count], 16, None, instruction).reshape(count, 8)
+        warp.touches_shared(mask)
         for i, read in enumerate(readers):
             values = read(warp)
             if transposed:

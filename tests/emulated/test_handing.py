@@ -1,0 +1,134 @@
+"""What warps hand to each other through shared memory, and what kernels read of memory that nobody wrote: what
+`tools/sanitize.py` says of findings of NVIDIA's tools is held to here."""
+
+import re
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtile.kernels import aot
+from tests import caches, conformance
+from tests.caches import EVERYTHING
+from tests.emulated.hopper import emulated
+from tests.emulated.test_decoding import Emulated
+from tests.problems import CASES
+from tools import sanitize
+from tools.ptx_emulation import SWEEP, memory_instructions
+from tools.ptx_emulation.machine import Warp
+from tools.ptx_emulation.memory import Mask
+from tools.ptx_emulation.parse import Instruction
+
+BY_NAME = {case.name: case for case in CASES}
+HANDED = ("causal_square", "document")
+"""Tiles by number, and lists of them: all fields of the mailbox, and the rows' statistics in the backward kernel."""
+
+
+class Built:
+    """What was compiled, by kernel; `removed` is left out of the PTX that runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, removed: str = "") -> None:
+        self.ptx: dict[str, str] = {}
+        self.running = ""
+        build = aot.build
+
+        def built(kernel: Any, *arguments: Any, **options: Any) -> Any:
+            compiled = build(kernel, *arguments, **options)
+            self.running = kernel.fn.__name__
+            ptx = self.ptx[self.running] = compiled.asm["ptx"]
+            return SimpleNamespace(
+                asm={"ptx": re.sub(removed, "", ptx) if removed else ptx}, metadata=compiled.metadata
+            )
+
+        monkeypatch.setattr(aot, "build", built)
+
+    def function_at(self, instruction: Instruction) -> str:
+        """The function of the package whose line an instruction of the running kernel comes from."""
+        before = self.ptx[self.running].splitlines()[: instruction.line]
+        name, line = re.findall(r"// (\S+\.py):(\d+)", "\n".join(text for text in before if ".loc" in text))[-1]
+        return "|".join(sanitize.functions_at(name, int(line)))
+
+
+@pytest.mark.parametrize("name", HANDED)
+def test_lanes_meet_before_one_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without bar.warp.sync the emulator complains; with it, as everywhere in these tests, it does not."""
+    built = Built(monkeypatch, r"bar\.warp\.sync[^;]*;")
+    with emulated(SWEEP[0]) as device:
+        conformance.check_case(BY_NAME[name], torch.bfloat16, "hopper")
+    alone = [complaint for complaint in device.complaints if "arrival-for-others" in complaint]
+    assert alone, device.complaints
+    assert {"forward_kernel", "backward_kernel"} <= built.ptx.keys()
+
+
+def test_roles_are_handed_out_between_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own: what waiting warps read is written right before a barrier of all threads, and right after one; they
+    read it after one, and come to the next before they do anything else."""
+    built = Built(monkeypatch)
+    with emulated(SWEEP[0]):
+        conformance.check_case(BY_NAME["causal_square"], torch.bfloat16, "hopper")
+    for kernel in ("forward_kernel", "backward_kernel"):
+        lines = [line.strip() for line in built.ptx[kernel].splitlines()]
+        code = [line for line in lines if line and not line.startswith((".loc", "//", "$L"))]
+        barriers = [index for index, line in enumerate(code) if re.match(r"barrier\.sync\s+1;", line)]
+        writes = [index for index, line in enumerate(code) if re.match(r"st\.shared\S*\s+\[\S+\], \{\d+, \d+\};", line)]
+        (read,) = (index for index, line in enumerate(code) if line.startswith("ld.shared.b8"))
+        first, last = writes
+        assert first + 1 in barriers
+        assert {last - 2, last - 1} & set(barriers)
+        assert last + 1 in barriers
+        assert {read - 3, read - 2, read - 1} & set(barriers)
+        # One after the first write, one when a role begins and one when it ends, and so of each role.
+        assert len(barriers) >= 2 + 2 * 3
+
+
+UNWRITTEN = 0xDB
+"""What each byte of memory holds that nobody has written."""
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many numbers of unwritten memory kernels read, by the function of the package that reads."""
+    built, found, load = Built(monkeypatch), Counter[str](), memory_instructions.load
+
+    def filled(make: Any) -> Any:
+        def made(*arguments: Any, **options: Any) -> Tensor:
+            tensor: Tensor = make(*arguments, **options)
+            if tensor.device.type == "cpu" and tensor.numel():
+                torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(UNWRITTEN)
+            return tensor
+
+        return made
+
+    def watched(
+        warp: Warp, addresses: Any, size: int, count: int, mask: Mask, space: str | None, instruction: Instruction
+    ) -> Any:
+        values = load(warp, addresses, size, count, mask, space, instruction)
+        pattern = int.from_bytes(bytes([UNWRITTEN] * size), "little")
+        for value in values if space == "global" and size > 1 else ():
+            hits = value == value.dtype.type(pattern)
+            number = int((hits if mask is None else hits & mask).sum())
+            if number:
+                found[built.function_at(instruction)] += number
+        return values
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+    monkeypatch.setattr(memory_instructions, "load", watched)
+    return found
+
+
+@pytest.mark.parametrize("name", [*HANDED, "varlen_used_plain"])
+def test_hopper_reads_what_was_written(name: str, reads: Counter[str]) -> None:
+    with emulated(SWEEP[0]):
+        conformance.check_case(BY_NAME[name], torch.bfloat16, "hopper")
+    assert not reads
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_parts_alone_are_read_unwritten(inside: bool, reads: Counter[str]) -> None:
+    device = Emulated(90, SWEEP[0], splits=4, inside=inside)
+    caches.check(caches.make(EVERYTHING, torch.bfloat16), device.run)
+    assert reads.keys() == {"joining.some_parts"}
