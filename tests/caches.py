@@ -118,6 +118,7 @@ CASES = (
     CacheCase("turned_beyond", lengths=(5, 62), seqlen_q=5, appended=2, rotary=8),
     CacheCase("modifiers", softcap=5.0, alibi=True, sinks=True),
     CacheCase("paged", page=16),
+    CacheCase("paged_tiles", page=128, lengths=(300, 128, 5), capacity=384),
     CacheCase("paged_odd", page=24, capacity=72, lengths=(5, 60, 23)),
     CacheCase("paged_nothing_new", page=32, lengths=(64, 0, 33), appended=None, capacity=96),
     CacheCase("leftpad", leftpad=(5, 20, 0)),

@@ -51,11 +51,18 @@ def columns_from(source, FIRST: tl.constexpr):
 
 
 @triton.jit
-def pages_of_tile(source, table, i_tile, TILE: tl.constexpr, PAGE: tl.constexpr):
-    """The page that each row of a tile lies in; -1 for rows outside of [begin, end), which are never read."""
-    o_rows = i_tile * TILE + tl.arange(0, TILE)
-    m_rows = (o_rows >= source.begin) & (o_rows < source.end)
-    return tl.load(table.pointer + (table.first + o_rows) // PAGE, mask=m_rows, other=-1)
+def pages_of_tile(source, table, i_tile, TILE: tl.constexpr, PAGE: tl.constexpr, WHOLE: tl.constexpr):
+    """The page that each row of a tile lies in; -1 for rows outside of [begin, end), which are never read. WHOLE: one
+    page, all of the tile lies in it."""
+    first_row = i_tile * TILE
+    if WHOLE:
+        m_tile = (first_row + TILE > source.begin) & (first_row < source.end)
+        b_pages = tl.load(table.pointer + first_row // PAGE, mask=m_tile, other=-1)
+    else:
+        o_rows = first_row + tl.arange(0, TILE)
+        m_rows = (o_rows >= source.begin) & (o_rows < source.end)
+        b_pages = tl.load(table.pointer + (table.first + o_rows) // PAGE, mask=m_rows, other=-1)
+    return b_pages
 
 
 @triton.jit
@@ -95,10 +102,10 @@ def from_bits(b_bytes, ZERO: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def load_tile(
     source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
-    table=None, b_pages=None, PAGE: tl.constexpr = 0,
+    table=None, b_pages=None, PAGE: tl.constexpr = 0, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """Rows of tile `i_tile`, with zeros outside of [begin, end) and beyond DIM columns. Where they lie in pages of PAGE
-    rows, `b_pages` is what `pages_of_tile` found."""
+    rows, `b_pages` is what `pages_of_tile` found (WHOLE: see there)."""
     first_row = i_tile * TILE
     if TMA:
         # The descriptor begins at `begin`: rows before it have negative coordinates and come as zeros.
@@ -107,7 +114,10 @@ def load_tile(
         o_rows = tl.arange(0, TILE)
         o_columns = tl.arange(0, BLOCK)[None, :]
         stride = source.rows.row
-        if PAGE:
+        if WHOLE:
+            page = source.tiles + b_pages.to(tl.int64) * source.rows.batch + (first_row % PAGE) * stride
+            pointers = page + o_rows[:, None] * stride + o_columns
+        elif PAGE:
             o_slots = (table.first + first_row + o_rows) % PAGE
             pointers = source.tiles + (b_pages.to(tl.int64) * source.rows.batch + o_slots * stride)[:, None] + o_columns
         else:

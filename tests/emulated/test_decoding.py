@@ -62,11 +62,10 @@ def _check(case: CacheCase, dtype: torch.dtype, arch: int, schedule: dict[str, A
 
 
 NAMED = {case.name: case for case in CASES}
+NAMES = ("one_query", "group_of_seven", "sixty_four_queries", "paged_tiles")
 
 
-@pytest.mark.parametrize(
-    "case", [EVERYTHING, *(NAMED[name] for name in ("one_query", "group_of_seven", "sixty_four_queries"))], ids=str
-)
+@pytest.mark.parametrize("case", [EVERYTHING, *(NAMED[name] for name in NAMES)], ids=str)
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_matches_reference(arch: int, case: CacheCase) -> None:
     _check(case, torch.bfloat16, arch, SWEEP[0])

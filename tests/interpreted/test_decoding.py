@@ -9,7 +9,9 @@ import torch
 from flashtile import decoding as door
 from flashtile import plan
 from flashtile.backends import portable
+from flashtile.backends.portable.meta import meta_of
 from flashtile.decoding import CacheArguments
+from flashtile.problem import describe_cached
 from flashtile.tuning import decoding
 from flashtile.tuning.decoding import Room
 from flashtile.tuning.portable import Tiles
@@ -69,6 +71,18 @@ def test_how_many_parts_are_joined_at_a_time_changes_no_bit(splits: int, monkeyp
         assert decoding.parts_at_once(splits) == at_once
         found.append(call.copy().run(num_splits=splits, backend="portable"))
     assert_equal_bits(list(found[0]), list(found[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "tile", "whole"),
+    [("paged", 16, True), ("paged", 32, False), ("paged_odd", 16, False), ("paged_leftpad", 16, False),
+     ("plain", 16, False), ("int4_by_page", 16, False), ("fp8", 16, True)],
+)  # fmt: skip
+def test_where_a_tile_lies_in_one_page(name: str, tile: int, whole: bool) -> None:
+    call = caches.make({case.name: case for case in (*CASES, *QUANTIZED)}[name], torch.float16)
+    made = door.build(call.q, call.k_cache, call.v_cache, CacheArguments(**call.options))
+    problem = describe_cached(made.inputs, made.cache, made.options, made.interleaved)
+    assert meta_of(problem, Tiles(16, tile, 4, 1), False, False, False).whole == whole
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

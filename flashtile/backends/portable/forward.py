@@ -63,7 +63,7 @@ def forward_sweep(
     LISTS: tl.constexpr = META.masked == "lists"
     i_next = tile_at(steps, steps.begin, LISTS)
     if META.page:
-        b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page)
+        b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page, META.whole)
     # What the output is multiplied by, once all is added up.
     b_unit = 1.0
     if META.scaled != "":
@@ -76,15 +76,15 @@ def forward_sweep(
             table = stored.table
             # As of tiles, the pages of the next one are asked for a step ahead.
             b_pages = b_next
-            b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page)
+            b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page, META.whole)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
-        b_k = load_tile(keys, i_tile, DIM, TILE, BLOCK, META.tma, table, b_pages, META.page)
+        b_k = load_tile(keys, i_tile, DIM, TILE, BLOCK, META.tma, table, b_pages, META.page, META.whole)
         if META.latent:
             b_v = b_k
         elif META.turned:
             b_v = load_turned(values, i_tile, META.headdim_v, TILE, META.block_dv)
         else:
-            b_v = load_tile(values, i_tile, DIM_V, TILE, BLOCK_V, META.tma, table, b_pages, META.page)
+            b_v = load_tile(values, i_tile, DIM_V, TILE, BLOCK_V, META.tma, table, b_pages, META.page, META.whole)
         if META.quantized:
             b_k, b_v = widened(b_k, b_q.dtype), widened(b_v, b_q.dtype)
         if META.eight == "halves":
@@ -92,7 +92,7 @@ def forward_sweep(
         b_scores = dots(b_q, b_k, META)
         if META.rest:
             further = columns_from(keys, DIM)
-            b_rest = load_tile(further, i_tile, REST, TILE, BLOCK_REST, False, table, b_pages, META.page)
+            b_rest = load_tile(further, i_tile, REST, TILE, BLOCK_REST, False, table, b_pages, META.page, META.whole)
             b_scores = tl.dot(b_q_rest, tl.trans(widened(b_rest, b_q.dtype)), b_scores, input_precision=META.precision)
         if META.quantized:
             b_scores *= scales_of_rows(stored.k_scale, stored.head, b_pages)

@@ -23,7 +23,7 @@ class Meta:
     repeats: a tile whose sums hold NaN is done again with care: it may come from what the mask hides.
     exact: what is cheap for half precision is too coarse, mostly because the inputs are float32.
     packed: sequences lie side by side, so that another one's numbers follow the end of one.
-    page: rows of a page of the cache that keys lie in, 0: they lie in one piece.
+    page: rows of a page of the cache that keys lie in, 0: they lie in one piece; whole: every tile lies in one page.
     quantized: keys and values are of fewer bits than queries, and have scales.
     held: numbers that an element of the cache holds: 2 of four bits.
     rest: columns of queries and keys behind the first `headdim`, a tile of their own (`block_rest`); 0: none.
@@ -54,6 +54,7 @@ class Meta:
     gives: str
     packed: bool
     page: int
+    whole: bool
     quantized: bool
     held: int
     rest: int
@@ -107,6 +108,7 @@ def meta_of(
         gives=gives,
         packed=problem.varlen,
         page=problem.cached.page if problem.cached is not None else 0,
+        whole=_whole(problem, tiles),
         quantized=problem.cached is not None and problem.cached.stored is not None,
         held=held,
         rest=rest,
@@ -118,6 +120,14 @@ def meta_of(
         turned=bool(problem.scaled) and not problem.varlen,
         lowered=2.0**-LIFT if eight == "products" else 1.0,
     )
+
+
+def _whole(problem: Problem, tiles: Tiles) -> bool:
+    """Not with scales by page, which rows of a tile have one by one."""
+    cached = problem.cached
+    if cached is None or not cached.page or cached.padded or cached.by_page:
+        return False
+    return cached.page % tiles.tile_kv == 0
 
 
 LIFT = 7
