@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from triton import knobs
 from triton.runtime.cache import FileCacheManager
 
 from flashtile.kernels import aot, merging
@@ -100,6 +101,26 @@ def test_lost_files(folder: Path, damage: str) -> None:
     assert said == "" or "kernel cache: got a damaged entry" in said
     shutil.rmtree(folder)
     assert build().asm["cubin"] == whole
+
+
+@pytest.mark.parametrize("share", [0, 3, 200, 999])
+def test_binaries_that_are_cut_off(folder: Path, share: int) -> None:
+    """They reach no driver, which might end the process: not ours, that is, for others' kernels are theirs."""
+    kernel = build()
+
+    def load() -> None:
+        knobs.runtime.kernel_load_start_hook(None, None, "merge_kernel", kernel.metadata_group, kernel.hash)
+
+    with kept():
+        load()
+    binary = _entry(folder) / "merge_kernel.cubin"
+    binary.write_bytes(binary.read_bytes()[: binary.stat().st_size * share // 1000])
+    with (
+        pytest.raises(RuntimeError, match=r"kernel cache: got a damaged entry .*cubin is cut off"),
+        kept(),
+    ):
+        load()
+    load()
 
 
 def test_binaries_that_a_driver_refuses() -> None:

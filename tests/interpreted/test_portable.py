@@ -123,3 +123,15 @@ def test_functions_of_very_far_positions_are_refused() -> None:
     q = torch.empty(1, 1, 1, 16).expand(1, 2**24 + 1, 1, 16)
     chosen = flashtile.explain(q, q, q, score_mod=lambda score, b, h, q_idx, kv_idx: score + q_idx)
     assert "exact up to 16777216" in str(chosen)
+
+
+@pytest.mark.parametrize(("scale", "backend"), [(-(2.0**20), "portable"), (2.0**70, "pytorch")])
+def test_steep_scales(scale: float, backend: str) -> None:
+    """Rounding alone would overflow the exponentials of the steepest, which PyTorch's backend takes."""
+    q, k, v = (torch.randn(1, 20, 2, 16, generator=torch.Generator().manual_seed(place)) for place in range(3))
+    chosen = flashtile.explain(q, k, v, scale=scale)
+    assert chosen.backend == backend
+    if backend == "pytorch":
+        assert "scores that are scaled by more than 1048576" in dict(chosen.rejected)["portable/sweep"]
+    out = flashtile.attention(q, k, v, scale=scale)
+    torch.testing.assert_close(out.double(), flashtile.reference.attention(q, k, v, scale=scale).out, atol=1e-6, rtol=0)
