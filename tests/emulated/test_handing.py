@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from flashtile import plan
-from flashtile.backends import Kernel, portable
+from flashtile.backends import portable
 from flashtile.backends.portable import launch
 from flashtile.backends.portable.launch import Machine
-from flashtile.kernels import aot, support
+from flashtile.kernels import aot
 from tests import caches, conformance
+from tests.binding import portable_on
 from tests.caches import EVERYTHING
 from tests.emulated.hopper import emulated
 from tests.emulated.test_decoding import Emulated
@@ -144,14 +145,7 @@ def test_hopper_reads_what_was_written(name: str, reads: Counter[str]) -> None:
 def test_portable_reads_what_was_written(reads: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All of its kernels, as for Ampere."""
     device = Emulated(80, SWEEP[0])
-    machine = Machine(device._launch, False)
-    kernel = Kernel(
-        "sweep",
-        support.functions,
-        lambda problem: portable.configure(problem, "ampere"),
-        lambda *arguments: launch.forward(*arguments[:-1], machine=machine),
-        lambda *arguments: launch.backward(*arguments[:-1], machine=machine),
-    )
+    kernel = portable_on(Machine(device._launch, False), "ampere")
     monkeypatch.setattr(portable, "KERNELS", (kernel,))
     monkeypatch.setattr(portable, "unavailable", lambda: None)
     launch.forget_fitting()
