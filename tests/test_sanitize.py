@@ -92,6 +92,13 @@ def test_reads_of_unset_memory_and_out_of_bounds() -> None:
     assert "of size 2 bytes: ThreadLoad" in said
 
 
+def test_tests_that_fail_are_told() -> None:
+    passed, failed = HEADER + _summary(0), HEADER + _summary(0).replace("18 passed", "2 failed, 16 passed")
+    assert (sanitize.tested(passed), sanitize._passed(passed)) == ("18 passed in 2.00s", True)
+    assert (sanitize.tested(failed), sanitize._passed(failed)) == ("2 failed, 16 passed in 2.00s", False)
+    assert not sanitize._passed(HEADER)
+
+
 def test_functions_that_are_explained_exist() -> None:
     for explained in sanitize.EXPLAINED:
         assert explained.tool in sanitize.TOOLS

@@ -124,10 +124,7 @@ def report(tool: str, said: str) -> tuple[str, int]:
     total = sum(int(one or other) for one, other in totals)
     reasons = {kind: _why(tool, kind) for kind in found}
     printed, named = sum(found.values()), sum(found[kind] for kind, why in reasons.items() if why)
-    tested = re.findall(r"\d+ (?:passed|failed)[^\n]*", said)
-    lines = [
-        f"{tool}: {total} findings, {printed} told, {named} of them explained; {tested[-1] if tested else 'no test'}"
-    ]
+    lines = [f"{tool}: {total} findings, {printed} told, {named} of them explained; {tested(said)}"]
     for kind, count in found.most_common():
         lines.append(f"  {count} x {kind}")
         lines += [f"      explained: {reasons[kind]}"] if reasons[kind] else []
@@ -136,8 +133,14 @@ def report(tool: str, said: str) -> tuple[str, int]:
     return "\n".join(lines), max(total, printed) - named
 
 
+def tested(said: str) -> str:
+    """pytest's last line, of what passed and failed."""
+    found = re.findall(r"^[= ]*(\d+ (?:passed|failed|error)[^\n]*)", said, re.MULTILINE)
+    return found[-1] if found else "no test"
+
+
 def _passed(said: str) -> bool:
-    return bool(re.search(r"\d+ passed", said)) and not re.search(r"\d+ (?:failed|errors?) (?:in|,)", said)
+    return "passed" in tested(said) and not re.search("failed|error", tested(said))
 
 
 class Kind(NamedTuple):

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from flashtile import plan
-from flashtile.backends import Kernel, portable
+from flashtile.backends import portable
 from flashtile.backends.portable import launch
 from flashtile.compiling.targets import TARGETS
-from flashtile.kernels import support
 from flashtile.tuning import portable as tuning
 from flashtile.tuning.portable import PortableConfig, Tiles
 from tests import conformance, invariance, oracle
 from tests.amd.machine import EMULATED, Emulated, missing
+from tests.binding import portable_on
 from tests.problems import Case, Shape, dense, packed
 
 if (lacking := missing()) is not None:
@@ -109,14 +109,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 @contextmanager
 def running(device: Emulated, monkeypatch: pytest.MonkeyPatch, node: Any = None) -> Iterator[Emulated]:
     """Launches go to this GPU; what it ran is noted with the test."""
-    family = TARGETS[device.arch].family
-    kernel = Kernel(
-        "sweep",
-        support.functions,
-        lambda problem: portable.configure(problem, family),
-        lambda *arguments: launch.forward(*arguments[:-1], machine=device.machine),
-        lambda *arguments: launch.backward(*arguments[:-1], machine=device.machine),
-    )
+    kernel = portable_on(device.machine, TARGETS[device.arch].family)
     monkeypatch.setattr(portable, "KERNELS", (kernel,))
     # What fits was found for another GPU.
     launch.forget_fitting()

@@ -81,7 +81,7 @@ def test_matches_reference(arch: int, case: CacheCase) -> None:
     ],
 )
 def test_quantized(arch: int, case: CacheCase) -> None:
-    """The emulator does not know how Triton converts 8-bit floats for sm_80."""
+    """8-bit floats for sm_80: the emulator does not know how Triton 3.9 converts them, and 3.6 rounds some twice."""
     _check(case, torch.bfloat16 if case.page else torch.float16, arch, SWEEP[0])
 
 

@@ -10,14 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashtile import plan
+from flashtile.backends import portable
+from flashtile.backends.portable import launch
+from flashtile.backends.portable.launch import Machine
 from flashtile.kernels import aot
 from tests import caches, conformance
+from tests.binding import portable_on
 from tests.caches import EVERYTHING
 from tests.emulated.hopper import emulated
 from tests.emulated.test_decoding import Emulated
 from tests.problems import CASES
 from tools import sanitize
-from tools.ptx_emulation import SWEEP, memory_instructions
+from tools.ptx_emulation import SWEEP, copies, memory_instructions
 from tools.ptx_emulation.machine import Warp
 from tools.ptx_emulation.memory import Mask
 from tools.ptx_emulation.parse import Instruction
@@ -91,7 +96,8 @@ UNWRITTEN = 0xDB
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many numbers of unwritten memory kernels read, by the function of the package that reads."""
-    built, found, load = Built(monkeypatch), Counter[str](), memory_instructions.load
+    built, found = Built(monkeypatch), Counter[str]()
+    load, resolve = memory_instructions.load, copies.resolve
 
     def filled(make: Any) -> Any:
         def made(*arguments: Any, **options: Any) -> Tensor:
@@ -114,12 +120,20 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
                 found[built.function_at(instruction)] += number
         return values
 
+    def copied(warp: Warp, address: int, size: int, space: str | None, instruction: Instruction) -> Any:
+        views, start = resolve(warp, address, size, space, instruction)
+        if (views[1][start : start + size] == UNWRITTEN).all():
+            found[built.function_at(instruction)] += 1
+        return views, start
+
+    monkeypatch.setattr(copies, "resolve", copied)
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
     monkeypatch.setattr(memory_instructions, "load", watched)
     return found
 
 
+@pytest.mark.newest_triton
 @pytest.mark.parametrize("name", [*HANDED, "varlen_used_plain"])
 def test_hopper_reads_what_was_written(name: str, reads: Counter[str]) -> None:
     with emulated(SWEEP[0]):
@@ -127,6 +141,24 @@ def test_hopper_reads_what_was_written(name: str, reads: Counter[str]) -> None:
     assert not reads
 
 
+@pytest.mark.newest_triton
+def test_portable_reads_what_was_written(reads: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its kernels, as for Ampere."""
+    device = Emulated(80, SWEEP[0])
+    kernel = portable_on(Machine(device._launch, False), "ampere")
+    monkeypatch.setattr(portable, "KERNELS", (kernel,))
+    monkeypatch.setattr(portable, "unavailable", lambda: None)
+    launch.forget_fitting()
+    plan.choose.cache_clear()
+    conformance.check_case(BY_NAME["bias_queries"], torch.bfloat16, "portable")
+    plan.choose.cache_clear()
+    launch.forget_fitting()
+    assert device.ran == ["forward_kernel", "delta_kernel", "query_kernel", "key_kernel", "bias_kernel"]
+    assert device.complaints == []
+    assert not reads
+
+
+@pytest.mark.newest_triton
 @pytest.mark.parametrize("inside", [False, True])
 def test_parts_alone_are_read_unwritten(inside: bool, reads: Counter[str]) -> None:
     device = Emulated(90, SWEEP[0], splits=4, inside=inside)
