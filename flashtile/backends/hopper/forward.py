@@ -243,8 +243,8 @@ def consumer(
             place, counts, o_query, first, count, (q_smem.index(slot), k_smem, v_smem, o_smem), barriers, rules,
             visits, sinks, scales, META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
-        mbarrier.arrive(q_empty.index(slot), count=1)
         token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
+        mbarrier.arrive(q_empty.index(slot), count=1)
         m_empty = b_sum == 0.0
         b_lse = gl.where(m_empty, float("-inf"), (b_max + (gl.log2(b_sum) - META.lift)) * LN2)
         b_inverse = value_unit / gl.where(m_empty, 1.0, b_sum)
@@ -275,11 +275,11 @@ def store_tile(o_desc, out, o_smem, b_out, place, first, DIM: gl.constexpr, META
     """
     BLOCK: gl.constexpr = o_smem.shape[3]
     if META.halves:
-        b_first, b_second = b_out.to(o_smem.dtype).reshape([ROWS, 2, BLOCK]).permute((0, 2, 1)).split()
+        b_first, b_second = b_out.reshape([ROWS, 2, BLOCK]).permute((0, 2, 1)).split()
         store_columns(o_desc, out, o_smem, b_first, place, first, 0, DIM, META)
         store_columns(o_desc, out, o_smem, b_second, place, first, BLOCK, DIM, META)
     else:
-        store_columns(o_desc, out, o_smem, b_out.to(o_smem.dtype), place, first, 0, DIM, META)
+        store_columns(o_desc, out, o_smem, b_out, place, first, 0, DIM, META)
 
 
 @gluon.jit
@@ -290,7 +290,7 @@ def store_columns(
     BLOCK: gl.constexpr = o_smem.shape[3]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, META.depth])
     tma_store_wait(0)
-    o_smem.reshape([ROWS, BLOCK]).store(gl.convert_layout(b_part, layout, assert_trivial=True))
+    o_smem.reshape([ROWS, BLOCK]).store(gl.convert_layout(b_part.to(o_smem.dtype), layout, assert_trivial=True))
     if META.packed:
         b_rows = o_smem.reshape([ROWS, BLOCK])
         store_rows(out, b_rows, place.first_q + first, place.seqlen_q - first, place.head, FIRST, DIM)
