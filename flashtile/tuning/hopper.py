@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 class HopperConfig(NamedTuple):
     """consumers: math warpgroups, each with 64 rows of the query tile; stages: key and value tiles in flight.
 
-    shared_o: the output leaves through the memory of its queries, which makes room for larger tiles, but the next
-    queries must wait for it. turns: the warpgroups start their products one after the other, so that the exponentials
-    of one run under the products of the others. section: heads whose tiles are handed out together, heaviest first, so
-    that they share the L2 cache. query_stages: query tiles in flight, not with `shared_o`. foreseen: a step takes the
-    maxima of its scores before it is known whether they need the mask, and again if they do.
+    halves: the columns of outputs wider than 128 leave one half after the other, through memory for one of them. turns:
+    the warpgroups start their products one after the other, so that the exponentials of one run under the products of
+    the others. section: heads whose tiles are handed out together, heaviest first, so that they share the L2 cache.
+    query_stages: query tiles in flight. foreseen: a step takes the maxima of its scores before it is known whether they
+    need the mask, and again if they do.
     """
 
     consumers: int
     tile_kv: int
     stages: int
-    shared_o: bool = False
+    halves: bool = False
     turns: bool = False
     section: int = 16
     query_stages: int = 1
@@ -40,7 +40,7 @@ _TWO = HopperConfig(consumers=2, tile_kv=128, stages=3)
 _SHORT = _TWO._replace(query_stages=2)
 _THREE = HopperConfig(consumers=3, tile_kv=128, stages=2, turns=True)
 _128 = HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)
-_256 = HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True, section=32)
+_256 = HopperConfig(consumers=2, tile_kv=64, stages=2, halves=True, section=32)
 
 _EIGHT_TWO = HopperConfig(consumers=2, tile_kv=128, stages=4)
 _EIGHT_THREE = HopperConfig(consumers=3, tile_kv=128, stages=4, turns=True)
@@ -63,7 +63,7 @@ FORWARD: dict[str, tuple[Row, ...]] = {
     "dropout": (
         Row(64, None, _TWO),
         Row(128, None, HopperConfig(consumers=2, tile_kv=64, stages=4, section=32)),
-        Row(256, None, HopperConfig(consumers=2, tile_kv=32, stages=4, shared_o=True, section=32)),
+        Row(256, None, HopperConfig(consumers=2, tile_kv=32, stages=4, halves=True, section=32)),
     ),
     "eight_full": (Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),

@@ -159,7 +159,7 @@ def test_a_negative_scale() -> None:
 FORWARDS = (
     HopperConfig(consumers=2, tile_kv=64, stages=1),
     HopperConfig(consumers=2, tile_kv=64, stages=3, section=1),
-    HopperConfig(consumers=2, tile_kv=64, stages=2, shared_o=True),
+    HopperConfig(consumers=2, tile_kv=64, stages=2, halves=True),
     HopperConfig(consumers=3, tile_kv=128, stages=2),
     HopperConfig(consumers=2, tile_kv=64, stages=2, query_stages=2, foreseen=True),
 )
@@ -173,9 +173,10 @@ BACKWARDS = (
 def test_forward_tiles(config: HopperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tiles give right numbers, whether a table names them or not."""
     monkeypatch.setattr(tables, "FORWARD", dict.fromkeys(tables.FORWARD, (tables.Row(256, None, config),)))
-    case = _case("causal", dense(1, 200, 333, 2, 1, 64), "causal")
-    # One program takes all four tiles, so that it comes back to the memory of queries.
-    processors = 1 if config.query_stages > 1 else 2
+    width, keys = (256, 70) if config.halves else (64, 333)
+    case = _case("causal", dense(1, 200, keys, 2, 1, width), "causal")
+    # One program takes all four tiles, so that it comes back to the memory of queries, or of halves of outputs.
+    processors = 1 if config.query_stages > 1 or config.halves else 2
     for schedule in (SWEEP[0], SWEEP[-1]):
         with emulated(schedule, processors) as device, torch.no_grad():
             call = case.call(torch.bfloat16, "cpu")

@@ -210,7 +210,7 @@ def store_grad(desc, smem, rows, b_grad, place, first, DIM: gl.constexpr, META: 
     b_out.reshape([ROWS, BLOCK]).store(b_grad.to(smem.dtype))
     if META.packed:
         left = place.seqlen_k - first
-        store_rows(rows, b_out.reshape([ROWS, BLOCK]), place.first_k + first, left, place.head, DIM)
+        store_rows(rows, b_out.reshape([ROWS, BLOCK]), place.first_k + first, left, place.head, 0, DIM)
     else:
         fence_async_shared()
         tma_store(desc, [place.batch, first, place.head, 0], b_out)

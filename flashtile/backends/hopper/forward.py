@@ -243,9 +243,8 @@ def consumer(
             place, counts, o_query, first, count, (q_smem.index(slot), k_smem, v_smem, o_smem), barriers, rules,
             visits, sinks, scales, META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
-        if not META.shared_o:
-            mbarrier.arrive(q_empty.index(slot), count=1)
         token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
+        mbarrier.arrive(q_empty.index(slot), count=1)
         m_empty = b_sum == 0.0
         b_lse = gl.where(m_empty, float("-inf"), (b_max + (gl.log2(b_sum) - META.lift)) * LN2)
         b_inverse = value_unit / gl.where(m_empty, 1.0, b_sum)
@@ -259,9 +258,6 @@ def consumer(
                 b_new = careful_output(sources, scales, place, first, rules, visits, sinks, META, SCORE, MASK)
                 b_out = gl.convert_layout(b_new, output)
         store_tile(descriptors[3], out, o_smem.index(I_GROUP), b_out, place, first, META.headdim_v, META)
-        if META.shared_o:
-            tma_store_wait(0)
-            mbarrier.arrive(q_empty.index(slot), count=1)
         turn += 1
         place, counts = hear(mailbox, size, turn, META)
     if META.turns:
@@ -273,18 +269,34 @@ def consumer(
 @gluon.jit
 def store_tile(o_desc, out, o_smem, b_out, place, first, DIM: gl.constexpr, META: gl.constexpr):
     """Hands 64 rows to the copy engine, which leaves out those beyond the sequence; the next tile begins meanwhile.
+    Where there is memory for half of the columns only, the second half waits until the first has been read.
 
     Behind a packed sequence lies another one, so there the warps write for themselves.
     """
     BLOCK: gl.constexpr = o_smem.shape[3]
+    if META.halves:
+        b_first, b_second = b_out.reshape([ROWS, 2, BLOCK]).permute((0, 2, 1)).split()
+        store_columns(o_desc, out, o_smem, b_first, place, first, 0, DIM, META)
+        store_columns(o_desc, out, o_smem, b_second, place, first, BLOCK, DIM, META)
+    else:
+        store_columns(o_desc, out, o_smem, b_out, place, first, 0, DIM, META)
+
+
+@gluon.jit
+def store_columns(
+    o_desc, out, o_smem, b_part, place, first, FIRST: gl.constexpr, DIM: gl.constexpr, META: gl.constexpr
+):
+    """What `store_tile` says, of the columns from FIRST on, once what lay there before has been read."""
+    BLOCK: gl.constexpr = o_smem.shape[3]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, META.depth])
     tma_store_wait(0)
-    o_smem.reshape([ROWS, BLOCK]).store(b_out.to(o_smem.dtype))
+    o_smem.reshape([ROWS, BLOCK]).store(gl.convert_layout(b_part.to(o_smem.dtype), layout, assert_trivial=True))
     if META.packed:
         b_rows = o_smem.reshape([ROWS, BLOCK])
-        store_rows(out, b_rows, place.first_q + first, place.seqlen_q - first, place.head, DIM)
+        store_rows(out, b_rows, place.first_q + first, place.seqlen_q - first, place.head, FIRST, DIM)
     else:
         fence_async_shared()
-        tma_store(o_desc, [place.batch, first, place.head, 0], o_smem)
+        tma_store(o_desc, [place.batch, first, place.head, FIRST], o_smem)
 
 
 @gluon.jit
@@ -355,9 +367,7 @@ def forward_kernel(
         v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_DV, TILE_KV], v_desc.layout)
     else:
         v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
-    o_smem = q_smem
-    if not META.shared_o:
-        o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, ROWS, 1, BLOCK_DV], o_desc.layout)
+    o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, ROWS, 1, o_desc.block_type.shape[3]], o_desc.layout)
     q_full = new_barriers(QUERIES, 1)
     q_empty = new_barriers(QUERIES, 1)
     k_full = new_barriers(STAGES, 1)

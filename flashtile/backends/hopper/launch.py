@@ -171,7 +171,7 @@ def forward(
             "q_desc": descriptor(q, rows, meta.block_d),
             "k_desc": descriptor(k, meta.tile_kv, meta.block_d),
             "v_desc": value_descriptor(v, meta),
-            "o_desc": descriptor(out, rows, meta.block_dv),
+            "o_desc": descriptor(out, rows, meta.block_dv // 2 if meta.halves else meta.block_dv),
             "sources": (rows_of(q), rows_of(k), values_of(inputs)) if meta.careful else None,
             "scales": tuple(map(numbers_of, inputs.scaled[:3])) if meta.eight else None,
             "out": rows_of(out) if problem.varlen else None,

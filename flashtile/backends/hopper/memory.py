@@ -39,12 +39,12 @@ def pass_turn(I_GROUP: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(rows, smem, first, count, i_head, DIM: gl.constexpr):
-    """The first `count` of 64 rows of a packed tensor, from shared memory, 16 bytes a thread."""
+def store_rows(rows, smem, first, count, i_head, FIRST: gl.constexpr, DIM: gl.constexpr):
+    """The first `count` of 64 rows of a packed tensor, from shared memory, 16 bytes a thread; columns from FIRST on."""
     BLOCK: gl.constexpr = smem.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
     o_rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    o_columns = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
+    o_columns = FIRST + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
     pointers = rows.pointer + i_head.to(gl.int64) * rows.head
     pointers = pointers + (first + o_rows).to(gl.int64)[:, None] * rows.row + o_columns[None, :]
     gl.store(pointers, smem.load(layout), mask=(o_rows < count)[:, None] & (o_columns < DIM)[None, :])

@@ -20,8 +20,8 @@ class Meta:
     exact, precision: for kernels that take float32 too, see `rules.capped`. left, right: whether the window ends there.
     sections: tiles of several heads are handed out together.
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
-    shared_o: the output leaves through the memory of its queries. turns: warpgroups start their products one after the
-    other. query_stages, foreseen: see `HopperConfig`. guarded: what a mask hides may hold NaN, or have no finite
+    halves: the columns of the output leave one half after the other. turns: warpgroups start their products one after
+    the other. query_stages, foreseen: see `HopperConfig`. guarded: what a mask hides may hold NaN, or have no finite
     gradient. careful: what lies beside what is seen may hold NaN. collects: this kernel adds gradients of captured
     tensors. slope_gradient: and this one gives those of ALiBi's slopes.
     adds: the kernel of keys adds up dQ. for_dq: this is the kernel of dQ alone. split: two warpgroups share 64 keys.
@@ -52,7 +52,7 @@ class Meta:
     right: bool
     dense: int
     packed: bool
-    shared_o: bool
+    halves: bool
     turns: bool
     query_stages: int
     foreseen: bool
@@ -111,9 +111,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         right=right is not None,
         dense=int(not problem.varlen),
         packed=problem.varlen,
-        shared_o=isinstance(config, HopperConfig)
-        and config.shared_o
-        and block(problem.headdim) == block(problem.headdim_v),
+        halves=isinstance(config, HopperConfig) and config.halves and block(problem.headdim_v) > 128,
         turns=isinstance(config, HopperConfig) and config.turns,
         query_stages=config.query_stages if isinstance(config, HopperConfig) else 1,
         foreseen=isinstance(config, HopperConfig) and config.foreseen,
