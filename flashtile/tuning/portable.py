@@ -210,7 +210,7 @@ HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
     ("forward_kernel", 128): {"mask_mod": 90, "fp8_mask_mod": 580},
     ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 90, "fp8_mask_mod": 10},
     ("decode_kernel", 256): {"decode_many": 10},
-    ("decode_kernel", 576): {"decode_many": 90},
+    ("decode_kernel", 576): {"decode_some": 10, "decode_many": 10},
     ("bias_kernel", 64): {"bias": 20},
     ("bias_kernel", 128): {"bias": 20},
     ("bias_kernel", 256): {"bias": 20},
