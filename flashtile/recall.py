@@ -132,12 +132,12 @@ def worth_it(q: Tensor) -> bool:
 
 
 def layouts(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
-    """What tensors are, of their addresses the alignment alone; None: one is more than a tensor."""
+    """What tensors are, of their addresses the alignment alone; None: one is more than a tensor, or has no address."""
     found: list[Any] = []
     for tensor in tensors:
         if tensor is None:
             found.append(None)
-        elif type(tensor) in autograd.PLAIN:
+        elif type(tensor) in autograd.PLAIN and tensor.layout is torch.strided:
             kind = (tensor.dtype, tensor.device, tensor.requires_grad, tensor.data_ptr() & 15)
             found.append((tensor.shape, tensor.stride(), *kind))
         else:

@@ -218,6 +218,8 @@ def test_packed_calls_are_known_by_their_offsets_too() -> None:
     part = flashtile.attention_varlen(q, k, v, offsets, offsets, seqused_k=used)
     assert _calls() == 4
     assert not torch.equal(whole, part)
+    with pytest.raises((TypeError, ValueError), match="seqused_k"):
+        flashtile.attention_varlen(q, k, v, offsets, offsets, seqused_k=used.to_sparse())
 
 
 def test_old_calls_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
