@@ -26,15 +26,16 @@ FAMILIES = {80: "ampere", 90: "hopper"}
 
 
 class Emulated:
-    """Runs calls for one architecture under one schedule. `ran`: kernels; `complaints`: what the emulator suspects."""
+    """Runs calls for one architecture under one schedule, keys in so many parts. `ran`: kernels; `complaints`: what the
+    emulator suspects."""
 
-    def __init__(self, arch: int, schedule: dict[str, Any]) -> None:
-        self.arch, self.schedule = arch, schedule
+    def __init__(self, arch: int, schedule: dict[str, Any], splits: int = 2) -> None:
+        self.arch, self.schedule, self.splits = arch, schedule, splits
         self.ran: list[str] = []
         self.complaints: list[str] = []
 
     def run(self, call: CacheCall) -> State:
-        given = CacheArguments(**call.options, num_splits=2)
+        given = CacheArguments(**call.options, num_splits=self.splits)
         made = decoding.build(call.q, call.k_cache, call.v_cache, given)
         problem = describe_cached(made.inputs, made.cache, made.options, made.interleaved, made.splits)
         config = portable.configure_decoding(problem, FAMILIES[self.arch])

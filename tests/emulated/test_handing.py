@@ -159,8 +159,7 @@ def test_portable_reads_what_was_written(reads: Counter[str], monkeypatch: pytes
 
 
 @pytest.mark.newest_triton
-@pytest.mark.parametrize("inside", [False, True])
-def test_parts_alone_are_read_unwritten(inside: bool, reads: Counter[str]) -> None:
-    device = Emulated(90, SWEEP[0], splits=4, inside=inside)
+def test_parts_alone_are_read_unwritten(reads: Counter[str]) -> None:
+    device = Emulated(90, SWEEP[0], splits=4)
     caches.check(caches.make(EVERYTHING, torch.bfloat16), device.run)
     assert reads.keys() == {"joining.some_parts"}
