@@ -21,7 +21,7 @@ def portable_on(machine: Any, family: str) -> Kernel:
 
     return Kernel(
         "sweep",
-        support.functions,
+        support.refuses,
         lambda problem: portable.configure(problem, family),
         lambda *arguments: launch.forward(*arguments[:-1], machine=machine),
         lambda *arguments: launch.backward(*arguments[:-1], machine=machine),

@@ -9,7 +9,7 @@ STEEPEST = 2.0**20
 rounded. Beyond 2^31 the two may be 128 apart for s = m, and the weight is infinite."""
 
 
-def functions(problem: Problem) -> str | None:
+def refuses(problem: Problem) -> str | None:
     """What stands against the scale, the score function and the mask."""
     if abs(problem.scale) > STEEPEST:
         return f"scores that are scaled by more than {STEEPEST:.0f} may be too large for their exponentials"

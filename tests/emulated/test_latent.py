@@ -93,3 +93,8 @@ def test_it_can_be_left_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) 
 def test_equal_bits_in_any_pages_are_another_kernels() -> None:
     with emulated(SWEEP[0]), pytest.raises(NotImplementedError, match="equal bits"):
         _plan(LATENT[1], backend="hopper", batch_invariant=True)
+
+
+def test_steep_scales_are_no_kernels() -> None:
+    with emulated(SWEEP[0]), pytest.raises(NotImplementedError, match="scaled by more than"):
+        _plan(LATENT[0], backend="hopper", scale=2.0**70)

@@ -55,7 +55,7 @@ def refuses(problem: Problem) -> str | None:
         (0 in (problem.batch, problem.seqlen_q, problem.seqlen_kv), "it takes no empty tensors"),
     )
     reason = next((reason for found, reason in checks if found), None)
-    return reason or _functions(problem)
+    return reason or _no_kernel_takes(problem)
 
 
 def _elsewhere(problem: Problem) -> tuple[tuple[bool, str], ...]:
@@ -88,7 +88,8 @@ def refuses_latent(problem: Problem) -> str | None:
         (problem.scale <= 0, "its scale must be positive"),
         (0 in (problem.batch, problem.seqlen_kv), "it takes no empty tensors"),
     )
-    return next((reason for found, reason in checks if found), None)
+    reason = next((reason for found, reason in checks if found), None)
+    return reason or _no_kernel_takes(problem)
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -99,11 +100,11 @@ def _outputs(problem: Problem) -> tuple[torch.dtype, ...]:
     return _HALF if problem.scaled else (problem.dtype,)
 
 
-def _functions(problem: Problem) -> str | None:
+def _no_kernel_takes(problem: Problem) -> str | None:
     """Imported when first asked: it loads triton."""
     from flashtile.kernels import support
 
-    return support.functions(problem)
+    return support.refuses(problem)
 
 
 def configure(problem: Problem) -> HopperConfig | BackwardConfig:

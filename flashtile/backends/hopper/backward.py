@@ -13,11 +13,10 @@ P and dV and hands P to the second, which computes dS and dK.
 """
 
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from flashtile.backends.hopper.bits import words_at
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store, tma_store_wait, view_as
-from flashtile.backends.hopper.memory import new_barriers, store_rows, without_nan, without_rows
+from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store_wait, view_as
+from flashtile.backends.hopper.memory import hand_over, new_barriers, without_nan, without_rows
 from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
@@ -207,13 +206,7 @@ def store_grad(desc, smem, rows, b_grad, place, first, DIM: gl.constexpr, META: 
     BLOCK: gl.constexpr = smem.shape[3]
     HALVES: gl.constexpr = META.tile_q // 64
     b_out = view_as(smem, smem.dtype, [HALVES, 1, ROWS, 1, BLOCK], desc.layout).index(0)
-    b_out.reshape([ROWS, BLOCK]).store(b_grad.to(smem.dtype))
-    if META.packed:
-        left = place.seqlen_k - first
-        store_rows(rows, b_out.reshape([ROWS, BLOCK]), place.first_k + first, left, place.head, 0, DIM)
-    else:
-        fence_async_shared()
-        tma_store(desc, [place.batch, first, place.head, 0], b_out)
+    hand_over(desc, rows, b_out, b_grad, place, first, place.first_k, place.seqlen_k, 0, DIM, META.packed)
 
 
 @gluon.jit

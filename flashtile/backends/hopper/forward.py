@@ -6,19 +6,15 @@ persistent; the loader runs ahead into the next query tile.
 """
 
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from flashtile.backends.hopper.bits import cut, words_at
 from flashtile.backends.hopper.care import any_nan, careful_output
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_store, tma_store_wait
+from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import kept_at, only_kept
 from flashtile.backends.hopper.eight import factor_of, packed, query_unit, units_of, unpacked
 from flashtile.backends.hopper.loading import loader, query_slot
-from flashtile.backends.hopper.memory import new_barriers, pass_turn, store_rows, take_turn
+from flashtile.backends.hopper.memory import hand_over, new_barriers, pass_turn, take_turn
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
 from flashtile.kernels.places import number_pointers
@@ -268,35 +264,16 @@ def consumer(
 
 @gluon.jit
 def store_tile(o_desc, out, o_smem, b_out, place, first, DIM: gl.constexpr, META: gl.constexpr):
-    """Hands 64 rows to the copy engine, which leaves out those beyond the sequence; the next tile begins meanwhile.
-    Where there is memory for half of the columns only, the second half waits until the first has been read.
-
-    Behind a packed sequence lies another one, so there the warps write for themselves.
-    """
-    BLOCK: gl.constexpr = o_smem.shape[3]
-    if META.halves:
-        b_first, b_second = b_out.reshape([ROWS, 2, BLOCK]).permute((0, 2, 1)).split()
-        store_columns(o_desc, out, o_smem, b_first, place, first, 0, DIM, META)
-        store_columns(o_desc, out, o_smem, b_second, place, first, BLOCK, DIM, META)
-    else:
-        store_columns(o_desc, out, o_smem, b_out, place, first, 0, DIM, META)
-
-
-@gluon.jit
-def store_columns(
-    o_desc, out, o_smem, b_part, place, first, FIRST: gl.constexpr, DIM: gl.constexpr, META: gl.constexpr
-):
-    """What `store_tile` says, of the columns from FIRST on, once what lay there before has been read."""
-    BLOCK: gl.constexpr = o_smem.shape[3]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, META.depth])
+    """64 rows leave, and the next tile begins meanwhile. Where there is memory for half of the columns only, the second
+    half waits until the first has been read."""
+    COLUMNS: gl.constexpr = o_smem.shape[3]
     tma_store_wait(0)
-    o_smem.reshape([ROWS, BLOCK]).store(gl.convert_layout(b_part.to(o_smem.dtype), layout, assert_trivial=True))
-    if META.packed:
-        b_rows = o_smem.reshape([ROWS, BLOCK])
-        store_rows(out, b_rows, place.first_q + first, place.seqlen_q - first, place.head, FIRST, DIM)
-    else:
-        fence_async_shared()
-        tma_store(o_desc, [place.batch, first, place.head, FIRST], o_smem)
+    if META.halves:
+        b_out, b_second = b_out.reshape([ROWS, 2, COLUMNS]).permute((0, 2, 1)).split()
+    hand_over(o_desc, out, o_smem, b_out, place, first, place.first_q, place.seqlen_q, 0, DIM, META.packed)
+    if META.halves:
+        tma_store_wait(0)
+        hand_over(o_desc, out, o_smem, b_second, place, first, place.first_q, place.seqlen_q, COLUMNS, DIM, META.packed)
 
 
 @gluon.jit

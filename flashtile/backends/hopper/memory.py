@@ -4,7 +4,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from flashtile.backends.hopper.compat import gl, mbarrier
+from flashtile.backends.hopper.compat import gl, mbarrier, tma_store
 from flashtile.backends.hopper.softmax import ROWS
 
 
@@ -48,6 +48,24 @@ def store_rows(rows, smem, first, count, i_head, FIRST: gl.constexpr, DIM: gl.co
     pointers = rows.pointer + i_head.to(gl.int64) * rows.head
     pointers = pointers + (first + o_rows).to(gl.int64)[:, None] * rows.row + o_columns[None, :]
     gl.store(pointers, smem.load(layout), mask=(o_rows < count)[:, None] & (o_columns < DIM)[None, :])
+
+
+@gluon.jit
+def hand_over(
+    desc, rows, smem, b_rows, place, first, origin, length, FIRST: gl.constexpr, DIM: gl.constexpr, PACKED: gl.constexpr
+):  # fmt: skip
+    """Puts 64 rows, columns from FIRST on, into shared memory, which was read empty before; the copy engine takes them
+    from there and leaves out those beyond the sequence of `length` rows.
+
+    Behind a packed sequence, which begins at row `origin`, lies another one, so there the warps write for themselves.
+    """
+    b_memory = smem.reshape([ROWS, smem.shape[3]])
+    b_memory.store(b_rows.to(smem.dtype))
+    if PACKED:
+        store_rows(rows, b_memory, origin + first, length - first, place.head, FIRST, DIM)
+    else:
+        fence_async_shared()
+        tma_store(desc, [place.batch, first, place.head, FIRST], smem)
 
 
 @gluon.jit

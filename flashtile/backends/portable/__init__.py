@@ -77,7 +77,7 @@ def _refuses_numbers(problem: Problem) -> str | None:
         return f"it computes in float32; the tensors are {problem.dtype}"
     from flashtile.kernels import support
 
-    return support.functions(problem)
+    return support.refuses(problem)
 
 
 def refuses_cached(problem: Problem) -> str | None:
