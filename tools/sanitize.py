@@ -8,9 +8,10 @@ of times slower under it, so that compiled ones should lie in Triton's folder be
 without a tool. The exit status is 0 where all that was found is explained, 1 where something is not or a test failed,
 and 2 where there is no compute-sanitizer.
 
-Take 2026.1 or newer, from CUDA 13.2 on or by `pip install nvidia-cuda-sanitizer-api`. By NVIDIA's release notes
-initcheck sees what the copy engine writes (cp.async.bulk) from 2025.4 on, and racecheck tells races at mbarriers and at
-barriers of a warpgroup that are none before 2025.4 and 2026.1.
+Take 2026.1 or newer, from CUDA 13.2 on. By NVIDIA's release notes initcheck sees what the copy engine writes
+(cp.async.bulk) from 2025.4 on, and racecheck tells races at mbarriers and at barriers of a warpgroup that are none before
+2025.4 and 2026.1. PyPI's `nvidia-cuda-sanitizer-api` lacks the program that starts others (`TreeLauncherSubreaper`): lay
+its `bin` and `lib` over a copy of the folder `compute-sanitizer` of any CUDA toolkit from 13.0 on, all in one folder.
 """
 
 import argparse
@@ -93,8 +94,7 @@ def main() -> int:
     sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
     if sanitizer is None:
         print(
-            "there is no compute-sanitizer here: it comes with NVIDIA's CUDA toolkit or by "
-            "`pip install nvidia-cuda-sanitizer-api`, not with PyTorch; nothing was run"
+            "there is no compute-sanitizer here: it comes with NVIDIA's CUDA toolkit, not with PyTorch; nothing was run"
         )
         return 2
     version = subprocess.run([sanitizer, "--version"], stdout=subprocess.PIPE, text=True).stdout
