@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from flashtile.tuning.portable import Tiles, portable_config
+from flashtile.tuning.portable import REGISTERS, Tiles, portable_config
 
 
 class DecodeConfig(NamedTuple):
@@ -65,8 +65,8 @@ NARROW["rdna"]["narrow_paged"] = NARROW["rdna"]["narrow"]
 
 MANY = {
     "hopper": Tiles(32, 32, 4, 2),
-    "blackwell": Tiles(32, 16, 8, 2, registers=255),
-    "ampere": Tiles(32, 16, 8, 2, registers=255),
+    "blackwell": Tiles(32, 16, 8, 2, registers=REGISTERS),
+    "ampere": Tiles(32, 16, 8, 2, registers=REGISTERS),
     "cdna": Tiles(32, 32, 8, 1, parts=8),
 }
 """For more rows than those of 16 bits and more than 256 columns serve, as in latent attention with all its heads. Tiles
