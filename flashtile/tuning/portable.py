@@ -137,14 +137,13 @@ AMPERE: dict[str, Rows] = {
         (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, registers=REGISTERS), Tiles(32, 16, 8, 1))),
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
     ),
-    "eight": (
-        (64, PortableConfig(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2))),
-        (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))),
-        (256, PortableConfig(Tiles(64, 32, 8, 2), Tiles(16, 32, 4, 1), Tiles(32, 16, 8, 1))),
-        (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
-    ),
     "single": HOPPER["single"],
 }
+AMPERE["masked"] = AMPERE["eight"] = (
+    *AMPERE["modified"][:2],
+    (256, PortableConfig(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1))),
+    *AMPERE["modified"][3:],
+)
 """sm_80 to sm_89 and sm_120, whose smallest have 99 KB of shared memory. The largest tiles that do not spill there;
 timed on none of them."""
 
