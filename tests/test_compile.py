@@ -8,7 +8,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from flashtile import cli
-from flashtile.compiling import build, matrix, report
+from flashtile.compiling import build, matrix, report, usage
 from flashtile.compiling.build import Row
 from flashtile.compiling.matrix import Entry
 from flashtile.compiling.targets import TARGETS
@@ -83,6 +83,7 @@ def test_hopper_kernels(variant: str, headdim: int) -> None:
         ("sm_89", 64, "fp8", "mma.sync"),
         ("sm_80", 64, "fp8", "mma.sync"),
         ("gfx942", 64, "fp8_causal", "v_mfma"),
+        ("gfx942", 64, "fp8_mask_mod", "v_mfma"),
     ],
 )
 def test_kernels_with_8_bits(target: str, headdim: int, variant: str, product: str) -> None:
@@ -202,6 +203,17 @@ def test_limits_are_checked() -> None:
         "4096 bytes of shared memory, 2048 allowed",
         "no matrix instruction",
     ]
+
+
+def test_only_what_is_loaded_again_is_a_spill() -> None:
+    text = """
+        /*0010*/                   STL.64 [R1], RZ ;
+        /*0020*/                   STL [R1+0x8], R3 ;
+        /*0030*/                   STL.128 [R1+0x10], R4 ;
+        /*0040*/              @!P0 LDL.LU R3, [R1+0x8] ;
+        /*0050*/                   LDL.64 R6, [R1+0x18] ;
+    """
+    assert usage._spills(text) == 2
 
 
 def test_every_variant_is_a_call() -> None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from flashtile.tuning.portable import Tiles, portable_config
+from flashtile.tuning.portable import REGISTERS, Tiles, portable_config
 
 
 class DecodeConfig(NamedTuple):
@@ -46,6 +46,8 @@ NARROW: dict[str, dict[str, Rows]] = {
     "rdna": {
         "half": ((64, Tiles(16, 32, 4, 1)), (128, Tiles(16, 16, 4, 1, parts=4)),
                  (512, Tiles(16, 16, 8, 1, parts=8))),
+        "narrow": ((64, Tiles(16, 32, 4, 1)), (128, Tiles(16, 16, 4, 1, parts=4)), (256, Tiles(16, 16, 8, 1, parts=8)),
+                   (512, Tiles(16, 16, 16, 1, parts=16))),
         "single": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(16, 32, 4, 1)), (256, Tiles(16, 16, 4, 1)),
                    (512, Tiles(16, 16, 4, 1))),
     },
@@ -59,11 +61,17 @@ sequences, 16 bits and e4m3, in one piece and in pages of 64, and latent attenti
 are the ones that come closest to the best everywhere; one program of 128 keys on each multiprocessor reads as fast as
 any number of smaller ones. The other families' rows are the largest that do not spill, timed on none."""
 NARROW["blackwell"] = NARROW["hopper"]
+NARROW["rdna"]["narrow_paged"] = NARROW["rdna"]["narrow"]
 
-MANY = {"hopper": Tiles(32, 32, 4, 2)}
+MANY = {
+    "hopper": Tiles(32, 32, 4, 2),
+    "blackwell": Tiles(32, 16, 8, 2, registers=REGISTERS),
+    "ampere": Tiles(32, 16, 8, 2, registers=REGISTERS),
+    "cdna": Tiles(32, 32, 8, 1, parts=8),
+}
 """For more rows than those of 16 bits and more than 256 columns serve, as in latent attention with all its heads. Tiles
-of 64 rows were faster, but their products read shared memory through the asynchronous proxy, and the code of Triton 3.9
-has no fence before that: the emulator says so."""
+of 64 rows were faster on an H100, but their products read shared memory through the asynchronous proxy, and the code of
+Triton 3.9 has no fence before that: the emulator says so. Only Hopper's row was timed; the others do not spill."""
 
 LATENT = Tiles(64, 32, 12, 6)
 """Of Hopper's kernel for latent attention with many rows of queries; `stages` counts slots for tiles

@@ -7,8 +7,9 @@ from typing import NamedTuple
 class Tiles(NamedTuple):
     """Queries and keys of a tile, warps of a program, loads in flight; what only AMD's compiler is told, where its own
     choice (0) is not the best: rows of a matrix instruction (`matrix_instr_nonkdim`), and waves a SIMD unit that
-    registers are kept free for (`waves_per_eu`); and into how many parts the columns of queries and keys are cut, which
-    warps share, where one warp's registers do not hold them."""
+    registers are kept free for (`waves_per_eu`); into how many parts the columns of queries and keys are cut, which
+    warps share, where one warp's registers do not hold them; and what only NVIDIA's is told, registers that a thread
+    may have (`maxnreg`), where it would spill a few to make room for one more program."""
 
     tile_q: int
     tile_kv: int
@@ -17,17 +18,24 @@ class Tiles(NamedTuple):
     instruction: int = 0
     waves: int = 0
     parts: int = 1
+    registers: int = 0
 
     def options(self) -> dict[str, int]:
         """As Triton's compiler takes them."""
         given = {"num_warps": self.warps, "num_stages": self.stages}
-        told = {"matrix_instr_nonkdim": self.instruction, "waves_per_eu": self.waves}
+        told = {
+            "matrix_instr_nonkdim": self.instruction,
+            "waves_per_eu": self.waves,
+            "maxnreg": self.registers,
+        }
         return given | {name: value for name, value in told.items() if value}
 
     def chosen(self) -> tuple[int, ...]:
-        """Without what is left to the compiler, or not cut."""
-        count = 7 if self.parts > 1 else 6 if self.waves else 5 if self.instruction else 4
-        return tuple(self[:count])
+        """Without what is left to the compiler, or not cut, at the end."""
+        chosen = tuple(self)
+        while len(chosen) > 4 and chosen[-1] == self._field_defaults[self._fields[len(chosen) - 1]]:
+            chosen = chosen[:-1]
+        return chosen
 
 
 class PortableConfig(NamedTuple):
@@ -87,36 +95,55 @@ HOPPER: dict[str, Rows] = {
 }
 """sm_90, 227 KB of shared memory. 16-bit rows of up to 256 columns were timed on an H100."""
 
+REGISTERS = 255
+"""Registers that a thread of NVIDIA's can have."""
+
 BLACKWELL: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3))),
-        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2))),
-        *HOPPER["half"][2:],
+        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2, registers=REGISTERS), Tiles(32, 64, 8, 2))),
+        (256, PortableConfig(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 64, 8, 1, registers=REGISTERS),
+                             Tiles(64, 64, 8, 1, registers=REGISTERS))),
+        *HOPPER["half"][3:],
+    ),
+    "masked": (
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 2, registers=REGISTERS))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 4, 1))),
+        (256, PortableConfig(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 1),
+                             Tiles(64, 64, 8, 1, registers=REGISTERS))),
+        *HOPPER["masked"][3:],
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2))),
-        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 2))),
-        *HOPPER["modified"][2:],
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 2, registers=REGISTERS))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 4, 1))),
+        (256, PortableConfig(Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 1),
+                             Tiles(64, 64, 8, 1, registers=REGISTERS))),
+        *HOPPER["modified"][3:],
     ),
     "single": HOPPER["single"],
-}
-"""sm_100, 227 KB of shared memory. Hopper's, smaller where those spill; timed on none."""
+}  # fmt: skip
+"""sm_100, 227 KB of shared memory. The largest tiles that do not spill; timed on none."""
 
 AMPERE: dict[str, Rows] = {
     "half": (
-        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2))),
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2))),
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2))),
         (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1))),
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1))),
-        (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2))),
-        (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(32, 32, 8, 1))),
+        (64, PortableConfig(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2, registers=REGISTERS), Tiles(32, 32, 4, 2))),
+        (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))),
+        (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, registers=REGISTERS), Tiles(32, 16, 8, 1))),
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
     ),
     "single": HOPPER["single"],
 }
+AMPERE["masked"] = AMPERE["eight"] = (
+    *AMPERE["modified"][:2],
+    (256, PortableConfig(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1))),
+    *AMPERE["modified"][3:],
+)
 """sm_80 to sm_89 and sm_120, whose smallest have 99 KB of shared memory. The largest tiles that do not spill there;
 timed on none of them."""
 
@@ -124,7 +151,7 @@ CDNA: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 1))),
         (128, PortableConfig(Tiles(128, 64, 8, 2, 16), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 1))),
-        (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 32, 4, 1))),
+        (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2, 16), Tiles(16, 32, 4, 1))),
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
     ),
     "modified": (
@@ -173,42 +200,22 @@ TABLES: dict[str, dict[str, Rows]] = {
 }
 """By family of GPUs, then by kind."""
 
-SPILLS: dict[tuple[str, str, int], int] = {
-    # Two instructions; the tile below is half the size.
-    ("blackwell", "key_kernel", 64): 10,
-    ("blackwell", "decode_kernel", 256): 30,
-    # sm_120 under Triton 3.6; the others, and Triton 3.9, need none.
-    ("ampere", "forward_kernel", 64): 10,
-    ("ampere", "query_kernel", 64): 10,
-    ("ampere", "key_kernel", 64): 10,
-    ("ampere", "forward_kernel", 128): 10,
-    ("ampere", "query_kernel", 128): 10,
-    ("ampere", "key_kernel", 128): 10,
-    ("ampere", "decode_kernel", 576): 50,
-    ("cdna", "decode_kernel", 576): 160,  # for 64 queries
-    # Numbers of 8 bits, made 16 a tile of 512 columns at a time, on gfx1100.
-    ("rdna", "decode_kernel", 576): 140,
+SPILLS: dict[tuple[str, str, int], dict[str, int]] = {
+    # In front of and behind the loops, for gfx1100 by Triton 3.9; the tile without is half the size.
+    ("rdna", "forward_kernel", 64): {"fp8_mask_mod": 10},
+    # By Triton 3.9 for gfx1100, in front of the loop, which loads 9; tiles without take half as many products more.
+    ("rdna", "forward_kernel", 128): {"table": 20},
+    # By Triton 3.6, for sm_80; there is no loop.
+    ("ampere", "append_kernel", 576): {"decode_many": 10},
+    # Triton 3.6 converts e4m3 for gfx1100 by dozens of integer instructions a number; Triton 3.9 does not spill there.
+    ("rdna", "decode_kernel", 576): {"decode_fp8": 40},
 }
-"""How many spilling instructions a kernel may have, by family and head dimension, where not 0."""
-
-MASKED_EIGHT_SPILLS: dict[tuple[str, int], int] = {
-    ("ampere", 64): 430,
-    ("ampere", 128): 180,
-    ("ampere", 256): 200,
-    ("blackwell", 64): 250,
-    ("blackwell", 128): 310,
-    ("blackwell", 256): 270,
-    ("cdna", 64): 200,
-    ("cdna", 128): 60,
-    ("cdna", 256): 10,
-    ("rdna", 64): 30,
-}
-"""Of forward kernels with 8-bit inputs under a mask that is a function, whose tiles are those of calls without one."""
+"""How many spilling instructions a kernel may have, by family, head dimension and variant of the call, where not 0."""
 
 HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
-    ("forward_kernel", 64): {"dropout": 110, "table": 100, "mask_mod": 80, "fp8_mask_mod": 370},
-    ("forward_kernel", 128): {"mask_mod": 90, "fp8_mask_mod": 580},
-    ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 90, "fp8_mask_mod": 10},
+    ("forward_kernel", 64): {"dropout": 110, "table": 100, "mask_mod": 80},
+    ("forward_kernel", 128): {"mask_mod": 90},
+    ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 90},
     ("decode_kernel", 256): {"decode_many": 10},
     ("decode_kernel", 576): {"decode_some": 10, "decode_many": 10},
     ("bias_kernel", 64): {"bias": 20},
@@ -248,10 +255,8 @@ growing."""
 
 def spills_allowed(family: str, kernel: str, headdim: int, variant: str) -> int:
     """The limit of a row, for `flashtile compile`."""
-    if family == "hopper":
-        return HOPPER_SPILLS.get((kernel, headdim), {}).get(variant, 0)
-    limit = SPILLS.get((family, kernel, headdim), 0)
-    return max(limit, MASKED_EIGHT_SPILLS.get((family, headdim), 0)) if variant == "fp8_mask_mod" else limit
+    limits = HOPPER_SPILLS.get((kernel, headdim)) if family == "hopper" else SPILLS.get((family, kernel, headdim))
+    return (limits or {}).get(variant, 0)
 
 
 def portable_config(headdim: int, kind: str, family: str = "hopper") -> PortableConfig:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashtile import State, scaled
+from flashtile import State, fp8, scaled
 from flashtile.backends import portable
 from flashtile.backends.portable import launch, quantize
 from flashtile.compiling.targets import TARGETS
@@ -73,6 +73,21 @@ def test_no_barrier_is_missing(arch: str, request: pytest.FixtureRequest) -> Non
     reverse = _run(quantized, Emulated(arch, reverse_waves=True), case.options)
     assert torch.equal(found.out, reverse.out)
     assert torch.equal(found.lse, reverse.lse)
+    device.note(request.node)
+
+
+@pytest.mark.parametrize("arch", EMULATED)
+def test_nan_of_padding_does_not_spread(arch: str, request: pytest.FixtureRequest) -> None:
+    """The pass that is made again where sums hold NaN; 45 is in the middle of a group of values."""
+    low = OWN.get(arch, {}).get(torch.float8_e4m3fn, torch.float8_e4m3fn)
+    q, k, v = Eight("padding", dense(1, 35, 70, 1, 1, 32)).tensors()
+    found, device = [], Emulated(arch)
+    for poison in (0.0, torch.nan):
+        k[:, 45:], v[:, 45:] = poison, poison
+        device = Emulated(arch)
+        quantized = fp8.quantize(q, k, v, dtype=low)
+        found.append(_run(quantized, device, {"mask": lambda b, h, q_idx, kv_idx: kv_idx < 45}).out.float())
+    torch.testing.assert_close(found[1], found[0], rtol=2**-8, atol=2**-8 * float(found[0].abs().max()))
     device.note(request.node)
 
 

@@ -33,11 +33,20 @@ def query_scales(scales, place, o_query, META: tl.constexpr):
 
 
 @triton.jit
-def key_scales(scale, place, o_keys, META: tl.constexpr):
-    """Those of keys, or of values."""
+def key_scales(scale, place, i_tile, META: tl.constexpr):
+    """(those of the keys, or values, of a tile: one number where they share it or (1, keys); the largest of them)."""
     i_head = place.head // META.group
     SCALED: tl.constexpr = META.scaled
-    return scales_at(scale, place.batch, i_head, place.first_k, o_keys, place.seqlen_k, KEY_ROWS, SCALED)
+    TILE: tl.constexpr = META.tile_kv
+    # Only packed sequences begin within a block.
+    SHARED: tl.constexpr = SCALED != "block" or (not META.packed and KEY_ROWS % TILE == 0)
+    o_keys = i_tile * TILE if SHARED else i_tile * TILE + tl.arange(0, TILE)
+    found = scales_at(scale, place.batch, i_head, place.first_k, o_keys, place.seqlen_k, KEY_ROWS, SCALED)
+    if SHARED:
+        b_scales, largest = found, found
+    else:
+        b_scales, largest = found[None, :], tl.max(found, 0)
+    return b_scales, largest
 
 
 @triton.jit
@@ -59,7 +68,15 @@ def load_turned(source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
+def key_of_place(o_places):
+    """The inverse of `in_places`: which key lies there."""
+    return o_places // 16 * 16 + o_places % 16 // 4 * 2 + o_places // 2 % 2 * 8 + o_places % 2
+
+
+@triton.jit
 def only_seen_turned(m_tile, b_v):
     """Of values on their side, those that some query of the tile sees, 0 in place of the others."""
-    m_seen = tl.max(m_tile.to(tl.int32), 0)[None, :]
-    return only(-in_places(m_seen), b_v)
+    TILE: tl.constexpr = m_tile.shape[1]
+    # Not by `in_places`: the compiler would follow it to the mask, and evaluate that again with all rows in one thread.
+    m_seen = tl.gather(tl.max(m_tile.to(tl.int32), 0), key_of_place(tl.arange(0, TILE)), 0)
+    return only(-m_seen[None, :], b_v)

@@ -103,8 +103,8 @@ def forward_sweep(
                 WIDE: tl.constexpr = b_v.dtype if stored.q_scale is None else tl.bfloat16
                 b_v = (b_v.to(tl.float32) * scales_of_rows(stored.v_scale, stored.head, b_pages)[:, None]).to(WIDE)
         if META.scaled != "":
-            o_keys = i_tile * TILE + tl.arange(0, TILE)
-            b_scores *= b_q_scale[:, None] * key_scales(scales[1], place, o_keys, META)[None, :]
+            b_k_scale, _ = key_scales(scales[1], place, i_tile, META)
+            b_scores *= b_q_scale[:, None] * b_k_scale
         m_edge = (i_step < steps.full_begin) | (i_step >= steps.full_end)
         b_scores, m_tile, _, _ = ruled(b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED)
         if GUARDED and MASKED == "always":
@@ -114,11 +114,11 @@ def forward_sweep(
             b_weights = only(kept(rules, place, o_query, i_tile * TILE, TILE), b_weights)
         if META.scaled != "":
             # The largest scale of the tile becomes the output's unit, so that weights fill what 8 bits hold.
-            b_v_scale = key_scales(scales[2], place, o_keys, META)
-            b_next = tl.max(b_v_scale, 0) * META.lowered
-            b_out *= b_unit / b_next
-            b_weights *= (b_v_scale / b_next)[None, :]
-            b_unit = b_next
+            b_v_scale, largest = key_scales(scales[2], place, i_tile, META)
+            unit = largest * META.lowered
+            b_out *= b_unit / unit
+            b_weights *= b_v_scale / unit
+            b_unit = unit
         if META.turned:
             b_weights, b_v = in_places(b_weights), tl.trans(b_v)
         b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out, input_precision=META.precision)
