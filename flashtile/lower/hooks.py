@@ -24,7 +24,9 @@ class Hook(NamedTuple):
 
 
 def score_hook(key: str, tensors: Sequence[Tensor], quick: bool = False) -> Hook:
-    """`function(b_scores, i_batch, i_head, o_query, o_key, arguments)`: modified scores, natural base, float32.
+    """`function(b_scores, i_batch, i_head, o_query, o_key, b_apart, arguments)`: modified scores, natural base.
+
+    b_apart: query less key; both in float32.
 
     quick: q and k are of half precision, whose rounding hides what a quicker tanh and quicker divisions add.
     """
@@ -98,10 +100,10 @@ def _arguments(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 @cache
 def _score_function(key: str, quick: bool) -> Any:
     traced = trace.graph(key)
-    source = Source(quick)
+    source = Source(quick, apart="apart")
     result = graphs.write(source, traced.forward, graphs.score_inputs(traced))
     source.line(f"return spread({source.text(result, 'f')}, score)")
-    return source.function(f"score_{key}", "score, b, h, q, k, arguments")
+    return source.function(f"score_{key}", "score, b, h, q, k, apart, arguments")
 
 
 @cache

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from flashtile.backends.hopper.bits import cut, cut_window, words_at
 from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
+from flashtile.backends.hopper.distances import distances_of
 from flashtile.backends.hopper.dropped import kept_at, only_kept
 from flashtile.backends.hopper.eight import factor_of, packed, query_unit, units_of, unpacked
 from flashtile.backends.hopper.loading import loader, query_slot
@@ -85,8 +86,11 @@ def rule(
     MASKED_AT: gl.constexpr = MASKED if b_words is None and not WINDOW else "never"
     if META.eight and META.modified:
         b_scores = b_scores * unit
+    distances = None
+    if META.modified:
+        distances = distances_of(first, i_tile * TILE_KV, place, scores, META, False)
     b_scores, m_valid, b_capped, b_plain = ruled(
-        b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED_AT
+        b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED_AT, distances
     )
     if b_words is not None:
         b_scores = cut(b_scores, b_words, m_edge)

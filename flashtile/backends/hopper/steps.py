@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashtile.backends.hopper.bits import cut, cut_window
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_store_wait
+from flashtile.backends.hopper.distances import distances_of
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at, only_kept
 from flashtile.backends.hopper.memory import clear_half
 from flashtile.backends.hopper.softmax import ROWS
@@ -28,8 +29,11 @@ def scores_of(
     WINDOW: gl.constexpr = META.masked == "edges"
     ASKED: gl.constexpr = "always" if META.masked == "always" else "edges"
     MASKED: gl.constexpr = "never" if b_words is not None or WINDOW else ASKED
+    distances = None
+    if META.modified:
+        distances = distances_of(first_key, i_row * TILE_Q, place, scores, META, True)
     b_scores, m_valid, b_capped, b_plain = ruled(
-        b_scores, m_edge, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED
+        b_scores, m_edge, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED, distances
     )
     if b_words is not None:
         b_scores = cut(b_scores, b_words, m_edge)
