@@ -69,17 +69,24 @@ def hand_over(
 
 
 @gluon.jit
+def all_numbers(smem):
+    """Whether shared memory holds finite numbers alone: times 0 they add up to 0, anything else to NaN."""
+    BLOCK: gl.constexpr = smem.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    return gl.sum((smem.load(layout).to(gl.float32) * 0.0).reshape([smem.shape[0] * BLOCK]), 0) == 0.0
+
+
+@gluon.jit
 def without_nan(smem):
     """Puts zeros where rows of shared memory hold what is no number, for a weight of 0 does not stop that.
 
     Rows of queries that saw such a key need no care: their log-sum-exp or delta is NaN.
     """
-    BLOCK: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
-    b_rows = smem.load(layout).to(gl.float32)
-    m_bad = b_rows - b_rows != 0.0
-    if gl.max(gl.max(m_bad.to(gl.int32), 1), 0) > 0:
-        smem.store(gl.where(m_bad, 0.0, b_rows).to(smem.dtype))
+    if not all_numbers(smem):
+        BLOCK: gl.constexpr = smem.shape[1]
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+        b_rows = smem.load(layout).to(gl.float32)
+        smem.store(gl.where(b_rows - b_rows == 0.0, b_rows, 0.0).to(smem.dtype))
         fence_async_shared()
 
 
