@@ -42,7 +42,7 @@ def derivative_hook(key: str, totals: Sequence[Tensor | None], quick: bool = Fal
     None: the gradient stays as it is, and nothing is to be added.
     """
     wanted = tuple(total is not None for total in totals)
-    if not any(wanted) and _adds(key):
+    if not any(wanted) and only_adds(key):
         return None
     return Hook(_derivative_function(key, wanted, quick), tuple(total for total in totals if total is not None))
 
@@ -107,7 +107,7 @@ def _score_function(key: str, quick: bool) -> Any:
 
 
 @cache
-def _adds(key: str) -> bool:
+def only_adds(key: str) -> bool:
     """Whether the function only adds to the score: then the gradient passes as it is."""
     traced = trace.graph(key)
     if traced.places is None or traced.backward is None:
