@@ -9,8 +9,8 @@ from flashtile.kernels.places import diagonal_of
 
 
 @gluon.jit
-def row_less_column(first, layout: gl.constexpr, COLUMNS: gl.constexpr):
-    """(64, COLUMNS) float32: row less column, of which number 0 less number 0 is `first`; exact up to 2^24.
+def query_less_key(first, layout: gl.constexpr, COLUMNS: gl.constexpr, KEYS: gl.constexpr):
+    """(64, COLUMNS) float32: query less key, exact up to 2^24. first: row 0 less column 0; rows are queries or KEYS.
 
     One addition an element: what differs from register to register of a thread is known to the compiler, the rest, a
     row less its first column, is converted for the row. Made of positions, every column would be converted.
@@ -24,7 +24,11 @@ def row_less_column(first, layout: gl.constexpr, COLUMNS: gl.constexpr):
     o_begins = o_rows - 2 * gl.arange(0, 4, lanes).expand_dims(0).expand_dims(1).expand_dims(3)
     o_eights = 8 * gl.arange(0, COLUMNS // 8, eights).expand_dims(0).expand_dims(2).expand_dims(3)
     o_within = o_eights + gl.arange(0, 2, pair).expand_dims(0).expand_dims(1).expand_dims(2)
-    b_less = o_begins.to(gl.float32) - o_within.to(gl.float32)
+    # Not the one less than 0: for that Triton 3.6 subtracts once more.
+    if KEYS:
+        b_less = o_within.to(gl.float32) - o_begins.to(gl.float32)
+    else:
+        b_less = o_begins.to(gl.float32) - o_within.to(gl.float32)
     return gl.convert_layout(b_less.reshape([ROWS, COLUMNS]), layout, assert_trivial=True)
 
 
@@ -34,10 +38,6 @@ def distances_of(first_row, first_column, place, layout: gl.constexpr, META: gl.
     COLUMNS: gl.constexpr = META.tile_q if KEYS else META.tile_kv
     first = first_row - first_column
     diagonal = diagonal_of(place, META.alibi_top_left)
-    if KEYS:
-        b_apart = -row_less_column(first, layout, COLUMNS)
-        b_aligned = -row_less_column(first - diagonal, layout, COLUMNS)
-    else:
-        b_apart = row_less_column(first, layout, COLUMNS)
-        b_aligned = row_less_column(first + diagonal, layout, COLUMNS)
-    return b_apart, b_aligned
+    aligned = first - diagonal if KEYS else first + diagonal
+    b_apart = query_less_key(first, layout, COLUMNS, KEYS)
+    return b_apart, query_less_key(aligned, layout, COLUMNS, KEYS)
