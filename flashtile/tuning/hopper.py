@@ -186,7 +186,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "bias": 70,
         "softcap": 20,
         "score_mod": 40,
-        "table": 80,
+        "table": 90,
         "mask_mod": 580,
         "varlen": 610,
         "fp8": 30,
