@@ -238,7 +238,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
     },
     ("query_kernel", 128): {"deterministic": 10},
     ("query_kernel", 256): {
-        "dropout": 90,
+        "dropout": 100,
         "plain": 70,
         "causal": 50,
         "window": 70,
