@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile import lower, trace
+from flashtile.kernels.rules import apart
 from flashtile.mask_nodes import At, parse
 from flashtile.masks import Mask
 
@@ -33,7 +34,9 @@ def score_kernel(
 ):
     b, h = tl.program_id(0), tl.program_id(1)
     o_query, o_key, place = _places(b, h, ROWS, COLUMNS, False)
-    result = SCORE(tl.load(scores + place), b, h, o_query + first_q, o_key + first_k, arguments)
+    o_query += first_q
+    o_key += first_k
+    result = SCORE(tl.load(scores + place), b, h, o_query, o_key, apart(o_query, o_key), arguments)
     tl.store(out + place, result)
 
 

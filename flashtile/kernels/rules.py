@@ -61,10 +61,14 @@ def bias_pointers(modifiers, place, o_query, o_key):
 
 
 @triton.jit
+def apart(o_query, o_key):
+    """Query less key. In float32 from the start: to convert each element of a tile costs as much as its exponential."""
+    return o_query.to(tl.float32) - o_key.to(tl.float32)
+
+
+@triton.jit
 def alibi_distance(place, o_query, o_key, META: tl.constexpr):
-    """In float32 from the start: to convert every element of a tile costs as much as its exponential."""
-    diagonal = diagonal_of(place, META.alibi_top_left)
-    return tl.abs((o_query + diagonal).to(tl.float32) - o_key.to(tl.float32))
+    return tl.abs(apart(o_query + diagonal_of(place, META.alibi_top_left), o_key))
 
 
 @triton.jit
@@ -81,8 +85,9 @@ def capped(b_scores, softcap, META: tl.constexpr):
 
 
 @triton.jit
-def modify(b_scores, place, rules, o_query, o_key, META: tl.constexpr, SCORE: tl.constexpr):
-    """(modified scores, scores between softcap and the rest, scores before SCORE), natural base."""
+def modify(b_scores, place, rules, o_query, o_key, distances, META: tl.constexpr, SCORE: tl.constexpr):
+    """(modified scores, scores between softcap and the rest, scores before SCORE), natural base. distances: see
+    `ruled`."""
     modifiers = rules.modifiers
     if modifiers.softcap is not None:
         b_scores = capped(b_scores, modifiers.softcap, META)
@@ -93,10 +98,14 @@ def modify(b_scores, place, rules, o_query, o_key, META: tl.constexpr, SCORE: tl
         b_scores += tl.load(pointers, mask=m_tile, other=0.0).to(tl.float32)
     if modifiers.slopes is not None:
         slope = tl.load(modifiers.slopes + place.batch * whole(modifiers.slopes_batch) + place.head).to(tl.float32)
-        b_scores -= slope * alibi_distance(place, o_query, o_key, META)
+        if distances is None:
+            b_scores -= slope * alibi_distance(place, o_query, o_key, META)
+        else:
+            b_scores -= slope * tl.abs(distances[1])
     b_plain = b_scores
     if SCORE is not None:
-        b_scores = SCORE(b_scores, place.batch, place.head, o_query, o_key, modifiers.score)
+        b_apart = apart(o_query, o_key) if distances is None else distances[0]
+        b_scores = SCORE(b_scores, place.batch, place.head, o_query, o_key, b_apart, modifiers.score)
     return b_scores, b_capped, b_plain
 
 
@@ -159,18 +168,19 @@ def has_nan(b_tile):
 @triton.jit
 def ruled(
     b_dots, m_edge, o_query, o_key, place, rules,
-    META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+    META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr, distances=None,
 ):  # fmt: skip
     """(scores as modifiers and the mask leave them, what the mask allows, scores after softcap, scores before SCORE).
 
     The tile lies either way round: `o_query` and `o_key` broadcast to it. MASKED: the mask is evaluated "always",
-    "never", or at the "edges": where `m_edge` says that this is one.
+    "never", or at the "edges": where `m_edge` says that this is one. distances: where a backend has them for less,
+    query less key, and aligned query less key, in float32.
     """
     b_scores = b_dots
     b_capped = b_dots
     b_plain = b_dots
     if META.modified:
-        b_scores, b_capped, b_plain = modify(b_dots * rules.scale, place, rules, o_query, o_key, META, SCORE)
+        b_scores, b_capped, b_plain = modify(b_dots * rules.scale, place, rules, o_query, o_key, distances, META, SCORE)
     m_valid = o_query < place.seqlen_q
     if MASKED == "edges":
         m_valid = m_valid & (o_key == o_key)

@@ -6,7 +6,15 @@ are one function and one compiled kernel. Captured tensors are arguments: their 
 text.
 """
 
-from flashtile.lower.hooks import Hook, derivative_hook, mask_hook, score_hook, unsupported, unsupported_mask
+from flashtile.lower.hooks import (
+    Hook,
+    derivative_hook,
+    mask_hook,
+    only_adds,
+    score_hook,
+    unsupported,
+    unsupported_mask,
+)
 from flashtile.lower.values import LONGEST
 
 __all__ = [
@@ -14,6 +22,7 @@ __all__ = [
     "Hook",
     "derivative_hook",
     "mask_hook",
+    "only_adds",
     "score_hook",
     "unsupported",
     "unsupported_mask",

@@ -24,7 +24,9 @@ class Hook(NamedTuple):
 
 
 def score_hook(key: str, tensors: Sequence[Tensor], quick: bool = False) -> Hook:
-    """`function(b_scores, i_batch, i_head, o_query, o_key, arguments)`: modified scores, natural base, float32.
+    """`function(b_scores, i_batch, i_head, o_query, o_key, b_apart, arguments)`: modified scores, natural base.
+
+    b_apart: query less key; both in float32.
 
     quick: q and k are of half precision, whose rounding hides what a quicker tanh and quicker divisions add.
     """
@@ -40,7 +42,7 @@ def derivative_hook(key: str, totals: Sequence[Tensor | None], quick: bool = Fal
     None: the gradient stays as it is, and nothing is to be added.
     """
     wanted = tuple(total is not None for total in totals)
-    if not any(wanted) and _adds(key):
+    if not any(wanted) and only_adds(key):
         return None
     return Hook(_derivative_function(key, wanted, quick), tuple(total for total in totals if total is not None))
 
@@ -98,14 +100,14 @@ def _arguments(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 @cache
 def _score_function(key: str, quick: bool) -> Any:
     traced = trace.graph(key)
-    source = Source(quick)
+    source = Source(quick, apart="apart")
     result = graphs.write(source, traced.forward, graphs.score_inputs(traced))
     source.line(f"return spread({source.text(result, 'f')}, score)")
-    return source.function(f"score_{key}", "score, b, h, q, k, arguments")
+    return source.function(f"score_{key}", "score, b, h, q, k, apart, arguments")
 
 
 @cache
-def _adds(key: str) -> bool:
+def only_adds(key: str) -> bool:
     """Whether the function only adds to the score: then the gradient passes as it is."""
     traced = trace.graph(key)
     if traced.places is None or traced.backward is None:

@@ -108,6 +108,9 @@ def _floating(source: Source, name: str, values: Sequence[Value], bounds: Bounds
         return None
     if any(value.axes == BOTH and value.floating is None for value in values):
         return None
+    given = {("q", "k"): source.apart, ("k", "q"): f"(-{source.apart})"}
+    if source.apart is not None and name == "sub" and (values[0].name, values[1].name) in given:
+        return given[values[0].name, values[1].name]
     return "(" + ARITHMETIC[name].format(*(source.text(value, "f") for value in values)) + ")"
 
 

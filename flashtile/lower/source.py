@@ -15,10 +15,11 @@ from flashtile.lower.values import BOTH, INT64, TYPES, Value, axes_of, literal, 
 
 
 class Source:
-    """The body of a function, written line by line. quick: for scores of half precision (see `hooks.score_hook`)."""
+    """The body of a function, written line by line. quick: for scores of half precision (see `hooks.score_hook`);
+    apart: what it has query less key in, in float32, if it has that."""
 
-    def __init__(self, quick: bool = False) -> None:
-        self.quick = quick
+    def __init__(self, quick: bool = False, apart: str | None = None) -> None:
+        self.quick, self.apart = quick, apart
         self.lines: list[str] = []
         self.indent = 1
         self.count = 0

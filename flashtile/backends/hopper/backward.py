@@ -15,7 +15,7 @@ P and dV and hands P to the second, which computes dS and dK.
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.bits import words_at
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, tma_store_wait, view_as
+from flashtile.backends.hopper.compat import gl, mbarrier, thread_barrier, tma_load, tma_store_wait, view_as
 from flashtile.backends.hopper.memory import hand_over, new_barriers, without_nan, without_rows
 from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
@@ -134,6 +134,9 @@ def clean(smem, place, first, row, META: gl.constexpr):
             without_rows(b_rows, place.seqlen_k - first)
     if META.guarded:
         without_nan(b_rows)
+    if META.packed or META.guarded:
+        # Triton would put one into every step of the loop that reads this memory.
+        thread_barrier()
 
 
 @gluon.jit

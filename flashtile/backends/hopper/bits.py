@@ -1,11 +1,12 @@
-"""The mask's bits of a tile, as they lie in the registers of a warpgroup (see `flashtile.kernels.bits`)."""
+"""The mask's bits of a tile, as they lie in the registers of a warpgroup: those of lists are loaded (see
+`flashtile.kernels.bits`), those of lengths and of a window worked out."""
 
 import triton
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl
 from flashtile.backends.hopper.softmax import ROWS
-from flashtile.kernels.places import number_of, row_of
+from flashtile.kernels.places import diagonal_of, key_range, number_of, query_range, row_of
 
 
 @triton.constexpr_function
@@ -17,11 +18,16 @@ def parted(columns):
     return gl.DistributedLinearLayout([[0, 0, 0, 1], [8, 0, 0, 0], *eights], lanes, warps, [], [64, columns // 8, 4, 2])
 
 
+@triton.constexpr_function
+def words_of(columns):
+    """The layout of a tile's words, (64, 4)."""
+    return gl.SliceLayout(1, gl.SliceLayout(3, parted(columns)))
+
+
 @gluon.jit
 def load_bits(visits, place, n, m_edge, TILE: gl.constexpr, COLUMNS: gl.constexpr, I_GROUP: gl.constexpr):
     """(64, 4): two words a thread, of 64 of TILE rows, for the n-th place in the tile's list; only at an edge."""
-    whole: gl.constexpr = parted(COLUMNS)
-    words: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, whole))
+    words: gl.constexpr = words_of(COLUMNS)
     o_rows = I_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, words))
     o_words = o_rows[:, None] * 4 + gl.arange(0, 4, gl.SliceLayout(0, words))[None, :]
     slot = (row_of(visits, place.batch, place.head) + place.tile) * number_of(visits.length) + n
@@ -58,5 +64,45 @@ def chosen(b_words, b_values):
 def cut(b_scores, b_words, m_edge):
     """Scores, at an edge -inf where bits hide them."""
     if m_edge:
+        b_scores = gl.where(chosen(b_words, b_scores), b_scores, float("-inf"))
+    return b_scores
+
+
+@gluon.jit
+def below(o_limit, o_lane, COLUMNS: gl.constexpr):
+    """Words whose bits are set for columns before a row's limit; `o_lane`: the first of the columns of each."""
+    # Of 8 columns a thread holds 2. Two shifts, for one by 32 has no result.
+    o_place = gl.maximum(gl.minimum(o_limit - o_lane, COLUMNS - 6), 0)
+    return ((1 << (2 * (o_place // 8))) << gl.minimum(o_place % 8, 2)) - 1
+
+
+@gluon.jit
+def window_words(first_row, first_column, place, window, COLUMNS: gl.constexpr, META: gl.constexpr, KEYS: gl.constexpr):
+    """(64, 4): what lengths and the window leave of a tile, whose rows are queries or KEYS."""
+    words: gl.constexpr = words_of(COLUMNS)
+    o_row = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, words)))[:, None]
+    o_lane = (2 * gl.arange(0, 4, gl.SliceLayout(0, words)))[None, :]
+    diagonal = diagonal_of(place, META.window_top_left)
+    if KEYS:
+        begin, end = query_range(window, diagonal, o_row, o_row, place.seqlen_q)
+        end = gl.where(o_row < place.seqlen_k, end, 0)
+    else:
+        begin, end = key_range(window, diagonal, o_row, o_row, place.seqlen_k)
+        end = gl.where(o_row < place.seqlen_q, end, 0)
+    b_words = below(end - first_column, o_lane, COLUMNS)
+    BEGINS: gl.constexpr = META.right if KEYS else META.left
+    if BEGINS:
+        b_words = b_words & ~below(begin - first_column, o_lane, COLUMNS)
+    return b_words
+
+
+@gluon.jit
+def cut_window(
+    b_scores, m_edge, first_row, first_column, place, window, META: gl.constexpr, KEYS: gl.constexpr
+):  # fmt: skip
+    """Scores, at an edge -inf where lengths and the window hide them. The bits of a row are a run, found for the row:
+    to compare element by element takes up to five times the instructions."""
+    if m_edge:
+        b_words = window_words(first_row, first_column, place, window, b_scores.shape[1], META, KEYS)
         b_scores = gl.where(chosen(b_words, b_scores), b_scores, float("-inf"))
     return b_scores

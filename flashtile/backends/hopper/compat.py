@@ -24,6 +24,9 @@ def _reduce_add(descriptor: Any, coordinates: Any, source: Any, _semantic: Any =
 tma_add = getattr(tma, "async_atomic_add", None) or _reduce_add
 tma_store_wait = tma.store_wait
 
+# Of the warps of one role. Triton 3.7 renamed it.
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
 
 @builtin
 def view_as(memory: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
@@ -32,4 +35,4 @@ def view_as(memory: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = N
     return method(dtype, shape, layout, _semantic=_semantic)
 
 
-__all__ = ["gl", "mbarrier", "tma_add", "tma_load", "tma_store", "tma_store_wait", "view_as"]
+__all__ = ["gl", "mbarrier", "thread_barrier", "tma_add", "tma_load", "tma_store", "tma_store_wait", "view_as"]

@@ -38,11 +38,17 @@ def pass_turn(I_GROUP: gl.constexpr, CONSUMERS: gl.constexpr):
     gl.inline_asm_elementwise(_turn("arrive", I_GROUP + 1, CONSUMERS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@triton.constexpr_function
+def by_rows(columns):
+    """How a warpgroup reads and writes rows of 16 bits, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
 def store_rows(rows, smem, first, count, i_head, FIRST: gl.constexpr, DIM: gl.constexpr):
     """The first `count` of 64 rows of a packed tensor, from shared memory, 16 bytes a thread; columns from FIRST on."""
     BLOCK: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = by_rows(BLOCK)
     o_rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     o_columns = FIRST + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
     pointers = rows.pointer + i_head.to(gl.int64) * rows.head
@@ -69,17 +75,23 @@ def hand_over(
 
 
 @gluon.jit
+def all_numbers(smem):
+    """Whether shared memory holds finite numbers alone: times 0 they add up to 0, anything else to NaN."""
+    BLOCK: gl.constexpr = smem.shape[1]
+    b_zeros = smem.load(by_rows(BLOCK)).to(gl.float32) * 0.0
+    return gl.sum(b_zeros.reshape([smem.shape[0] * BLOCK]), 0) == 0.0
+
+
+@gluon.jit
 def without_nan(smem):
     """Puts zeros where rows of shared memory hold what is no number, for a weight of 0 does not stop that.
 
     Rows of queries that saw such a key need no care: their log-sum-exp or delta is NaN.
     """
     BLOCK: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
-    b_rows = smem.load(layout).to(gl.float32)
-    m_bad = b_rows - b_rows != 0.0
-    if gl.max(gl.max(m_bad.to(gl.int32), 1), 0) > 0:
-        smem.store(gl.where(m_bad, 0.0, b_rows).to(smem.dtype))
+    if not all_numbers(smem):
+        b_rows = smem.load(by_rows(BLOCK)).to(gl.float32)
+        smem.store(gl.where(b_rows - b_rows == 0.0, b_rows, 0.0).to(smem.dtype))
         fence_async_shared()
 
 
@@ -87,7 +99,7 @@ def without_nan(smem):
 def without_rows(smem, count):
     """Puts zeros behind the first `count` rows of shared memory: there begins another packed sequence, or nothing."""
     BLOCK: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = by_rows(BLOCK)
     o_rows = gl.arange(0, smem.shape[0], gl.SliceLayout(1, layout))
     b_rows = smem.load(layout)
     smem.store(gl.where((o_rows < count)[:, None], b_rows, gl.zeros_like(b_rows)))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+from flashtile import lower
 from flashtile.kernels.arguments import exact, modified
 from flashtile.problem import Problem
 from flashtile.region import region
@@ -21,9 +22,9 @@ class Meta:
     sections: tiles of several heads are handed out together.
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
     halves: the columns of the output leave one half after the other. turns: warpgroups start their products one after
-    the other. query_stages, foreseen: see `HopperConfig`. guarded: what a mask hides may hold NaN, or have no finite
-    gradient. careful: what lies beside what is seen may hold NaN. collects: this kernel adds gradients of captured
-    tensors. slope_gradient: and this one gives those of ALiBi's slopes.
+    the other. query_stages, foreseen: see `HopperConfig`. guarded: what a mask hides, or a function that does not only
+    add, may hold NaN or have no finite gradient. careful: what lies beside what is seen may hold NaN. collects: this
+    kernel adds gradients of captured tensors. slope_gradient: and this one gives those of ALiBi's slopes.
     adds: the kernel of keys adds up dQ. for_dq: this is the kernel of dQ alone. split: two warpgroups share 64 keys.
     stages_v: slots for values, where they are not as many as those for keys.
     eight: inputs have 8 bits; scaled: which rows of them share a scale, see `Problem`; lift: see `softmax`.
@@ -115,7 +116,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         turns=isinstance(config, HopperConfig) and config.turns,
         query_stages=config.query_stages if isinstance(config, HopperConfig) else 1,
         foreseen=isinstance(config, HopperConfig) and config.foreseen,
-        guarded=bool(rest) or bool(problem.score_mod),
+        guarded=bool(rest) or (bool(problem.score_mod) and not lower.only_adds(problem.score_mod)),
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score) and (adds or for_dq),
         slope_gradient=problem.wanted.alibi_slopes and for_dq,

@@ -92,7 +92,7 @@ def grad_scores(
     b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(1 + LATER, [score_token])
     b_scores, m_valid, b_capped, b_plain = rule(
-        b_scores, i_tile, m_edge, b_words, place, o_query, rules, None, META, SCORE, MASK, MASKED
+        b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, None, META, SCORE, MASK, MASKED
     )
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[:, None])
     b_grad_weights = dropped_grad(warpgroup_mma_wait(LATER, [weight_token]), b_kept, rules)

@@ -7,8 +7,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashtile.backends.hopper.bits import cut
+from flashtile.backends.hopper.bits import cut, cut_window
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_store_wait
+from flashtile.backends.hopper.distances import distances_of
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at, only_kept
 from flashtile.backends.hopper.memory import clear_half
 from flashtile.backends.hopper.softmax import ROWS
@@ -18,19 +19,26 @@ from flashtile.kernels.rules import grad_dots, ruled
 
 @gluon.jit
 def scores_of(
-    b_scores, i_row, m_edge, b_words, place, o_key, rules,
+    b_scores, i_row, m_edge, b_words, place, o_key, first_key, rules,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """(scores as modifiers and the mask leave them, and the rest of what `ruled` says, the queries' numbers)."""
     TILE_Q: gl.constexpr = META.tile_q
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     o_query = (i_row * TILE_Q + gl.arange(0, TILE_Q, gl.SliceLayout(0, scores)))[None, :]
-    MASKED: gl.constexpr = "never" if b_words is not None else "always" if META.masked == "always" else "edges"
+    WINDOW: gl.constexpr = META.masked == "edges"
+    ASKED: gl.constexpr = "always" if META.masked == "always" else "edges"
+    MASKED: gl.constexpr = "never" if b_words is not None or WINDOW else ASKED
+    distances = None
+    if META.modified:
+        distances = distances_of(first_key, i_row * TILE_Q, place, scores, META, True)
     b_scores, m_valid, b_capped, b_plain = ruled(
-        b_scores, m_edge, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED
+        b_scores, m_edge, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED, distances
     )
     if b_words is not None:
         b_scores = cut(b_scores, b_words, m_edge)
+    if WINDOW:
+        b_scores = cut_window(b_scores, m_edge, first_key, i_row * TILE_Q, place, rules.window, META, True)
     return b_scores, m_valid, b_capped, b_plain, o_query
 
 
@@ -118,7 +126,7 @@ def step(
     b_kept = kept_at(rules, place, i_row * TILE_Q, first_key, TILE_Q, True)
     b_scores = warpgroup_mma_wait(1, [score_token])
     b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
-        b_scores, i_row, m_edge, b_words, place, o_key, rules, META, SCORE, MASK
+        b_scores, i_row, m_edge, b_words, place, o_key, first_key, rules, META, SCORE, MASK
     )
     b_lse = lse_smem.index(slot).load(gl.SliceLayout(0, scores))
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
@@ -178,7 +186,7 @@ def value_step(
     b_lse = lse_smem.index(count % META.stages).load(gl.SliceLayout(0, scores))
     b_scores = warpgroup_mma_wait(0, [token])
     b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
-        b_scores, i_row, m_edge, b_words, place, o_key, rules, META, SCORE, MASK
+        b_scores, i_row, m_edge, b_words, place, o_key, place.tile * ROWS, rules, META, SCORE, MASK
     )
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
     b_left = gl.convert_layout(only_kept(b_weights, b_kept).to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
