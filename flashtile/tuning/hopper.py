@@ -132,6 +132,10 @@ BACKWARD: dict[str, tuple[tuple[int, BackwardConfig], ...]] = {
 the others have the registers that the way back through a function needs."""
 
 
+CACHED = 32 << 20
+"""Bytes that may be expected to stay in the L2 cache, of 50 MB, while tiles of the same heads read them again."""
+
+
 def _fitting(rows: Iterable[tuple[int, Any]], headdim: int) -> Any:
     return next(config for limit, config in rows if headdim <= limit)
 

@@ -16,19 +16,19 @@ from triton.experimental import gluon
 
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.compat import gl, mbarrier, thread_barrier, tma_load, tma_store_wait, view_as
-from flashtile.backends.hopper.memory import hand_over, new_barriers, without_nan, without_rows
-from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, row_tile, rows_walk
+from flashtile.backends.hopper.memory import hand_over, meet, new_barriers, without_nan, without_rows
+from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, ranked, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
 from flashtile.backends.hopper.steps import key_step, step, value_step
 from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_MEMORY, PIECE_ROWS, first_tile
-from flashtile.kernels.places import SCANNED, place_at, program_of, with_head
+from flashtile.kernels.places import SCANNED, place_at, with_head
 
 
 @gluon.jit
-def key_tile(packing, size, visits, layout: gl.constexpr, META: gl.constexpr):
+def key_tile(packing, size, section, visits, layout: gl.constexpr, META: gl.constexpr):
     """The `Place` of this program, a key tile; its head is one of the keys'. `layout`: of the warps that ask."""
-    i_batch, i_head, i_rank = program_of(size)
+    i_batch, i_head, i_rank = ranked(gl.program_id(0), gl.num_programs(0), size, section, META)
     o_lanes = gl.arange(0, SCANNED, layout)
     lists: gl.constexpr = META.masked == "lists"
     return place_at(i_batch, i_head, i_rank, o_lanes, packing, size, visits, META.tile_kv, True, False, lists)
@@ -43,10 +43,10 @@ def loader(
     line: gl.constexpr = gl.BlockedLayout([TILE_Q // 32], [32], [1], [0])
     q_desc, k_desc, v_desc, do_desc, _sums_desc, _dk_desc, _dv_desc = descriptors
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, _ds_smem, _sums_smem = memory
-    kv_full, full, empty, _ready, _handing = barriers
+    kv_full, full, empty, _handing = barriers
     lse, delta = statistics
-    packing, size, rules, visits = call
-    shared = key_tile(packing, size, visits, ONE_WARP, META)
+    packing, size, section, rules, visits = call
+    shared = key_tile(packing, size, section, visits, ONE_WARP, META)
     i_entry = shared.batch * META.dense
     first = shared.first_k + shared.tile * META.tile_kv
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -148,9 +148,9 @@ def consumer(
     TILE_Q: gl.constexpr = META.tile_q
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     row: gl.constexpr = 0 if META.split else I_GROUP * ROWS
-    kv_full, _full, _empty, ready, _handing = barriers
-    packing, size, rules, visits = call
-    shared = key_tile(packing, size, visits, ONE_GROUP, META)
+    kv_full, _full, _empty, _handing = barriers
+    packing, size, section, rules, visits = call
+    shared = key_tile(packing, size, section, visits, ONE_GROUP, META)
     first = shared.tile * META.tile_kv + row
     o_key = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
     b_grads = no_grads(I_GROUP, META)
@@ -168,8 +168,7 @@ def consumer(
         )  # fmt: skip
     tma_store_wait(0)
     # Both are done reading queries and gradients once both are here: that memory takes the results.
-    mbarrier.arrive(ready.index(2), count=1)
-    mbarrier.wait(ready.index(2), 0)
+    meet()
     dk, dv = results
     q_smem, do_smem = memory[2], memory[3]
     if META.split and I_GROUP == 1:
@@ -241,9 +240,10 @@ def specialize(
     ], [4, 1], [240, 24])  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["section"])
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, sums_desc, dk_desc, dv_desc, lse, delta, dk, dv, packing, size, rules, visits,
+    q_desc, k_desc, v_desc, do_desc, sums_desc, dk_desc, dv_desc, lse, delta, dk, dv, section, packing, size, rules,
+    visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """One program a key tile and key/value head; dQ unscaled, float32. Gradients of captured tensors are added."""
@@ -272,17 +272,16 @@ def backward_kernel(
     kv_full = new_barriers(1, 1).index(0)
     full = new_barriers(STAGES, 2)
     empty = new_barriers(STAGES, 2)
-    ready = new_barriers(4, 2)
-    handing = ready
+    handing = empty
     if META.split:
         handing = new_barriers(4, 1)
     specialize(
         (q_desc, k_desc, v_desc, do_desc, sums_desc, dk_desc, dv_desc),
         (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, sums_smem),
-        (kv_full, full, empty, ready, handing),
+        (kv_full, full, empty, handing),
         (lse, delta),
         (dk, dv),
-        (packing, size, rules, visits),
+        (packing, size, section, rules, visits),
         META,
         SCORE,
         DERIVATIVE,

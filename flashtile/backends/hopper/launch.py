@@ -41,7 +41,7 @@ from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.queues import counter
 from flashtile.scores import sink_gradient, slope_gradient, zero_grads
-from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig
+from flashtile.tuning.hopper import CACHED, BackwardConfig, Config, HopperConfig
 
 KERNELS = (forward_kernel, before_kernel, backward_kernel, query_kernel, after_kernel, bias_kernel, bits_kernel)
 
@@ -82,6 +82,13 @@ def _processors(device: torch.device) -> int:
 def entries(problem: Problem) -> int:
     """Of the batch, as programs are counted: packed sequences are one."""
     return 1 if problem.varlen else problem.batch
+
+
+def heads_in_cache(problem: Problem, rows: int) -> int:
+    """Heads of keys whose tiles the backward kernel hands out together: the queries, gradients and sums of dQ of so
+    many fit into the L2 cache."""
+    row = (problem.headdim + problem.headdim_v) * problem.dtype.itemsize + problem.headdim * torch.float32.itemsize
+    return max(1, min(CACHED // (problem.group * rows * row), problem.heads_kv * entries(problem)))
 
 
 @dataclass(frozen=True)
@@ -371,6 +378,7 @@ def _through(
         "dv_desc": descriptor(dv, rows, meta.block_dv),
         "lse": numbers_of(lse),
         "delta": numbers_of(delta),
+        "section": heads_in_cache(call.problem, inputs.q.shape[-3]),
         "dk": rows_of(dk) if meta.packed else None,
         "dv": rows_of(dv) if meta.packed else None,
         **where,

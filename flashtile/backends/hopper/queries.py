@@ -16,7 +16,7 @@ from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at
 from flashtile.backends.hopper.forward import multiply_scores, rule, store_tile
 from flashtile.backends.hopper.loading import loader
-from flashtile.backends.hopper.memory import clear_half, new_barriers, without_nan
+from flashtile.backends.hopper.memory import clear_half, meet, new_barriers, without_nan
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
@@ -25,29 +25,25 @@ from flashtile.kernels.rules import alibi_distance, grad_dots
 
 
 @gluon.jit
-def hidden_rows(b_k, b_v, i_tile, turn, cleared, place, I_GROUP: gl.constexpr, META: gl.constexpr):
+def clear_hidden(b_k, b_v, i_tile, place, I_GROUP: gl.constexpr, META: gl.constexpr):
     """Puts zeros where keys and values hold what nobody sees but a product would: behind a packed sequence, and NaN.
-    Each warpgroup does its half. Returns how often this program has done so."""
+    Each warpgroup does its half."""
     if META.packed:
         left = place.seqlen_k - i_tile * META.tile_kv
         if left < META.tile_kv:
-            clear_half(b_k, b_v, left, cleared, turn, I_GROUP)
-            turn += 1
+            clear_half(b_k, b_v, left, I_GROUP)
     if META.guarded:
         HALF: gl.constexpr = META.tile_kv // 2
         without_nan(b_k.slice(I_GROUP * HALF, HALF, dim=0))
         without_nan(b_v.slice(I_GROUP * HALF, HALF, dim=0))
-        mbarrier.arrive(cleared, count=1)
-        mbarrier.wait(cleared, turn & 1)
-        turn += 1
-    return turn
+        meet()
 
 
 @gluon.jit
-def start_products(i_tile, count, turn, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """(token of the scores, token of the weights' gradients, `hidden_rows`) of a key tile."""
+def start_products(i_tile, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """(token of the scores, token of the weights' gradients) of a key tile."""
     q_smem, k_smem, v_smem, _dq_smem, do_smem = memory
-    _q_full, _q_empty, k_full, v_full, _k_empty, _v_empty, cleared = barriers
+    _q_full, _q_empty, k_full, v_full, _k_empty, _v_empty = barriers
     if META.packed or META.guarded:
         slot, slot_v = count % k_smem.shape[0], count % v_smem.shape[0]
         mbarrier.wait(k_full.index(slot), (count // k_smem.shape[0]) & 1)
@@ -57,10 +53,10 @@ def start_products(i_tile, count, turn, place, memory, barriers, I_GROUP: gl.con
         BLOCK_DV: gl.constexpr = META.block_dv
         b_k = k_smem.index(slot).reshape([TILE_KV, BLOCK_D])
         b_v = v_smem.index(slot_v).reshape([TILE_KV, BLOCK_DV])
-        turn = hidden_rows(b_k, b_v, i_tile, turn, cleared, place, I_GROUP, META)
+        clear_hidden(b_k, b_v, i_tile, place, I_GROUP, META)
     score_token = multiply_scores(q_smem.index(I_GROUP), k_smem, k_full, count, META)
     weight_token = multiply_scores(do_smem.index(I_GROUP), v_smem, v_full, count, META)
-    return score_token, weight_token, turn
+    return score_token, weight_token
 
 
 @gluon.jit
@@ -83,7 +79,7 @@ def grad_scores(
     LATER: how many products were started after the two.
     """
     _q_smem, k_smem, v_smem, _dq_smem, _do_smem = memory
-    _q_full, _q_empty, _k_full, _v_full, _k_empty, v_empty, _cleared = barriers
+    _q_full, _q_empty, _k_full, _v_full, _k_empty, v_empty = barriers
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_D: gl.constexpr = META.block_d
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
@@ -111,12 +107,12 @@ def grad_scores(
 
 @gluon.jit
 def walk_keys(
-    place, counts, rows, count, turn, memory, barriers, rules, visits,
+    place, counts, rows, count, memory, barriers, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(dQ, less the gradient of each query's slope, steps so far, `hidden_rows`) of a query tile."""
+    """(dQ, less the gradient of each query's slope, steps so far) of a query tile."""
     _q_smem, k_smem, _v_smem, _dq_smem, _do_smem = memory
-    _q_full, _q_empty, _k_full, _v_full, k_empty, _v_empty, _cleared = barriers
+    _q_full, _q_empty, _k_full, _v_full, k_empty, _v_empty = barriers
     BLOCK_D: gl.constexpr = META.block_d
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     walk = walk_of(place, counts, rules.window, visits, META)
@@ -126,7 +122,7 @@ def walk_keys(
     m_first = (full_begin > 0) | (full_end == 0)
     b_first = words_at(visits, place, 0, m_first, META, False, I_GROUP)
     i_first = tile_of(walk, 0, META)
-    first_token, other_token, turn = start_products(i_first, count, turn, place, memory, barriers, I_GROUP, META)
+    first_token, other_token = start_products(i_first, count, place, memory, barriers, I_GROUP, META)
     b_grad, b_slope = grad_scores(
         first_token, other_token, i_first, m_first, b_first, count, place, rows, memory, barriers, rules,
         META, SCORE, DERIVATIVE, MASK, "always", 0,
@@ -141,7 +137,7 @@ def walk_keys(
         i_next = tile_of(walk, n + 1, META)
         m_edge = (n < full_begin) | (n >= full_end)
         b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
-        score_token, weight_token, turn = start_products(i_tile, count, turn, place, memory, barriers, I_GROUP, META)
+        score_token, weight_token = start_products(i_tile, count, place, memory, barriers, I_GROUP, META)
         token = multiply_keys(b_grad, b_dq, k_smem, count - 1, META)
         b_grad, b_more = grad_scores(
             score_token, weight_token, i_tile, m_edge, b_words, count, place, rows, memory, barriers, rules,
@@ -152,7 +148,7 @@ def walk_keys(
         mbarrier.arrive(k_empty.index(count % k_smem.shape[0]), count=1)
         count += 1
     b_dq = warpgroup_mma_wait(0, [multiply_keys(b_grad, b_dq, k_smem, count - 1, META)])
-    return b_dq, b_slope, count, turn
+    return b_dq, b_slope, count
 
 
 @gluon.jit
@@ -163,13 +159,12 @@ def consumer(
     """One math warpgroup: 64 rows of each query tile."""
     _q_desc, _k_desc, _v_desc, dq_desc, _do_desc = descriptors
     _q_smem, _k_smem, _v_smem, dq_smem, _do_smem = memory
-    q_full, q_empty, _k_full, _v_full, _k_empty, _v_empty, _cleared = barriers
+    q_full, q_empty, _k_full, _v_full, _k_empty, _v_empty = barriers
     TILE_KV: gl.constexpr = META.tile_kv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
     lse, delta, dq, slope = results
     _packing, size, rules, visits, _sinks = call
     count = 0
-    cleared = 0
     turn = 0
     place, counts = hear(mailbox, size, turn, META)
     while place.batch >= 0:
@@ -178,8 +173,8 @@ def consumer(
         b_lse, b_delta = load_statistics(lse, delta, place, o_query)
         rows = (o_query, first, subtracted(b_lse), b_delta)
         mbarrier.wait(q_full.index(I_GROUP), turn & 1)
-        b_dq, b_slope, count, cleared = walk_keys(
-            place, counts, rows, count, cleared, memory, barriers, rules, visits,
+        b_dq, b_slope, count = walk_keys(
+            place, counts, rows, count, memory, barriers, rules, visits,
             META, SCORE, DERIVATIVE, MASK, I_GROUP,
         )  # fmt: skip
         if META.slope_gradient:
@@ -246,13 +241,12 @@ def query_kernel(
     v_full = new_barriers(STAGES_V, 1)
     k_empty = new_barriers(STAGES, 2)
     v_empty = new_barriers(STAGES_V, 2)
-    cleared = new_barriers(1, 2).index(0)
     told_full = new_barriers(1, 1).index(0)
     told_empty = new_barriers(1, 2).index(0)
     specialize(
         (q_desc, k_desc, v_desc, dq_desc, do_desc),
         (q_smem, k_smem, v_smem, q_smem, do_smem),
-        (q_full, q_empty, k_full, v_full, k_empty, v_empty, cleared),
+        (q_full, q_empty, k_full, v_full, k_empty, v_empty),
         (told, told_full, told_empty),
         (lse, delta, dq, slope),
         counter,

@@ -20,11 +20,11 @@ ONE_GROUP = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
-def query_tile(i_number, packing, size, section, total, visits, META: gl.constexpr):
-    """The `Place` of a number below `total`, for the loading warp.
+def ranked(i_number, total, size, section, META: gl.constexpr):
+    """(batch entry, head, rank of its tile) of a number below `total`.
 
-    `section` heads, whose keys fit into the L2 cache together, give their heaviest tiles first, then those after; where
-    all tiles weigh the same, those of a head follow each other.
+    `section` heads, what is read of which fits into the L2 cache together, give their heaviest tiles first, then those
+    after; where all tiles weigh the same, those of a head follow each other.
     """
     tiles = number_of(size.tiles)
     heads = number_of(size.heads)
@@ -37,9 +37,16 @@ def query_tile(i_number, packing, size, section, total, visits, META: gl.constex
     else:
         i_rank = i_number % tiles
         i_pair = i_number // tiles
+    return i_pair // heads, i_pair % heads, i_rank
+
+
+@gluon.jit
+def query_tile(i_number, packing, size, section, total, visits, META: gl.constexpr):
+    """The `Place` of a number below `total`, for the loading warp."""
+    i_batch, i_head, i_rank = ranked(i_number, total, size, section, META)
     o_lanes = gl.arange(0, SCANNED, ONE_WARP)
     return place_at(
-        i_pair // heads, i_pair % heads, i_rank, o_lanes, packing, size, visits,
+        i_batch, i_head, i_rank, o_lanes, packing, size, visits,
         META.tile_q, False, META.reversed, META.masked == "lists",
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from flashtile.backends.hopper.bits import cut, cut_window
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_store_wait
 from flashtile.backends.hopper.distances import distances_of
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at, only_kept
-from flashtile.backends.hopper.memory import clear_half
+from flashtile.backends.hopper.memory import clear_half, meet
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.sums import PIECE, PIECE_COLUMNS, PIECE_ROWS, flat_piece, pieces, whole_piece
 from flashtile.kernels.rules import grad_dots, ruled
@@ -86,7 +86,7 @@ def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, 
     BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     _k_smem, _v_smem, q_smem, do_smem, _lse_smem, _delta_smem, _ds_smem, _sums_smem = memory
-    _kv_full, full, _empty, ready, _handing = barriers
+    _kv_full, full, _empty, _handing = barriers
     slot = count % META.stages
     b_q = q_smem.index(slot).reshape([TILE_Q, BLOCK_D])
     b_grad_out = do_smem.index(slot).reshape([TILE_Q, BLOCK_DV])
@@ -94,7 +94,7 @@ def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, 
     if META.packed:
         left = place.seqlen_q - i_row * TILE_Q
         if left < TILE_Q:
-            clear_half(b_q, b_grad_out, left, ready.index(3), place.head % META.group, I_GROUP)
+            clear_half(b_q, b_grad_out, left, I_GROUP)
     return b_q, b_grad_out
 
 
@@ -112,7 +112,7 @@ def step(
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     k_smem, v_smem, _q_smem, _do_smem, lse_smem, delta_smem, ds_smem, _sums_smem = memory
-    _kv_full, _full, empty, ready, _handing = barriers
+    _kv_full, _full, empty, _handing = barriers
     b_grad_k, b_grad_v = b_grads
     slot = count % META.stages
     half = count % 2
@@ -145,8 +145,7 @@ def step(
     if META.adds:
         ds_smem.index(half).slice(I_GROUP * ROWS, ROWS, dim=0).store(b_half)
         fence_async_shared()
-        mbarrier.arrive(ready.index(half), count=1)
-        mbarrier.wait(ready.index(half), (count // 2) & 1)
+        meet()
         query_token = half_of_grad_q(ds_smem.index(half), k_smem, I_GROUP, META)
     key_token = warpgroup_mma(b_left, b_q, b_grad_k, is_async=True)
     if META.adds:
@@ -177,7 +176,7 @@ def value_step(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     k_smem, _v_smem, _q_smem, _do_smem, lse_smem, _delta_smem, handed, _sums_smem = memory
-    _kv_full, _full, empty, _ready, handing = barriers
+    _kv_full, _full, empty, handing = barriers
     b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 0, META)
     b_k = k_smem.reshape([TILE_KV, BLOCK_D])
@@ -219,7 +218,7 @@ def key_step(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     k_smem, v_smem, _q_smem, _do_smem, _lse_smem, delta_smem, handed, _sums_smem = memory
-    _kv_full, _full, empty, _ready, handing = barriers
+    _kv_full, _full, empty, handing = barriers
     b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 1, META)
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV])
