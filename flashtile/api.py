@@ -87,26 +87,9 @@ def attention(
         TypeError, ValueError: an argument is not as described; the message names it, what it got, and what to do.
         NotImplementedError: `backend` cannot take the call.
     """
-    arguments = Arguments(
-        causal=causal,
-        window=window,
-        mask=mask,
-        block_mask=block_mask,
-        score_mod=score_mod,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        alignment=alignment,
-        out_dtype=out_dtype,
-        return_lse=return_lse,
-        deterministic=deterministic,
-        batch_invariant=batch_invariant,
-        backend=backend,
-    )
+    numbers = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
+    arguments = Arguments(*(numbers + rest))
     out, lse = recall.attention(q, k, v, arguments)
     return State(out, lse) if return_lse else out
 
@@ -162,26 +145,9 @@ def attention_varlen(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `attention`.
     """
-    arguments = Arguments(
-        causal=causal,
-        window=window,
-        mask=mask,
-        block_mask=block_mask,
-        score_mod=score_mod,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        alignment=alignment,
-        out_dtype=out_dtype,
-        return_lse=return_lse,
-        deterministic=deterministic,
-        batch_invariant=batch_invariant,
-        backend=backend,
-    )
+    numbers = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
+    arguments = Arguments(*(numbers + rest))
     packing = Packing(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     out, lse = recall.attention(q, k, v, arguments, packing)
     return State(out, lse) if return_lse else out
@@ -346,26 +312,9 @@ def explain(
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention` would.
     """
-    arguments = Arguments(
-        causal=causal,
-        window=window,
-        mask=mask,
-        block_mask=block_mask,
-        score_mod=score_mod,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        alignment=alignment,
-        out_dtype=out_dtype,
-        return_lse=return_lse,
-        deterministic=deterministic,
-        batch_invariant=batch_invariant,
-        backend=backend,
-    )
+    numbers = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
+    arguments = Arguments(*(numbers + rest))
     packing = described(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -423,26 +372,9 @@ def warmup(
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention` would.
     """
-    arguments = Arguments(
-        causal=causal,
-        window=window,
-        mask=mask,
-        block_mask=block_mask,
-        score_mod=score_mod,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        alignment=alignment,
-        out_dtype=out_dtype,
-        return_lse=return_lse,
-        deterministic=deterministic,
-        batch_invariant=batch_invariant,
-        backend=backend,
-    )
+    numbers = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
+    arguments = Arguments(*(numbers + rest))
     packing = described(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
-_PACK = 64
+_PACK = 256
 _LINE = 32
 """Numbers of 32 bits in a line of the cache: counters that are in use at once do not share one."""
 
@@ -59,7 +59,7 @@ def _warming_up() -> bool:
 def counter(device: torch.device) -> Tensor:
     """A number that is zero when the next launch begins: int32, at the start of its own memory.
 
-    They are made by the dozen, for to make one takes the host as long as a launch. Each is given out once. A graph
+    They are made by the hundred, for to make one takes the host as long as a launch. Each is given out once. A graph
     has its own, for it counts anew whenever it is replayed.
     """
     if capturing(device):

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,8 +22,7 @@ ORDER: tuple[str, ...] = ("hopper", "portable", "pytorch")
 """Names of the backends, fastest first."""
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """What a backward pass returns: None for what `Problem.wanted` does not name."""
 
     q: Tensor

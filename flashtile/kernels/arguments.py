@@ -1,9 +1,9 @@
 """A call in the kernels' words: tensors as tuples of pointer and strides, the mask's window, what changes scores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,13 +61,30 @@ def padded(tensor: Tensor, fill: float) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _pattern(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One number that looks like as many."""
-    return apart(lambda: torch.empty((), dtype=dtype, device=device)).expand(shape)
+    """A contiguous tensor of that shape, without memory."""
+    pattern = apart(lambda: torch.empty(shape, dtype=dtype, device=device))
+    pattern.untyped_storage().resize_(0)
+    return pattern
 
 
 def memory_for(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.empty`, in half its time: PyTorch takes longer to read a shape than to make a tensor like another."""
-    return torch.empty_like(_pattern(shape, dtype, device), memory_format=torch.contiguous_format)
+    return torch.empty_like(_pattern(shape, dtype, device))
+
+
+_Tensors = TypeVar("_Tensors", bound=tuple[Tensor | None, ...])
+
+
+def made_again(memory: dict[Any, Any] | None, make: Callable[[], _Tensors]) -> _Tensors:
+    """`make()`: contiguous tensors that nobody has written to, or None; from the second time on, others like those."""
+    patterns: Any = None if memory is None else memory.get(made_again)
+    if patterns is not None:
+        others: Any = tuple([pattern if pattern is None else torch.empty_like(pattern) for pattern in patterns])
+        return others
+    made = make()
+    if memory is not None:
+        memory[made_again] = [each if each is None else _pattern(each.shape, each.dtype, each.device) for each in made]
+    return made
 
 
 def unwritten(tensor: Tensor, problem: Problem) -> Tensor:

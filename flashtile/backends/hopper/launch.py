@@ -21,6 +21,7 @@ from flashtile.kernels import bias, visits
 from flashtile.kernels.arguments import (
     beside,
     functions_of,
+    made_again,
     memory_for,
     numbers_of,
     outputs_of,
@@ -159,8 +160,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    out = outputs_of(inputs, problem)
-    lse = _stats(inputs, problem, -torch.inf)
+    fresh = None if problem.varlen else memory
+    out, lse = made_again(fresh, lambda: (outputs_of(inputs, problem), _stats(inputs, problem, -torch.inf)))
     number = counter(q.device)
 
     def launches(tape: Tape | None) -> None:
@@ -249,16 +250,20 @@ def backward(
     if not described(grad_out):
         grad_out = grad_out.contiguous()
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
-    dq, dk, dv = unwritten(q, problem), unwritten(k, problem), unwritten(v, problem)
-    delta = _stats(inputs, problem, 0.0) if problem.varlen else torch.empty_like(lse)
+
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        slope = _stats(inputs, problem, 0.0) if problem.wanted.alibi_slopes else None
+        sums = _sums(inputs, problem, config) if config.queries is None else None
+        dq, dk, dv = (unwritten(tensor, problem) for tensor in (q, k, v))
+        return dq, dk, dv, _stats(inputs, problem, 0.0), slope, sums
+
+    dq, dk, dv, delta, slope, sums = made_again(None if problem.varlen else memory, make)
     # Where dQ is summed, or the number of the next tile of its own kernel.
-    beside_it = _sums(inputs, problem, config) if config.queries is None else counter(q.device)
-    slope = None if grads.alibi_slopes is None else _stats(inputs, problem, 0.0)
+    beside_it = counter(q.device) if sums is None else sums
     written = (dq, dk, dv, delta, beside_it, slope, *totals)
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine, inputs, problem, config, tape, totals)
-        sums = beside_it if call.meta.adds else None
         _before(call, out, grad_out, grad_lse, delta, sums)
         _through(call, grad_out, lse, delta, sums, dk, dv)
         if sums is None:
