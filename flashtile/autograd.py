@@ -116,6 +116,10 @@ _AS_THEY_ARE = nullcontext()
 
 def run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse), not differentiable."""
+    again = call.memories[0].get(backends.AGAIN)
+    if again is not None:
+        out, lse = again(inputs)
+        return out, lse
     if call.options.sharding:
         return sharding.of(call.options.sharding).forward(inputs, call.options)
     chosen = call.plan(inputs, False)
@@ -127,6 +131,11 @@ def run_backward(
     inputs: Inputs, call: Call, saved: tuple[Tensor, Tensor], grads: tuple[Tensor | None, Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of `_sources`, each in its tensor's dtype; None where not wanted."""
+    again = call.memories[1].get(backends.AGAIN)
+    if again is not None and grads[0] is not None and grads[1] is None:
+        made = again(inputs, *saved, grads[0])
+        if made is not None:
+            return [*made[:3], None, None, None, *(None,) * len(inputs.score)]
     if call.options.sharding:
         whole = sharding.of(call.options.sharding)
         gradients = whole.backward(inputs, call.options, _wanted(call.wanted), saved, grads)

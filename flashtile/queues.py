@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -17,14 +18,20 @@ _fresh: dict[Any, Iterator[Tensor]] = {}
 _NONE: Iterator[Tensor] = iter(())
 
 
+@cache
+def _on_gpu(device: torch.device) -> bool:
+    """PyTorch takes longer to spell a device's type than to look a device up."""
+    return device.type == "cuda"
+
+
 def queue(device: torch.device) -> Any:
     """Memory that was used in a queue may be used again there, in order; others have their own."""
-    return (device, torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else device
+    return (device, torch._C._cuda_getCurrentRawStream(device.index)) if _on_gpu(device) else device
 
 
 def capturing(device: torch.device | None = None) -> bool:
     """Whether what is launched now (None: on the current GPU) is not run, but written into a CUDA graph."""
-    asked = torch.cuda.is_initialized() if device is None else device.type == "cuda"
+    asked = torch.cuda.is_initialized() if device is None else _on_gpu(device)
     return asked and torch.cuda.is_current_stream_capturing()
 
 

@@ -86,7 +86,7 @@ def _find(q: Any, k: Any, v: Any, arguments: Arguments, packing: Packing | None)
     switches = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), packing is None, type(seed))
     key = (tensors, values, kinds, mask.token, score.key, switches, made_for, eight[1:])
     inputs = (q, k, v, *offsets, bias, slopes, sinks, None, mask.tensors, score.tensors, eight.tensors)
-    return key, Inputs(*inputs)
+    return key, Inputs._make(inputs)
 
 
 def _mask(allowed: Any, blocks: Any) -> Mask | None:

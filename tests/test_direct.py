@@ -236,19 +236,31 @@ def test_descriptors_get_addresses(turned: bool, driver: _Driver, monkeypatch: p
         assert ctypes.string_at(start + 8, direct.MAP - 8) == b"\x77" * (direct.MAP - 8)
 
 
+def _series() -> direct.Series:
+    series = direct.Series(1)
+    assert series.add(_Compiled, 1, [1, 2, 3], lambda tensor: 0)
+    return series
+
+
 def test_an_error_of_the_driver_is_raised(driver: _Driver) -> None:
     driver.results = [719]
-    launch = direct.Direct(_Compiled, 1, direct.Block([], [], (), lambda tensor: 0, 0))
     with pytest.raises(RuntimeError, match="719"):
-        launch(0)
+        _series()([16], 0)
 
 
 def test_a_fresh_thread_gets_the_context(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.results = [201]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    direct.Direct(_Compiled, 1, direct.Block([], [], (), lambda tensor: 0, 0))(0)
+    _series()([16], 0)
     assert driver.contexts == [3]
     assert len(driver.launched) == 2
+
+
+def test_every_stream_gets_its_launches(driver: _Driver) -> None:
+    series = _series()
+    for stream in (0, 7, 7, 0, 9):
+        series([16], stream)
+    assert [launched[2] for launched in driver.launched] == [0, 7, 7, 0, 9]
 
 
 def test_hooks_of_profilers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,11 @@ class Gradients(NamedTuple):
 Memory = dict[Any, Any]
 """What earlier calls with an equal Problem left behind, so that the next one starts sooner; empty at first."""
 
+AGAIN = "again"
+"""Where a kernel may leave in a Memory what does a whole pass sooner, for other tensors of the same layouts: forward,
+again(inputs) -> [out, lse, ...]; backward, again(inputs, out, lse, grad_out) -> [dq, dk, dv, ...], or None, if these
+tensors are of other layouts, where no other gradients are wanted."""
+
 
 @dataclass(frozen=True)
 class Kernel:

@@ -1,9 +1,9 @@
 """A call in the kernels' words: tensors as tuples of pointer and strides, the mask's window, what changes scores."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,19 +72,9 @@ def memory_for(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return torch.empty_like(_pattern(shape, dtype, device))
 
 
-_Tensors = TypeVar("_Tensors", bound=tuple[Tensor | None, ...])
-
-
-def made_again(memory: dict[Any, Any] | None, make: Callable[[], _Tensors]) -> _Tensors:
-    """`make()`: contiguous tensors that nobody has written to, or None; from the second time on, others like those."""
-    patterns: Any = None if memory is None else memory.get(made_again)
-    if patterns is not None:
-        others: Any = tuple([pattern if pattern is None else torch.empty_like(pattern) for pattern in patterns])
-        return others
-    made = make()
-    if memory is not None:
-        memory[made_again] = [each if each is None else _pattern(each.shape, each.dtype, each.device) for each in made]
-    return made
+def pattern_of(tensor: Tensor) -> Tensor:
+    """A contiguous tensor of that kind, without memory."""
+    return _pattern(tensor.shape, tensor.dtype, tensor.device)
 
 
 def unwritten(tensor: Tensor, problem: Problem) -> Tensor:

@@ -232,7 +232,7 @@ def _checked(result: int) -> None:
 
 
 class Direct:
-    """One launch, whose parameters lie ready."""
+    """One launch, whose parameters lie ready; `passed`: to cuLaunchKernelEx, for `stream`."""
 
     def __init__(self, kernel: Any, programs: int, block: Block) -> None:
         # Kernels are unloaded with their object.
@@ -241,17 +241,11 @@ class Direct:
         sizes = (ctypes.c_uint * 7)(programs, 1, 1, 32 * meta.num_warps, 1, 1, meta.shared)
         early = ctypes.pointer(_Attribute(_EARLY, b"", 1))
         self._config = _Config(sizes, None, early, int(meta.launch_pdl))
-        self._launch = driver().cuLaunchKernelEx
-        self._passed = (ctypes.addressof(self._config), kernel.function, ctypes.addressof(block.array), None)
+        self.passed = (ctypes.addressof(self._config), kernel.function, ctypes.addressof(block.array), None)
 
-    def __call__(self, stream: int) -> None:
+    def aim(self, stream: int) -> None:
+        """What is launched goes there from now on."""
         self._config.stream = stream
-        result = self._launch(*self._passed)
-        if result == _NO_CONTEXT:
-            _bind(torch.cuda.current_device())
-            result = self._launch(*self._passed)
-        if result:
-            _checked(result)
 
 
 class Series:
@@ -262,6 +256,7 @@ class Series:
         self._launches: list[Direct] = []
         self._words: list[tuple[Any, int]] = []
         self._other_maps: list[tuple[Map, int]] = []
+        self._stream = 0
         self._table = (ctypes.c_uint64 * tensors)()
         self._write = Struct(f"{tensors}Q").pack_into
 
@@ -291,14 +286,27 @@ class Series:
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
         """Launches all on the current device; addresses: of the tensors, by place."""
+        launch = driver().cuLaunchKernelEx
         with self._lock:
             self._write(self._table, 0, *addresses)
             for word, place in self._words:
                 word.value = addresses[place]
             for other, place in self._other_maps:
                 other.replace(addresses[place])
-            for launch in self._launches:
-                launch(stream)
+            if stream != self._stream:
+                self._aim(stream)
+            for each in self._launches:
+                result = launch(*each.passed)
+                if result == _NO_CONTEXT:
+                    _bind(torch.cuda.current_device())
+                    result = launch(*each.passed)
+                if result:
+                    _checked(result)
+
+    def _aim(self, stream: int) -> None:
+        for each in self._launches:
+            each.aim(stream)
+        self._stream = stream
 
 
 def watched() -> bool:

@@ -116,12 +116,17 @@ _PLACES = range(2**20)
 _SEEN = object()
 
 
+def layouts_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """What tells tensors of the same shapes apart, beside their addresses."""
+    return tuple([t if t is None else (t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors])
+
+
 def perform(
     launches: Callable[[Tape | None], None],
     tensors: Sequence[Tensor | None],
     memory: dict[Any, Any] | None,
     free: int = 0,
-) -> None:
+) -> Tape | None:
     """`launches`, which writes what it does to the tape it is given; or the tape of an earlier time, from `memory`.
 
     The second time writes it: what is called once has no use for a tape.
@@ -129,29 +134,30 @@ def perform(
     `tensors`: all that the launches read and write and that may be others the next time; the first is not None. All
     that come with one memory are of the same shapes and devices, and but for the first `free` of the same strides,
     dtypes and alignment, and as many as before are the same ones missing.
+
+    Returns:
+        The tape, if there is one that may be played for whatever tensors of these layouts.
     """
     if memory is None or tensors[0] is None:
         launches(None)
-        return
+        return None
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    kind: tuple[Any, ...] = (len(addresses), addresses.count(0))
-    if free:
-        pairs = zip(tensors[:free], addresses, strict=False)
-        kind += tuple([None if t is None else (t.stride(), t.dtype, address & 15) for t, address in pairs])
+    kind = whole = (len(addresses), addresses.count(0), *layouts_of(tensors[:free]))
     tape = memory.get(kind)
     if not isinstance(tape, Tape):
-        # One that was written for tensors apart would serve those that are one and the same too; not so the other way.
+        # One that was written for tensors apart serves those that are one and the same too; not so the other way.
         twins = tuple(map({0: -1}.setdefault, addresses, _PLACES))
         if any(place not in (-1, own) for own, place in enumerate(twins)):
             kind += twins
             tape = memory.get(kind)
     if isinstance(tape, Tape):
         tape.play(tensors, addresses)
-        return
-    recorded = Tape(tensors, tensors[0].device) if tape is _SEEN else None
-    launches(recorded)
-    if kind not in memory:
-        memory[kind] = _SEEN
-    elif recorded is not None:
-        # One that is not whole is not kept, for it holds the tensors that it should not have read.
-        memory[kind] = recorded if recorded.whole else None
+    else:
+        recorded = Tape(tensors, tensors[0].device) if tape is _SEEN else None
+        launches(recorded)
+        if kind not in memory:
+            memory[kind] = _SEEN
+        elif recorded is not None:
+            # One that is not whole is not kept, for it holds the tensors that it should not have read.
+            memory[kind] = tape = recorded if recorded.whole else None
+    return tape if kind is whole and isinstance(tape, Tape) else None

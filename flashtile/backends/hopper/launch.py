@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile.backends import Gradients
+from flashtile.backends import AGAIN, Gradients
 from flashtile.backends.hopper.around import after_kernel, before_kernel
 from flashtile.backends.hopper.backward import backward_kernel
 from flashtile.backends.hopper.descriptors import descriptor, piece_descriptor, value_descriptor
@@ -18,10 +18,9 @@ from flashtile.backends.hopper.queries import query_kernel
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.sums import PIECE_COLUMNS
 from flashtile.kernels import bias, visits
+from flashtile.kernels.again import Again, tensors_of
 from flashtile.kernels.arguments import (
-    beside,
     functions_of,
-    made_again,
     memory_for,
     numbers_of,
     outputs_of,
@@ -41,6 +40,7 @@ from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.queues import counter
+from flashtile.region import region
 from flashtile.scores import sink_gradient, slope_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig
 
@@ -160,8 +160,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    fresh = None if problem.varlen else memory
-    out, lse = made_again(fresh, lambda: (outputs_of(inputs, problem), _stats(inputs, problem, -torch.inf)))
+    out = outputs_of(inputs, problem)
+    lse = _stats(inputs, problem, -torch.inf)
     number = counter(q.device)
 
     def launches(tape: Tape | None) -> None:
@@ -188,8 +188,17 @@ def forward(
         call.launch(forward_kernel, call.machine.programs(total, q.device), given, **call.warps())
 
     lists = _lists(machine, inputs, problem, config, False)
-    perform(launches, (q, k, v, out, lse, number, *lists, *beside(inputs)), memory)
+    tape = perform(launches, (*tensors_of(inputs), out, lse, number, *lists), memory)
+    if tape is not None and memory is not None and _settled(problem):
+        memory[AGAIN] = again = Again(inputs, (out, lse), counts=True)
+        again.note(tape, inputs)
     return out, lse
+
+
+def _settled(problem: Problem) -> bool:
+    """Whether all is said of a pass once its tensors' layouts are known: there are no lists of tiles, which belong to
+    what a mask holds, and all that is made is written by kernels."""
+    return not problem.varlen and not region(problem.mask).rest
 
 
 def _maker(machine: Machine | None, inputs: Inputs, problem: Problem, config: Config, keys: bool) -> visits.Maker:
@@ -250,17 +259,12 @@ def backward(
     if not described(grad_out):
         grad_out = grad_out.contiguous()
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
-
-    def make() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        slope = _stats(inputs, problem, 0.0) if problem.wanted.alibi_slopes else None
-        sums = _sums(inputs, problem, config) if config.queries is None else None
-        dq, dk, dv = (unwritten(tensor, problem) for tensor in (q, k, v))
-        return dq, dk, dv, _stats(inputs, problem, 0.0), slope, sums
-
-    dq, dk, dv, delta, slope, sums = made_again(None if problem.varlen else memory, make)
+    dq, dk, dv = unwritten(q, problem), unwritten(k, problem), unwritten(v, problem)
+    delta = _stats(inputs, problem, 0.0) if problem.varlen else torch.empty_like(lse)
     # Where dQ is summed, or the number of the next tile of its own kernel.
+    sums = _sums(inputs, problem, config) if config.queries is None else None
     beside_it = counter(q.device) if sums is None else sums
-    written = (dq, dk, dv, delta, beside_it, slope, *totals)
+    slope = None if grads.alibi_slopes is None else _stats(inputs, problem, 0.0)
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine, inputs, problem, config, tape, totals)
@@ -278,8 +282,13 @@ def backward(
     if config.queries is not None:
         lists += _lists(machine, inputs, problem, config.queries, False)
     # What was saved may come back with other strides: hooks copy it.
-    given = (q, k, v, out, lse, grad_out, grad_lse, *beside(inputs))
-    perform(launches, (*given, *written, *lists), memory, len(given))
+    given = (*tensors_of(inputs), out, lse, grad_out, *(() if grad_lse is None else (grad_lse,)))
+    written = (dq, dk, dv, delta, beside_it, *(() if slope is None else (slope,)), *totals)
+    tape = perform(launches, (*given, *written, *lists), memory, len(given))
+    if tape is not None and memory is not None and _settled(problem) and grad_lse is None and not any(problem.wanted):
+        made = written[:4] if sums is None else written
+        again = memory.setdefault(AGAIN, Again(inputs, made, counts=sums is None))
+        again.note(tape, inputs, (out, lse, grad_out))
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
     if slope is not None and grads.alibi_slopes is not None:
