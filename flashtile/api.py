@@ -229,30 +229,9 @@ def attention_kvcache(
         TypeError, ValueError: an argument is not as described; the caches are as they were before.
         NotImplementedError: `backend` cannot take the call.
     """
-    given = CacheArguments(
-        cache_seqlens=cache_seqlens,
-        k=k,
-        v=v,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=block_table,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        rotary_interleaved=rotary_interleaved,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        scale=scale,
-        num_splits=num_splits,
-        batch_invariant=batch_invariant,
-        return_lse=return_lse,
-        debug=debug,
-        backend=backend,
-    )
+    places = (cache_seqlens, k, v, cache_batch_idx, cache_leftpad, block_table, rotary_cos, rotary_sin)
+    numbers = (k_scale, v_scale, rotary_interleaved, causal, window, softcap, alibi_slopes, sinks, scale)
+    given = CacheArguments(*(*places, *numbers, num_splits, batch_invariant, debug, return_lse, backend))
     out, lse = decoding.attention(q, k_cache, v_cache, given)
     return State(out, lse) if return_lse else out
 

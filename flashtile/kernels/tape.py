@@ -146,9 +146,9 @@ def perform(
     tape = memory.get(kind)
     if not isinstance(tape, Tape):
         # One that was written for tensors apart serves those that are one and the same too; not so the other way.
-        twins = tuple(map({0: -1}.setdefault, addresses, _PLACES))
-        if any(place not in (-1, own) for own, place in enumerate(twins)):
-            kind += twins
+        there = [address for address in addresses if address]
+        if len(set(there)) < len(there):
+            kind += tuple(map({0: -1}.setdefault, addresses, _PLACES))
             tape = memory.get(kind)
     if isinstance(tape, Tape):
         tape.play(tensors, addresses)

@@ -44,8 +44,8 @@ def decode(
         if splits > 1:
             _run(call, combine(problem, splits, parts, (out, lse), parts_at_once(splits), COLUMNS, early))
 
-    tensors = (q, inputs.k, inputs.v, out, lse, *parts, turned, *cache, *beside(inputs))
-    perform(launches, tensors, memory)
+    between = (*(parts if splits > 1 else ()), *(() if turned is q else (turned,)))
+    perform(launches, (q, inputs.k, inputs.v, out, lse, *between, *cache, *beside(inputs)), memory)
     return out, lse
 
 
