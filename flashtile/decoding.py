@@ -139,9 +139,14 @@ _known: dict[Any, _Known] = {}
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call, whose new rows are in the caches afterwards."""
     cache = _tensors(given)
-    key = _key(q, k_cache, v_cache, given, cache)
+    tensors = (q, k_cache, v_cache, *cache, given.alibi_slopes, given.sinks)
+    key = _key(tensors, given)
     known = _known.get(key)
     if key is not None and known is not None:
+        again = known.memory.get(backends.AGAIN)
+        if again is not None:
+            out, lse, *_ = again(tensors)
+            return out, lse
         inputs = Inputs(q, k_cache, v_cache, alibi_slopes=given.alibi_slopes, sinks=given.sinks)
         return _run(inputs, cache, known, False)
     call = build(q, k_cache, v_cache, given)
@@ -173,8 +178,9 @@ _values = attrgetter(
 )
 
 
-def _key(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments, cache: CacheTensors) -> Any:
+def _key(tensors: tuple[Any, ...], given: CacheArguments) -> Any:
     """All that decides what the call comes to, beside its tensors (see `recall`); None: it is not kept."""
+    q, k_cache, v_cache, *_ = tensors
     if autograd.watched() or type(q) not in autograd.PLAIN or not recall.worth_it(q):
         return None
     values = _values(given)
@@ -184,10 +190,10 @@ def _key(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments, cac
         return None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type):
         return None
-    tensors = recall.layouts((q, k_cache, v_cache, *cache, given.alibi_slopes, given.sinks))
-    if tensors is None:
+    layouts = recall.layouts(tensors)
+    if layouts is None:
         return None
-    return tensors, values, kinds, torch.is_grad_enabled(), shares_memory(k_cache, v_cache)
+    return layouts, values, kinds, torch.is_grad_enabled(), shares_memory(k_cache, v_cache)
 
 
 def _plainly_eager(call: Call) -> bool:

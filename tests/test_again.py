@@ -273,4 +273,4 @@ def test_tensors_are_taken_in_order() -> None:
     listed = plain._replace(mask=(first,), score=(second,))
     assert [*map(id, tensors_of(listed))] == [*map(id, (q, k, v, bias, seed, first, second))]
     for inputs in (plain, listed):
-        assert [*map(id, Again(inputs, (), False)._pick(inputs))] == [*map(id, tensors_of(inputs))]
+        assert [*map(id, Again(inputs, ())._pick(inputs))] == [*map(id, tensors_of(inputs))]

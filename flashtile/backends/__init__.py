@@ -38,9 +38,12 @@ Memory = dict[Any, Any]
 """What earlier calls with an equal Problem left behind, so that the next one starts sooner; empty at first."""
 
 AGAIN = "again"
-"""Where a kernel may leave in a Memory what does a whole pass sooner, for other tensors of the same layouts: forward,
-again(inputs) -> [out, lse, ...]; backward, again(inputs, out, lse, grad_out) -> [dq, dk, dv, ...], or None, if these
-tensors are of other layouts, where no other gradients are wanted."""
+"""Where a kernel may leave in a Memory what does a whole pass sooner, for other tensors of the same layouts.
+
+Forward: again(inputs) -> [out, lse, ...]. Backward, where no gradients but those of q, k and v are wanted:
+again(inputs, out, lse, grad_out) -> [dq, dk, dv, ...], or None, for what was saved may have another layout. Decoding:
+again((q, k_cache, v_cache, *cache, alibi_slopes, sinks)) -> [out, lse, ...].
+"""
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,7 @@ def forward(
     lists = _lists(machine, inputs, problem, config, False)
     tape = perform(launches, (*tensors_of(inputs), out, lse, number, *lists), memory)
     if tape is not None and memory is not None and _settled(problem):
-        memory[AGAIN] = again = Again(inputs, (out, lse), counts=True)
-        again.note(tape, inputs)
+        memory[AGAIN] = Again(inputs, (out, lse), counts=True).note(tape, inputs)
     return out, lse
 
 
@@ -288,7 +287,7 @@ def backward(
     if tape is not None and memory is not None and _settled(problem) and grad_lse is None and not any(problem.wanted):
         made = written[:4] if sums is None else written
         again = memory.setdefault(AGAIN, Again(inputs, made, counts=sums is None))
-        again.note(tape, inputs, (out, lse, grad_out))
+        again.note(tape, inputs, out, lse, grad_out)
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
     if slope is not None and grads.alibi_slopes is not None:
