@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 import flashtile
-from flashtile import autograd, backends, facts, plan, recall
+from flashtile import autograd, backends, decoding, facts, plan, recall
 from flashtile.backends import hopper
 from flashtile.backends.hopper import launch
+from flashtile.backends.portable import cached
+from flashtile.backends.portable.launch import Machine
+from flashtile.decoding import CacheArguments
+from flashtile.kernels import direct
 from flashtile.kernels.again import Again, tensors_of
-from flashtile.problem import Inputs
+from flashtile.problem import Inputs, describe_cached
+from flashtile.tuning import decoding as tuning
+from flashtile.tuning.decoding import DecodeConfig
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -274,3 +280,53 @@ def test_tensors_are_taken_in_order() -> None:
     assert [*map(id, tensors_of(listed))] == [*map(id, (q, k, v, bias, seed, first, second))]
     for inputs in (plain, listed):
         assert [*map(id, Again(inputs, ())._pick(inputs))] == [*map(id, tensors_of(inputs))]
+
+
+def test_calls_over_a_cache_get_their_own_tensors() -> None:
+    """With everything that they may have: what is launched again reads and writes what a first launch would."""
+    seen: list[Any] = []
+    names: dict[int, str] = {}
+
+    def note(kernel: str, arguments: Any) -> None:
+        """Which tensors: named ones, or the first, second, ... that nobody named."""
+        leaves = [leaf for each in arguments for leaf in direct.flattened(each, (), ())]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        seen.append((kernel, [names.setdefault(tensor.data_ptr(), f"made {len(names)}") for tensor in tensors]))
+
+    class Compiled:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *arguments: note(self.name, arguments)
+
+    def run(kernel: Any, programs: int, tiles: Any, arguments: Any, options: dict[str, Any]) -> Compiled:
+        note(kernel.fn.__name__, arguments)
+        return Compiled(kernel.fn.__name__)
+
+    memory: dict[Any, Any] = {}
+    runs: list[list[Any]] = []
+    for turn in range(5):
+        q, k, v = (torch.randn(2, 1, heads, 64).half() for heads in (4, 2, 2))
+        k_cache, v_cache = torch.zeros(2, 96, 2, 64).half(), torch.zeros(2, 96, 2, 64).half()
+        places = {"cache_batch_idx": torch.arange(2), "cache_leftpad": torch.zeros(2, dtype=torch.int64)}
+        turns = {"rotary_cos": torch.ones(96, 32).half(), "rotary_sin": torch.zeros(96, 32).half()}
+        lengths, sinks, slopes = torch.tensor([9, 7]), torch.ones(4), torch.ones(2, 4)
+        given = CacheArguments(lengths, k, v, **places, **turns, sinks=sinks, alibi_slopes=slopes)
+        inputs, cache, *_ = call = decoding.build(q, k_cache, v_cache, given)
+        tensors = (q, k_cache, v_cache, *cache, slopes, sinks)
+        names.clear()
+        names.update(
+            {tensor.data_ptr(): f"given {place}" for place, tensor in enumerate(tensors) if tensor is not None}
+        )
+        seen.clear()
+        if backends.AGAIN in memory:
+            assert turn >= 2
+            results = memory[backends.AGAIN](tensors)[:2]
+        else:
+            problem = describe_cached(inputs, cache, call.options)
+            config = DecodeConfig(tuning.decode_tiles(64, 2, "half", "half", "hopper"), 3)
+            results = cached.decode(inputs, cache, problem, config, Machine(run, False), memory)
+        runs.append([*seen, *[names[tensor.data_ptr()] for tensor in results]])
+    assert {name for name, _ in runs[0][:-2]} >= {"append_kernel", "decode_kernel", "combine_kernel"}
+    assert all(other == runs[0] for other in runs[1:])
