@@ -117,9 +117,8 @@ _AS_THEY_ARE = nullcontext()
 def run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse), not differentiable."""
     again = call.memories[0].get(backends.AGAIN)
-    if again is not None:
-        out, lse = again(inputs)
-        return out, lse
+    if again is not None and (made := again(inputs)) is not None:
+        return made[0], made[1]
     if call.options.sharding:
         return sharding.of(call.options.sharding).forward(inputs, call.options)
     chosen = call.plan(inputs, False)
@@ -135,7 +134,7 @@ def run_backward(
     if again is not None and grads[0] is not None and grads[1] is None:
         made = again(inputs, *saved, grads[0])
         if made is not None:
-            return [*made[:3], None, None, None, *(None,) * len(inputs.score)]
+            return [*made[:3], None, None, None, *[None] * len(inputs.score)]
     if call.options.sharding:
         whole = sharding.of(call.options.sharding)
         gradients = whole.backward(inputs, call.options, _wanted(call.wanted), saved, grads)

@@ -144,9 +144,8 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments
     known = _known.get(key)
     if key is not None and known is not None:
         again = known.memory.get(backends.AGAIN)
-        if again is not None:
-            out, lse, *_ = again(tensors)
-            return out, lse
+        if again is not None and (made := again(tensors)) is not None:
+            return made[0], made[1]
         inputs = Inputs(q, k_cache, v_cache, alibi_slopes=given.alibi_slopes, sinks=given.sinks)
         return _run(inputs, cache, known, False)
     call = build(q, k_cache, v_cache, given)

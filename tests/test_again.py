@@ -54,7 +54,9 @@ class Computing:
 
     def _run(self, name: str, given: dict[str, Any]) -> None:
         q, k, v, o, do = (given.get(f"{each}_desc") for each in ("q", "k", "v", "o", "do"))
-        if name == "forward_kernel":
+        if "packing" in given and given["packing"].offsets_q is not None:
+            self._packed(name, given)
+        elif name == "forward_kernel":
             assert given["counter"][0] == 0
             given["counter"] += 1
             o.base.copy_(_attention(q.base, k.base, v.base))
@@ -66,6 +68,19 @@ class Computing:
             self._dq[given["sums_desc"].base.data_ptr()] = dq
         elif name == "after_kernel":
             given["dq"].pointer.copy_(self._dq.pop(given["sums"].data_ptr()))
+
+    def _packed(self, name: str, given: dict[str, Any]) -> None:
+        """Of packed sequences: nothing is computed, but that memory is as rows are that nobody writes."""
+        written = {
+            "forward_kernel": {"o_desc": (0.0, 1.0), "lse": (-torch.inf, 2.0)},
+            "before_kernel": {"delta": (0.0, 3.0)},
+            "backward_kernel": {"dk_desc": (0.0, 4.0), "dv_desc": (0.0, 5.0)},
+            "after_kernel": {"dq": (0.0, 6.0)},
+        }
+        for field, (before, after) in written[name].items():
+            tensor = getattr(given[field], "base" if field.endswith("_desc") else "pointer")
+            assert (tensor == before).all(), (name, field)
+            tensor.fill_(after)
 
 
 class _Compiled:
@@ -270,6 +285,21 @@ def test_other_tensors_are_handed_on(machine: Computing, options: dict[str, Any]
     assert (machine.launched, machine.played) == (2 + listed, 2)
     (call,) = recall._known.values()
     assert (backends.AGAIN in call.memories[0]) is not listed
+
+
+def test_rows_of_no_packed_sequence_are_filled(machine: Computing) -> None:
+    for seed in range(5):
+        q, k, v, grad = (tensor[0] for tensor in _tensors(seed))
+        leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+        offsets = torch.tensor([0, 10, 30], dtype=torch.int32)
+        out, lse = flashtile.attention_varlen(*leaves, offsets, offsets, return_lse=True)
+        assert (out == 1).all()
+        assert (lse == 2).all()
+        for gradient, filled in zip(torch.autograd.grad(out, leaves, grad), (6, 4, 5), strict=True):
+            assert (gradient == filled).all()
+    assert (machine.launched, machine.played) == (8, 12)
+    (call,) = recall._known.values()
+    assert all(backends.AGAIN in memory for memory in call.memories)
 
 
 def test_tensors_are_taken_in_order() -> None:

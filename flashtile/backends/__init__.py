@@ -41,8 +41,9 @@ AGAIN = "again"
 """Where a kernel may leave in a Memory what does a whole pass sooner, for other tensors of the same layouts.
 
 Forward: again(inputs) -> [out, lse, ...]. Backward, where no gradients but those of q, k and v are wanted:
-again(inputs, out, lse, grad_out) -> [dq, dk, dv, ...], or None, for what was saved may have another layout. Decoding:
-again((q, k_cache, v_cache, *cache, alibi_slopes, sinks)) -> [out, lse, ...].
+again(inputs, out, lse, grad_out) -> [dq, dk, dv, ...]. Decoding: again((q, k_cache, v_cache, *cache, alibi_slopes,
+sinks)) -> [out, lse, ...]. Or None: the kernel is to be asked, for other tensors are one and the same, or what was saved
+lies otherwise in memory.
 """
 
 

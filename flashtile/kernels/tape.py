@@ -121,6 +121,15 @@ def layouts_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return tuple([t if t is None else (t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors])
 
 
+def twins_of(addresses: Sequence[int]) -> tuple[int, ...]:
+    """Which tensors are one and the same; nothing, if none are. A tape that was written for tensors apart serves twins
+    too, not so the other way: nobody could tell which of two a launch should get."""
+    there = [address for address in addresses if address]
+    if len(set(there)) == len(there):
+        return ()
+    return tuple(map({0: -1}.setdefault, addresses, _PLACES))
+
+
 def perform(
     launches: Callable[[Tape | None], None],
     tensors: Sequence[Tensor | None],
@@ -136,20 +145,17 @@ def perform(
     dtypes and alignment, and as many as before are the same ones missing.
 
     Returns:
-        The tape, if there is one that may be played for whatever tensors of these layouts.
+        The tape, if there is one by now.
     """
     if memory is None or tensors[0] is None:
         launches(None)
         return None
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    kind = whole = (len(addresses), addresses.count(0), *layouts_of(tensors[:free]))
+    kind = (len(addresses), addresses.count(0), *layouts_of(tensors[:free]))
     tape = memory.get(kind)
     if not isinstance(tape, Tape):
-        # One that was written for tensors apart serves those that are one and the same too; not so the other way.
-        there = [address for address in addresses if address]
-        if len(set(there)) < len(there):
-            kind += tuple(map({0: -1}.setdefault, addresses, _PLACES))
-            tape = memory.get(kind)
+        kind += twins_of(addresses)
+        tape = memory.get(kind)
     if isinstance(tape, Tape):
         tape.play(tensors, addresses)
     else:
@@ -160,4 +166,4 @@ def perform(
         elif recorded is not None:
             # One that is not whole is not kept, for it holds the tensors that it should not have read.
             memory[kind] = tape = recorded if recorded.whole else None
-    return tape if kind is whole and isinstance(tape, Tape) else None
+    return tape if isinstance(tape, Tape) else None

@@ -190,14 +190,16 @@ def forward(
     lists = _lists(machine, inputs, problem, config, False)
     tape = perform(launches, (*tensors_of(inputs), out, lse, number, *lists), memory)
     if tape is not None and memory is not None and _settled(problem):
-        memory[AGAIN] = Again(inputs, (out, lse), counts=True).note(tape, inputs)
+        # Between packed sequences nobody writes.
+        fills = (0.0, -torch.inf) if problem.varlen else ()
+        again = memory.setdefault(AGAIN, Again(inputs, (out, lse), counts=True, fills=fills))
+        again.note(tape, inputs)
     return out, lse
 
 
 def _settled(problem: Problem) -> bool:
-    """Whether all is said of a pass once its tensors' layouts are known: there are no lists of tiles, which belong to
-    what a mask holds, and all that is made is written by kernels."""
-    return not problem.varlen and not region(problem.mask).rest
+    """Whether all is said of a pass once its tensors' layouts are known. Lists of tiles belong to what a mask holds."""
+    return not region(problem.mask).rest
 
 
 def _maker(machine: Machine | None, inputs: Inputs, problem: Problem, config: Config, keys: bool) -> visits.Maker:
@@ -286,7 +288,8 @@ def backward(
     tape = perform(launches, (*given, *written, *lists), memory, len(given))
     if tape is not None and memory is not None and _settled(problem) and grad_lse is None and not any(problem.wanted):
         made = written[:4] if sums is None else written
-        again = memory.setdefault(AGAIN, Again(inputs, made, counts=sums is None))
+        fills = (0.0,) * 4 if problem.varlen else ()
+        again = memory.setdefault(AGAIN, Again(inputs, made, sums is None, fills))
         again.note(tape, inputs, out, lse, grad_out)
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)

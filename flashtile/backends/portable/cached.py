@@ -50,7 +50,7 @@ def decode(
     made = (out, lse, *(parts if splits > 1 else ()), *(() if turned is q else (turned,)))
     tape = perform(launches, (*tensors_of(given), *made), memory)
     if tape is not None and memory is not None:
-        memory[AGAIN] = Again(given, made).note(tape, given)
+        memory.setdefault(AGAIN, Again(given, made)).note(tape, given)
     return out, lse
 
 
