@@ -1,5 +1,6 @@
 """Passes done again: real numbers, computed in place of Hopper's kernels out of what their launches are given."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -140,6 +141,40 @@ def test_nothing_but_the_tape_is_left_of_a_known_call(machine: Computing, monkey
         leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
         _agree(*leaves, grad, flashtile.attention(*leaves))
     assert machine.launched == 8
+
+
+def test_the_host_does_little(machine: Computing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of Python that a known call enters, PyTorch's among them: what its time on the host consists of, and
+    the same on every machine."""
+    _warm(machine)
+    entered: list[str] = []
+    monkeypatch.setattr(direct.Series, "add", lambda *launch: True)
+    monkeypatch.setattr(direct, "driver", lambda: machine)
+    monkeypatch.setattr(machine, "cuLaunchKernelEx", None, raising=False)
+    for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
+        monkeypatch.setattr(torch._C, name, lambda *index: None, raising=False)
+    recall._known.clear()
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            entered.append(frame.f_code.co_name)
+
+    def entering(call: Callable[[], Any]) -> tuple[Any, list[str]]:
+        entered.clear()
+        sys.setprofile(note)
+        try:
+            return call(), [*entered]
+        finally:
+            sys.setprofile(None)
+
+    for seed in range(4):
+        q, k, v, grad = _tensors(seed)
+        leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+        out, forward = entering(lambda: flashtile.attention(*leaves))  # noqa: B023
+        with torch.no_grad():
+            _, backward = entering(lambda: out.grad_fn.apply(grad, None))  # noqa: B023
+    assert len(forward) <= 34, forward
+    assert len(backward) <= 21, backward
 
 
 def test_results_are_their_own_memory(machine: Computing) -> None:

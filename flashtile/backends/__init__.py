@@ -42,8 +42,8 @@ AGAIN = "again"
 
 Forward: again(inputs) -> [out, lse, ...]. Backward, where no gradients but those of q, k and v are wanted:
 again(inputs, out, lse, grad_out) -> [dq, dk, dv, ...]. Decoding: again((q, k_cache, v_cache, *cache, alibi_slopes,
-sinks)) -> [out, lse, ...]. Or None: the kernel is to be asked, for other tensors are one and the same, or what was saved
-lies otherwise in memory.
+sinks)) -> [out, lse, ...]. Each may return None: the kernel is to be asked, for other tensors are one and the same than
+before, or what was saved lies otherwise in memory.
 """
 
 
