@@ -1,5 +1,6 @@
 """Passes done again: real numbers, computed in place of Hopper's kernels out of what their launches are given."""
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from flashtile.backends.hopper import launch
 from flashtile.backends.portable import cached
 from flashtile.backends.portable.launch import Machine
 from flashtile.decoding import CacheArguments
-from flashtile.kernels import direct
-from flashtile.kernels.again import Again, tensors_of
+from flashtile.kernels import arguments, direct
+from flashtile.kernels.again import Again, _maker, tensors_of
 from flashtile.problem import Inputs, describe_cached
 from flashtile.tuning import decoding as tuning
 from flashtile.tuning.decoding import DecodeConfig
@@ -335,6 +336,18 @@ def test_rows_of_no_packed_sequence_are_filled(machine: Computing) -> None:
     assert (machine.launched, machine.played) == (8, 12)
     (call,) = recall._known.values()
     assert all(backends.AGAIN in memory for memory in call.memories)
+
+
+@pytest.mark.parametrize("shape", itertools.product((0, 1, 2, 64), repeat=3), ids=str)
+def test_what_is_made_like_a_pattern_is_contiguous(shape: tuple[int, ...]) -> None:
+    """PyTorch says so of what lies dense alone; and no memory is kept for it."""
+    wanted = torch.empty(shape)
+    pattern = arguments.pattern_of(wanted)
+    assert pattern.untyped_storage().nbytes() <= 4
+    for fill in (None, 0.0, -torch.inf):
+        made = _maker(wanted, fill)()
+        assert (made.shape, made.stride(), made.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert fill is None or (made == fill).all()
 
 
 def test_tensors_are_taken_in_order() -> None:

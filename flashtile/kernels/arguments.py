@@ -61,19 +61,20 @@ def padded(tensor: Tensor, fill: float) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _pattern(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A contiguous tensor of that shape, without memory."""
-    pattern = apart(lambda: torch.empty(shape, dtype=dtype, device=device))
-    pattern.untyped_storage().resize_(0)
-    return pattern
+    """One number that looks like as many, or a contiguous tensor of none or one."""
+    own = () if math.prod(shape) > 1 else shape
+    return apart(lambda: torch.empty(own, dtype=dtype, device=device)).expand(shape)
 
 
 def memory_for(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`, in half its time: PyTorch takes longer to read a shape than to make a tensor like another."""
+    """`torch.empty`, in half its time: PyTorch takes longer to read a shape than to make a tensor like another.
+
+    What is like a number that looks like many is contiguous (a test holds this)."""
     return torch.empty_like(_pattern(shape, dtype, device))
 
 
 def pattern_of(tensor: Tensor) -> Tensor:
-    """A contiguous tensor of that kind, without memory."""
+    """What contiguous tensors of that kind are made like, without their memory."""
     return _pattern(tensor.shape, tensor.dtype, tensor.device)
 
 
