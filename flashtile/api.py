@@ -87,9 +87,9 @@ def attention(
         TypeError, ValueError: an argument is not as described; the message names it, what it got, and what to do.
         NotImplementedError: `backend` cannot take the call.
     """
-    numbers = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    values = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
     rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
-    arguments = Arguments(*(numbers + rest))
+    arguments = Arguments(*(values + rest))
     out, lse = recall.attention(q, k, v, arguments)
     return State(out, lse) if return_lse else out
 
@@ -145,9 +145,9 @@ def attention_varlen(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `attention`.
     """
-    numbers = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    values = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
     rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
-    arguments = Arguments(*(numbers + rest))
+    arguments = Arguments(*(values + rest))
     packing = Packing(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     out, lse = recall.attention(q, k, v, arguments, packing)
     return State(out, lse) if return_lse else out
@@ -230,8 +230,8 @@ def attention_kvcache(
         NotImplementedError: `backend` cannot take the call.
     """
     places = (cache_seqlens, k, v, cache_batch_idx, cache_leftpad, block_table, rotary_cos, rotary_sin)
-    numbers = (k_scale, v_scale, rotary_interleaved, causal, window, softcap, alibi_slopes, sinks, scale)
-    given = CacheArguments(*(*places, *numbers, num_splits, batch_invariant, debug, return_lse, backend))
+    values = (k_scale, v_scale, rotary_interleaved, causal, window, softcap, alibi_slopes, sinks, scale)
+    given = CacheArguments(*(*places, *values, num_splits, batch_invariant, debug, return_lse, backend))
     out, lse = decoding.attention(q, k_cache, v_cache, given)
     return State(out, lse) if return_lse else out
 
@@ -291,9 +291,9 @@ def explain(
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention` would.
     """
-    numbers = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    values = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
     rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
-    arguments = Arguments(*(numbers + rest))
+    arguments = Arguments(*(values + rest))
     packing = described(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -351,9 +351,9 @@ def warmup(
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention` would.
     """
-    numbers = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    values = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
     rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
-    arguments = Arguments(*(numbers + rest))
+    arguments = Arguments(*(values + rest))
     packing = described(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
