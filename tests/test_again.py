@@ -205,13 +205,15 @@ def test_one_tensor_in_several_places(machine: Computing, ones: tuple[int, ...])
 
 
 def test_gradients_of_other_layouts(machine: Computing) -> None:
-    """Of a sum (one number everywhere), of another dtype, of turned memory, none, and of the log-sum-exp."""
+    """Of a sum (one number everywhere), in turned memory, at no multiple of 16 bytes, and of the log-sum-exp."""
     _warm(machine)
     q, k, v, grad = _tensors(5)
     q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
     turned = grad.transpose(1, 2).contiguous().transpose(1, 2)
     one = torch.ones((), dtype=torch.bfloat16).expand(grad.shape)
-    for other in (one, turned, one, turned, grad, turned):
+    odd = torch.empty(grad.numel() + 1, dtype=grad.dtype)[1:].view(grad.shape).copy_(grad)
+    assert odd.data_ptr() % 16
+    for other in (one, turned, odd, one, turned, odd, grad, turned):
         _agree(q, k, v, other, flashtile.attention(q, k, v))
     before = machine.played
     for _ in range(3):

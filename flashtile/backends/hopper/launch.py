@@ -258,7 +258,8 @@ def backward(
     if grad_out.dtype is not q.dtype:
         grad_out = grad_out.to(q.dtype)
     if not described(grad_out):
-        grad_out = grad_out.contiguous()
+        # A copy even of what lies dense, but begins at no multiple of 16 bytes.
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = unwritten(q, problem), unwritten(k, problem), unwritten(v, problem)
     delta = _stats(inputs, problem, 0.0) if problem.varlen else torch.empty_like(lse)
