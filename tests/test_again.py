@@ -174,8 +174,8 @@ def test_the_host_does_little(machine: Computing, monkeypatch: pytest.MonkeyPatc
         out, forward = entering(lambda: flashtile.attention(*leaves))  # noqa: B023
         with torch.no_grad():
             _, backward = entering(lambda: out.grad_fn.apply(grad, None))  # noqa: B023
-    assert len(forward) <= 34, forward
-    assert len(backward) <= 21, backward
+    assert len(forward) <= 36, forward
+    assert len(backward) <= 22, backward
 
 
 def test_results_are_their_own_memory(machine: Computing) -> None:
