@@ -87,26 +87,9 @@ def attention(
         TypeError, ValueError: an argument is not as described; the message names it, what it got, and what to do.
         NotImplementedError: `backend` cannot take the call.
     """
-    arguments = Arguments(
-        causal=causal,
-        window=window,
-        mask=mask,
-        block_mask=block_mask,
-        score_mod=score_mod,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        alignment=alignment,
-        out_dtype=out_dtype,
-        return_lse=return_lse,
-        deterministic=deterministic,
-        batch_invariant=batch_invariant,
-        backend=backend,
-    )
+    values = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
+    arguments = Arguments(*(values + rest))
     out, lse = recall.attention(q, k, v, arguments)
     return State(out, lse) if return_lse else out
 
@@ -162,26 +145,9 @@ def attention_varlen(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `attention`.
     """
-    arguments = Arguments(
-        causal=causal,
-        window=window,
-        mask=mask,
-        block_mask=block_mask,
-        score_mod=score_mod,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        alignment=alignment,
-        out_dtype=out_dtype,
-        return_lse=return_lse,
-        deterministic=deterministic,
-        batch_invariant=batch_invariant,
-        backend=backend,
-    )
+    values = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
+    arguments = Arguments(*(values + rest))
     packing = Packing(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     out, lse = recall.attention(q, k, v, arguments, packing)
     return State(out, lse) if return_lse else out
@@ -263,30 +229,9 @@ def attention_kvcache(
         TypeError, ValueError: an argument is not as described; the caches are as they were before.
         NotImplementedError: `backend` cannot take the call.
     """
-    given = CacheArguments(
-        cache_seqlens=cache_seqlens,
-        k=k,
-        v=v,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=block_table,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        rotary_interleaved=rotary_interleaved,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        scale=scale,
-        num_splits=num_splits,
-        batch_invariant=batch_invariant,
-        return_lse=return_lse,
-        debug=debug,
-        backend=backend,
-    )
+    places = (cache_seqlens, k, v, cache_batch_idx, cache_leftpad, block_table, rotary_cos, rotary_sin)
+    values = (k_scale, v_scale, rotary_interleaved, causal, window, softcap, alibi_slopes, sinks, scale)
+    given = CacheArguments(*(*places, *values, num_splits, batch_invariant, debug, return_lse, backend))
     out, lse = decoding.attention(q, k_cache, v_cache, given)
     return State(out, lse) if return_lse else out
 
@@ -346,26 +291,9 @@ def explain(
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention` would.
     """
-    arguments = Arguments(
-        causal=causal,
-        window=window,
-        mask=mask,
-        block_mask=block_mask,
-        score_mod=score_mod,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        alignment=alignment,
-        out_dtype=out_dtype,
-        return_lse=return_lse,
-        deterministic=deterministic,
-        batch_invariant=batch_invariant,
-        backend=backend,
-    )
+    values = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
+    arguments = Arguments(*(values + rest))
     packing = described(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -423,26 +351,9 @@ def warmup(
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention` would.
     """
-    arguments = Arguments(
-        causal=causal,
-        window=window,
-        mask=mask,
-        block_mask=block_mask,
-        score_mod=score_mod,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        alignment=alignment,
-        out_dtype=out_dtype,
-        return_lse=return_lse,
-        deterministic=deterministic,
-        batch_invariant=batch_invariant,
-        backend=backend,
-    )
+    values = (causal, window, softcap, scale, dropout_p, alignment, out_dtype, return_lse)
+    rest = (deterministic, batch_invariant, backend, "", mask, block_mask, score_mod, bias, alibi_slopes, sinks, seed)
+    arguments = Arguments(*(values + rest))
     packing = described(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,

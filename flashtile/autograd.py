@@ -76,18 +76,20 @@ def _pack(inputs: Inputs, options: Options) -> tuple[Any, ...]:
 class Call:
     """What is known of a call beside its tensors; calls that differ in addresses alone share one (see `recall`).
 
-    differentiable: its output has gradients to give.
+    differentiable: its output has gradients to give. lists: how many tensors its mask and its score function have.
     """
 
     options: Options
     wanted: Sequence[bool]
     differentiable: bool = False
+    lists: tuple[int, int] = (0, 0)
     plans: dict[bool, plan.Plan] = field(default_factory=dict)
     memories: tuple[backends.Memory, backends.Memory] = field(default_factory=lambda: ({}, {}))
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options) -> "Call":
-        return cls(options, _asked(inputs), torch.is_grad_enabled() and _requires_grad(_sources(inputs)))
+        differentiable = torch.is_grad_enabled() and _requires_grad(_sources(inputs))
+        return cls(options, _asked(inputs), differentiable, (len(inputs.mask), len(inputs.score)))
 
     def plan(self, inputs: Inputs, backward: bool) -> plan.Plan:
         """What the forward or the backward pass runs."""
@@ -102,13 +104,21 @@ class Call:
 
 def own_dtypes(device: str) -> AbstractContextManager[Any]:
     """Autocast has had its say on q, k and v; it must not reach the sums of the kernels."""
+    if not torch._C._is_any_autocast_enabled():
+        return _AS_THEY_ARE
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return _AS_THEY_ARE
+
+
+_AS_THEY_ARE = nullcontext()
 
 
 def run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse), not differentiable."""
+    again = call.memories[0].get(backends.AGAIN)
+    if again is not None and (made := again(inputs)) is not None:
+        return made[0], made[1]
     if call.options.sharding:
         return sharding.of(call.options.sharding).forward(inputs, call.options)
     chosen = call.plan(inputs, False)
@@ -120,6 +130,11 @@ def run_backward(
     inputs: Inputs, call: Call, saved: tuple[Tensor, Tensor], grads: tuple[Tensor | None, Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of `_sources`, each in its tensor's dtype; None where not wanted."""
+    again = call.memories[1].get(backends.AGAIN)
+    if again is not None and grads[0] is not None and grads[1] is None:
+        made = again(inputs, *saved, grads[0])
+        if made is not None:
+            return [*made[:3], None, None, None, *[None] * len(inputs.score)]
     if call.options.sharding:
         whole = sharding.of(call.options.sharding)
         gradients = whole.backward(inputs, call.options, _wanted(call.wanted), saved, grads)
@@ -128,10 +143,12 @@ def run_backward(
         with own_dtypes(chosen.problem.device):
             run = plan.kernel(chosen)
             gradients = run.backward(inputs, chosen.problem, chosen.config, *saved, *grads, call.memories[1])
-    return [
-        gradient if gradient is None or tensor is None or gradient.dtype is tensor.dtype else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(_flat(gradients), _sources(inputs), strict=True)
-    ]
+    *alone, of_captured = gradients
+    found: list[Tensor | None] = [*alone, *of_captured]
+    for place, (gradient, tensor) in enumerate(zip(found, _sources(inputs), strict=True)):
+        if gradient is not None and tensor is not None and gradient.dtype is not tensor.dtype:
+            found[place] = gradient.to(tensor.dtype)
+    return found
 
 
 @torch.library.custom_op(
@@ -181,15 +198,10 @@ def _wanted(flags: Sequence[bool]) -> Wanted:
     return Wanted(flags[0], flags[1], flags[2], tuple(flags[3:]))
 
 
-def _sources(inputs: Inputs) -> list[Tensor | None]:
-    """What may have a gradient, in the order of the backward operator's results."""
-    exact = inputs.exact()
-    return [exact.q, exact.k, exact.v, inputs.bias, inputs.alibi_slopes, inputs.sinks, *inputs.score]
-
-
-def _flat(gradients: backends.Gradients) -> list[Tensor | None]:
-    named = [gradients.q, gradients.k, gradients.v, gradients.bias, gradients.alibi_slopes, gradients.sinks]
-    return [*named, *gradients.score]
+def _sources(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """What may have a gradient, in the order of the backward operator's results, which is that of `Gradients`."""
+    q, k, v = inputs[:3] if len(inputs.scaled) <= 3 else inputs.scaled[3:]
+    return (q, k, v, inputs.bias, inputs.alibi_slopes, inputs.sinks, *inputs.score)
 
 
 def _asked(inputs: Inputs) -> list[bool]:
@@ -205,29 +217,27 @@ def wanted_of(inputs: Inputs) -> Wanted:
 def _save(ctx: Any, inputs: Inputs, output: tuple[Tensor, Tensor], options: Options) -> None:
     """Of 8-bit inputs, what they were rounded from."""
     ctx.set_materialize_grads(False)
-    ctx.counts = (len(inputs.mask), len(inputs.score), len(inputs.scaled))
-    inputs = inputs.exact()
+    inputs = inputs if len(inputs.scaled) <= 3 else inputs.exact()
     # One tensor more in sharded calls: checkpoints compare what is saved, so that none is computed again unsharded.
-    mark = [output[1].new_empty(0)] if options.sharding else []
+    mark = (output[1].new_empty(0),) if options.sharding else ()
     ctx.save_for_backward(*output, *inputs[:_FIRST_LIST], *inputs.mask, *inputs.score, *mark)
 
 
-def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor, Tensor]]:
+def _saved(tensors: tuple[Any, ...], masks: int, scores: int) -> tuple[Inputs, tuple[Tensor, Tensor]]:
     """What `_save` kept: (inputs, (out, lse))."""
-    masks, scores, _ = ctx.counts
-    out, lse, *tensors = ctx.saved_tensors
-    mask, score = tensors[_FIRST_LIST : _FIRST_LIST + masks], tensors[_FIRST_LIST + masks :][:scores]
-    return Inputs(*[*tensors[:_FIRST_LIST], tuple(mask), tuple(score)]), (out, lse)
+    first, last = 2 + _FIRST_LIST, 2 + _FIRST_LIST + masks
+    return Inputs(*(*tensors[2:first], tensors[first:last], tensors[last : last + scores])), tensors[:2]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call, options = _unpack(inputs)
     ctx.wanted, ctx.options = _asked(call), options
+    ctx.counts = (len(call.mask), len(call.score), len(call.scaled))
     _save(ctx, call, output, options)
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    call, output = _saved(ctx)
+    call, output = _saved(ctx.saved_tensors, *ctx.counts[:2])
     found = iter(_backward(grad_out, grad_lse, *output, ctx.wanted, *_pack(call, ctx.options)))
     grads = [next(found) if want else None for want in (True, True, True, *ctx.wanted)]
     q, k, v, bias, slopes, sinks, *score = grads
@@ -253,12 +263,16 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        inputs, output = _saved(ctx)
+        inputs, output = _saved(ctx.saved_tensors, *ctx.call.lists)
         if not torch.is_grad_enabled():
             return (None, None, *run_backward(inputs, ctx.call, output, (grad_out, grad_lse)))
         with torch.no_grad():
             found = run_backward(inputs, ctx.call, output, (grad_out, grad_lse))
         return (None, None, *_last(found))
+
+
+_apply: Any = super(torch.autograd.Function, _Eager).apply
+"""`_Eager.apply`, less what it looks for in each argument: functorch's transforms, which nobody uses here."""
 
 
 def _last(gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
@@ -301,7 +315,7 @@ def eager(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         # One that takes no backward pass says so now.
         call.plan(inputs, False)
         call.plan(inputs.exact(), True)
-    return _Eager.apply(inputs, call, *_sources(inputs))
+    return _apply(inputs, call, *_sources(inputs))
 
 
 def _requires_grad(sources: Sequence[Tensor | None]) -> bool:

@@ -138,11 +138,16 @@ _known: dict[Any, _Known] = {}
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call, whose new rows are in the caches afterwards."""
-    key = _key(q, k_cache, v_cache, given)
+    cache = _tensors(given)
+    tensors = (q, k_cache, v_cache, *cache, given.alibi_slopes, given.sinks)
+    key = _key(tensors, given)
     known = _known.get(key)
     if key is not None and known is not None:
+        again = known.memory.get(backends.AGAIN)
+        if again is not None and (made := again(tensors)) is not None:
+            return made[0], made[1]
         inputs = Inputs(q, k_cache, v_cache, alibi_slopes=given.alibi_slopes, sinks=given.sinks)
-        return _run(inputs, _tensors(given), known, False)
+        return _run(inputs, cache, known, False)
     call = build(q, k_cache, v_cache, given)
     if not _plainly_eager(call):
         out, lse = _operator(*_pack(call))
@@ -172,19 +177,22 @@ _values = attrgetter(
 )
 
 
-def _key(q: Tensor, k_cache: Tensor, v_cache: Tensor, given: CacheArguments) -> Any:
+def _key(tensors: tuple[Any, ...], given: CacheArguments) -> Any:
     """All that decides what the call comes to, beside its tensors (see `recall`); None: it is not kept."""
+    q, k_cache, v_cache, *_ = tensors
     if autograd.watched() or type(q) not in autograd.PLAIN or not recall.worth_it(q):
         return None
     values = _values(given)
     kinds = tuple(map(type, values))
     simple = recall.SIMPLE.issuperset(kinds) and recall.SIMPLE.issuperset(map(type, given.window or ()))
-    if not simple or given.debug is not False or torch.is_autocast_enabled(q.device.type):
+    if not simple or given.debug is not False:
         return None
-    tensors = recall.layouts((q, k_cache, v_cache, *_tensors(given), given.alibi_slopes, given.sinks))
-    if tensors is None:
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type):
         return None
-    return tensors, values, kinds, torch.is_grad_enabled(), shares_memory(k_cache, v_cache)
+    layouts = recall.layouts(tensors)
+    if layouts is None:
+        return None
+    return layouts, values, kinds, torch.is_grad_enabled(), shares_memory(k_cache, v_cache)
 
 
 def _plainly_eager(call: Call) -> bool:

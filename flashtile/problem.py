@@ -281,6 +281,7 @@ def ahead(q: Tensor, appended: int, counted: bool) -> int:
 
 def described(tensor: Tensor) -> bool:
     """Whether the first element and every row lie at multiples of 16 bytes, no two at one, columns side by side."""
+    *rows, column = tensor.stride()
     size = tensor.element_size()
-    rows = all(stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:-1])
-    return rows and tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    elsewhere = [stride for stride in rows if stride <= 0 or stride * size % 16]
+    return column == 1 and not elsewhere and tensor.data_ptr() % 16 == 0

@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
-_PACK = 64
+_PACK = 256
 _LINE = 32
 """Numbers of 32 bits in a line of the cache: counters that are in use at once do not share one."""
 
@@ -17,14 +18,20 @@ _fresh: dict[Any, Iterator[Tensor]] = {}
 _NONE: Iterator[Tensor] = iter(())
 
 
+@cache
+def _on_gpu(device: torch.device) -> bool:
+    """PyTorch takes longer to spell a device's type than to look a device up."""
+    return device.type == "cuda"
+
+
 def queue(device: torch.device) -> Any:
     """Memory that was used in a queue may be used again there, in order; others have their own."""
-    return (device, torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else device
+    return (device, torch._C._cuda_getCurrentRawStream(device.index)) if _on_gpu(device) else device
 
 
 def capturing(device: torch.device | None = None) -> bool:
     """Whether what is launched now (None: on the current GPU) is not run, but written into a CUDA graph."""
-    asked = torch.cuda.is_initialized() if device is None else device.type == "cuda"
+    asked = torch.cuda.is_initialized() if device is None else _on_gpu(device)
     return asked and torch.cuda.is_current_stream_capturing()
 
 
@@ -59,7 +66,7 @@ def _warming_up() -> bool:
 def counter(device: torch.device) -> Tensor:
     """A number that is zero when the next launch begins: int32, at the start of its own memory.
 
-    They are made by the dozen, for to make one takes the host as long as a launch. Each is given out once. A graph
+    They are made by the hundred, for to make one takes the host as long as a launch. Each is given out once. A graph
     has its own, for it counts anew whenever it is replayed.
     """
     if capturing(device):

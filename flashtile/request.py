@@ -16,20 +16,14 @@ from flashtile.scaled import Scaled
 
 
 class Arguments(NamedTuple):
-    """The options that the public functions share, as the user gave them."""
+    """The options that the public functions share, as the user gave them: plain values first, then what may hold
+    tensors."""
 
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
-    mask: Mask | Tensor | Callable[..., Any] | None = None
-    block_mask: Any = None
-    score_mod: Callable[..., Any] | None = None
-    bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
     softcap: float | None = None
-    sinks: Tensor | None = None
     scale: float | None = None
     dropout_p: float = 0.0
-    seed: int | Tensor | None = None
     alignment: str = "bottom_right"
     out_dtype: torch.dtype | None = None
     return_lse: bool = False
@@ -37,6 +31,13 @@ class Arguments(NamedTuple):
     batch_invariant: bool = False
     backend: str | None = None
     sharding: str = ""
+    mask: Mask | Tensor | Callable[..., Any] | None = None
+    block_mask: Any = None
+    score_mod: Callable[..., Any] | None = None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    seed: int | Tensor | None = None
 
 
 class Packing(NamedTuple):
@@ -116,13 +117,14 @@ class Eight(NamedTuple):
     dtype: torch.dtype | None = None
 
 
-_SIXTEEN = Eight()
+SIXTEEN = Eight()
+"""Of tensors of more bits: nothing."""
 
 
 def eight_of(q: Any, k: Any, v: Any) -> Eight:
-    """Of three `Scaled`; of tensors: nothing."""
+    """Of three `Scaled`."""
     if type(q) is not Scaled or type(k) is not Scaled or type(v) is not Scaled:
-        return _SIXTEEN
+        return SIXTEEN
     sources = (q.source, k.source, v.source)
     kept = sources if torch.is_grad_enabled() and None not in sources else ()
     return Eight((q.scale, k.scale, v.scale, *kept), "block" if q.granularity == "block" else "head", q.dtype)
@@ -136,7 +138,7 @@ def _opened(q: Any, k: Any, v: Any, varlen: bool) -> tuple[Tensor, Tensor, Tenso
     check.tensors(q, k, v)
     q, k, v = autocast(q), autocast(k), autocast(v)
     check.qkv(q, k, v, varlen=varlen)
-    return q, k, v, _SIXTEEN
+    return q, k, v, SIXTEEN
 
 
 def _whole(tensor: Tensor, arguments: Arguments) -> Tensor:

@@ -139,6 +139,8 @@ class Grads:
 def zero_grads(inputs: Inputs, problem: Problem) -> Grads:
     """Zeroed gradients for what `problem.wanted` names; None for the rest."""
     wanted, dtype = problem.wanted, problem.accumulator
+    if not (wanted.bias or wanted.alibi_slopes or wanted.sinks or any(wanted.score)):
+        return Grads(score=[None] * len(inputs.score))
 
     def zeros(tensor: Tensor | None, want: bool) -> Tensor | None:
         return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if want and tensor is not None else None

@@ -115,6 +115,40 @@ class TestResults:
         assert (state.out.shape, state.lse.shape, state.out.device.type) == ((2, 20, 4, 16), (2, 4, 20), "meta")
 
 
+class _Seen(Exception):
+    """What a function handed on."""
+
+
+@pytest.mark.parametrize(
+    ("function", "where"),
+    [
+        ("attention", "recall.attention"),
+        ("attention_varlen", "recall.attention"),
+        ("explain", "api.build"),
+        ("warmup", "api.build"),
+        ("attention_kvcache", "decoding.attention"),
+    ],
+)
+def test_every_argument_arrives_under_its_name(function: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are handed on by their places."""
+
+    def see(*given: Any) -> None:
+        raise _Seen(*given)
+
+    call = getattr(flashtile, function)
+    module, name = where.split(".")
+    monkeypatch.setattr(f"flashtile.{module}.{name}", see)
+    names = [*inspect.signature(call).parameters]
+    values = {name: object() for name in names}
+    with pytest.raises(_Seen) as caught:
+        call(**values)
+    arguments, packing = caught.value.args[3], caught.value.args[4] if len(caught.value.args) > 4 else None
+    found = {**(packing._asdict() if packing else {}), **arguments._asdict()}
+    rest = names[3:]
+    assert {name: found[name] for name in rest} == {name: values[name] for name in rest}
+    assert set(found) - set(rest) <= {"sharding"}
+
+
 class TestAlignment:
     def test_the_example_of_the_docstring(self) -> None:
         """Window (2, 0) on five queries and five keys, as it is printed in the documentation."""

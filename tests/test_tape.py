@@ -89,6 +89,29 @@ def test_tensors_that_are_one_are_told_from_two() -> None:
     assert len(memory) == 2
 
 
+def test_what_was_written_for_tensors_apart_is_played_for_one() -> None:
+    """Not the other way round: nobody could tell then which of two a launch should get."""
+    kernel, memory, one = Noting(), dict[Any, Any](), torch.empty(4)
+    taped: list[bool] = []
+
+    def perform_over(a: Tensor, b: Tensor) -> None:
+        launches = _launches(kernel, a, b)
+        perform(lambda tape: (taped.append(tape is not None), launches(tape))[1], (a, b), memory)  # type: ignore[func-returns-value]
+        assert kernel.seen[-1][1][0].pointer is a
+        assert kernel.seen[-1][1][1].pointer is b
+
+    for _ in range(3):
+        perform_over(torch.empty(4), torch.empty(4))
+    assert taped == [False, True]
+    perform_over(one, one)
+    assert taped == [False, True]
+    memory.clear()
+    for _ in range(3):
+        perform_over(one, one)
+    perform_over(torch.empty(4), one)
+    assert taped == [False, True] * 2 + [False]
+
+
 def test_tensors_are_not_kept_alive() -> None:
     a, b = torch.empty(4), torch.empty(6)
     alive = [weakref.ref(a), weakref.ref(b)]

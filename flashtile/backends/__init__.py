@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,8 +22,7 @@ ORDER: tuple[str, ...] = ("hopper", "portable", "pytorch")
 """Names of the backends, fastest first."""
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """What a backward pass returns: None for what `Problem.wanted` does not name."""
 
     q: Tensor
@@ -37,6 +36,15 @@ class Gradients:
 
 Memory = dict[Any, Any]
 """What earlier calls with an equal Problem left behind, so that the next one starts sooner; empty at first."""
+
+AGAIN = "again"
+"""Where a kernel may leave in a Memory what does a whole pass sooner, for other tensors of the same layouts.
+
+Forward: again(inputs) -> [out, lse, ...]. Backward, where no gradients but those of q, k and v are wanted:
+again(inputs, out, lse, grad_out) -> [dq, dk, dv, ...]. Decoding: again((q, k_cache, v_cache, *cache, alibi_slopes,
+sinks)) -> [out, lse, ...]. Each may return None: the kernel is to be asked, for other tensors are one and the same than
+before, or what was saved lies otherwise in memory.
+"""
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,21 @@ def padded(tensor: Tensor, fill: float) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _pattern(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One number that looks like as many."""
-    return apart(lambda: torch.empty((), dtype=dtype, device=device)).expand(shape)
+    """One number that looks like as many, or a contiguous tensor of none or one."""
+    own = () if math.prod(shape) > 1 else shape
+    return apart(lambda: torch.empty(own, dtype=dtype, device=device)).expand(shape)
 
 
 def memory_for(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`, in half its time: PyTorch takes longer to read a shape than to make a tensor like another."""
-    return torch.empty_like(_pattern(shape, dtype, device), memory_format=torch.contiguous_format)
+    """`torch.empty`, in half its time: PyTorch takes longer to read a shape than to make a tensor like another.
+
+    What is like a number that looks like many is contiguous (a test holds this)."""
+    return torch.empty_like(_pattern(shape, dtype, device))
+
+
+def pattern_of(tensor: Tensor) -> Tensor:
+    """What contiguous tensors of that kind are made like, without their memory."""
+    return _pattern(tensor.shape, tensor.dtype, tensor.device)
 
 
 def unwritten(tensor: Tensor, problem: Problem) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flashtile.kernels.arguments import numbers_of, rows_of, size_of
+from flashtile.kernels.arguments import memory_for, numbers_of, rows_of, size_of
 from flashtile.kernels.caches import append_kernel, rotary_of, scale_of, stored
 from flashtile.kernels.joining import combine_kernel
 from flashtile.kernels.words import Cache, Parts, odd
@@ -32,8 +32,8 @@ class Launch(NamedTuple):
 def results(problem: Problem, splits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Memory for (out, lse) of each part, one part after the other."""
     batch, rows, heads = splits * problem.batch, problem.seqlen_q, problem.heads
-    out = torch.empty((batch, rows, heads, problem.headdim_v), dtype=dtype, device=device)
-    return out, torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
+    out = memory_for((batch, rows, heads, problem.headdim_v), dtype, device)
+    return out, memory_for((batch, heads, rows), torch.float32, device)
 
 
 def parts_of(problem: Problem, splits: int, part: int | None) -> Parts:

@@ -1,13 +1,15 @@
 """Launches of compiled kernels through the CUDA driver: what Triton's launcher would pass, in memory that stays.
 
 Between two launches of a tape only addresses differ. Triton's launcher looks at every argument again and makes every
-descriptor anew, tens of microseconds of Python; here the parameters lie ready, and addresses are written over.
+descriptor anew, tens of microseconds of Python; here the parameters lie ready, and addresses are written over: those of
+all launches into one table, which the parameters of each point into, and into the descriptors.
 """
 
 import ctypes
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from struct import Struct
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -51,25 +53,24 @@ def flattened(value: Any, path: tuple[int, ...], constants: Any) -> Iterator[Any
 
 
 class Block:
-    """The memory that parameters lie in, and which of them are addresses; `mapped`: those in descriptors now."""
+    """The memory that the parameters of a launch lie in; `maps`: its descriptors, and whose address each one holds."""
 
     def __init__(
-        self, values: Sequence[Any], declared: Sequence[Parameter], metas: Sequence[Any], place: Place
+        self, values: Sequence[Any], declared: Sequence[Parameter], metas: Sequence[Any], place: Place, table: int
     ) -> None:
-        """metas: what Triton knows of each descriptor's tiles.
+        """metas: what Triton knows of each descriptor's tiles; table: where the addresses of tensors lie, by place.
 
         Raises:
             LookupError: something is not as it should be; such a launch is left to Triton.
         """
-        self.pointers: list[tuple[Any, int]] = []
-        self.maps: list[tuple[int, int]] = []
-        self.mapped: dict[int, int] = {}
+        self.maps: list[tuple[Map, int]] = []
         self._kept: list[Any] = []
         self._metas = iter(metas)
         self._addresses: list[int] = []
         self._declared = iter(declared)
+        self._place, self._table = place, table
         for value in values:
-            self._add(value, place)
+            self._add(value)
         # What Triton passes at the end, for kernels that need memory beside their arguments; these do not.
         rest = [*self._declared]
         if len(rest) > 2 or next(self._metas, None) is not None:
@@ -78,9 +79,9 @@ class Block:
             self._number(ctypes.c_uint64(0), parameter)
         self.array = (ctypes.c_void_p * len(self._addresses))(*self._addresses)
 
-    def _add(self, value: Any, place: Place) -> None:
+    def _add(self, value: Any) -> None:
         if isinstance(value, TensorDescriptor):
-            self.maps.append((self._map(value), self._place(value.base, place)))
+            self.maps.append((self._map(value), self._found(value.base)))
             for size in value.shape:
                 self._number(ctypes.c_int32(size), next(self._declared))
             for stride in value.strides:
@@ -90,9 +91,8 @@ class Block:
         if parameter is None:
             raise LookupError("more arguments than parameters")
         if isinstance(value, Tensor):
-            cell = ctypes.c_uint64(value.data_ptr())
-            self._number(cell, parameter)
-            self.pointers.append((cell, self._place(value, place)))
+            _fits(_ADDRESS, parameter)
+            self._addresses.append(self._table + _ADDRESS * self._found(value))
         elif isinstance(value, float):
             self._number(ctypes.c_float(value), parameter)
         elif type(value) is int:
@@ -100,29 +100,61 @@ class Block:
         else:
             raise LookupError(type(value).__name__)
 
-    def _place(self, tensor: Tensor, place: Place) -> int:
-        found = place(tensor)
+    def _found(self, tensor: Tensor) -> int:
+        found = self._place(tensor)
         if found is None:
             raise LookupError("a tensor of this launch alone")
         return found
 
     def _number(self, cell: Any, parameter: Parameter) -> None:
-        if ctypes.sizeof(cell) != parameter.size:
-            raise LookupError(parameter.kind)
+        _fits(ctypes.sizeof(cell), parameter)
         self._kept.append(cell)
         self._addresses.append(ctypes.addressof(cell))
 
-    def _map(self, descriptor: TensorDescriptor) -> int:
+    def _map(self, descriptor: TensorDescriptor) -> "Map":
         meta, parameter = next(self._metas, None), next(self._declared, None)
-        if meta is None or parameter is None or parameter.size != MAP:
+        if meta is None or parameter is None:
             raise LookupError("descriptors")
-        memory = ctypes.create_string_buffer(MAP + 64)
-        self._kept.append(memory)
-        start = -(-ctypes.addressof(memory) // 64) * 64
-        self._addresses.append(start)
-        encode(start, descriptor, meta)
-        self.mapped[start] = descriptor.base.data_ptr()
-        return start
+        _fits(MAP, parameter)
+        made = Map(descriptor, meta)
+        self._addresses.append(made.start)
+        return made
+
+
+_ADDRESS = 8
+
+
+def _fits(size: int, parameter: Parameter) -> None:
+    if size != parameter.size:
+        raise LookupError(parameter.kind)
+
+
+class Map:
+    """The memory of a descriptor, made for one tensor. `word`: where its address lies; None: the driver knows alone."""
+
+    def __init__(self, descriptor: TensorDescriptor, meta: Any) -> None:
+        self._memory = ctypes.create_string_buffer(MAP + 64)
+        self.start = -(-ctypes.addressof(self._memory) // 64) * 64
+        encode(self.start, descriptor, meta)
+        self.word = self._word(descriptor.base.data_ptr())
+
+    def _word(self, address: int) -> Any:
+        """The first word, if it is that which the driver itself writes another address into, and it alone: nobody
+        promises what a descriptor looks like inside."""
+        before = ctypes.string_at(self.start, MAP)
+        for other in (address ^ _OTHER, address):
+            self.replace(other)
+            if ctypes.string_at(self.start, MAP) != other.to_bytes(_ADDRESS, "little") + before[_ADDRESS:]:
+                self.replace(address)
+                return None
+        return ctypes.c_uint64.from_address(self.start)
+
+    def replace(self, address: int) -> None:
+        driver().cuTensorMapReplaceAddress(self.start, address)
+
+
+_OTHER = 2**47 - 16
+"""Bits in which addresses that are multiples of 16 may differ."""
 
 
 class _Attribute(ctypes.Structure):
@@ -156,11 +188,6 @@ wait for it where they say so."""
 def driver() -> Any:
     """NVIDIA's, as ctypes calls it."""
     library = ctypes.CDLL("libcuda.so.1")
-    library.cuLaunchKernel.argtypes = [
-        ctypes.c_void_p,
-        *(ctypes.c_uint,) * 7,
-        *(ctypes.c_void_p,) * 3,
-    ]
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     library.cuTensorMapReplaceAddress.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return library
@@ -205,64 +232,84 @@ def _checked(result: int) -> None:
 
 
 class Direct:
-    """One launch, ready for other addresses."""
+    """One launch, whose parameters lie ready; `passed`: to cuLaunchKernelEx, for `stream`."""
 
     def __init__(self, kernel: Any, programs: int, block: Block) -> None:
         # Kernels are unloaded with their object.
-        self._kernel, self._block, self._lock = kernel, block, Lock()
+        self._kernel, self._block = kernel, block
         meta = kernel.metadata
-        self._grid = (programs, 1, 1, 32 * meta.num_warps, 1, 1, meta.shared)
-        self._config: _Config | None = None
-        if meta.launch_pdl:
-            early = ctypes.pointer(_Attribute(_EARLY, b"", 1))
-            self._config = _Config((ctypes.c_uint * 7)(*self._grid), None, early, 1)
+        sizes = (ctypes.c_uint * 7)(programs, 1, 1, 32 * meta.num_warps, 1, 1, meta.shared)
+        early = ctypes.pointer(_Attribute(_EARLY, b"", 1))
+        self._config = _Config(sizes, None, early, int(meta.launch_pdl))
+        self.passed = (ctypes.addressof(self._config), kernel.function, ctypes.addressof(block.array), None)
+
+    def aim(self, stream: int) -> None:
+        """What is launched goes there from now on."""
+        self._config.stream = stream
+
+
+class Series:
+    """Launches one after the other, ready for other addresses; `tensors`: how many have places among them."""
+
+    def __init__(self, tensors: int) -> None:
+        self._lock = Lock()
+        self._launches: list[Direct] = []
+        self._words: list[tuple[Any, int]] = []
+        self._other_maps: list[tuple[Map, int]] = []
+        self._stream = 0
+        self._table = (ctypes.c_uint64 * tensors)()
+        self._write = Struct(f"{tensors}Q").pack_into
+
+    def add(self, kernel: Any, programs: int, arguments: Sequence[Any], place: Place) -> bool:
+        """One more launch of a compiled kernel, last; False: Triton must do it. So it is elsewhere than on NVIDIA's,
+        where somebody watches launches, and where the kernel asks for more than arguments."""
+        if torch.version.hip or not torch.cuda.is_available() or not hasattr(kernel, "asm"):
+            return False
+        meta = kernel.metadata
+        alone = meta.num_ctas == 1 and not (meta.global_scratch_size or meta.profile_scratch_size)
+        if not alone or meta.launch_cooperative_grid or watched():
+            return False
+        constants = kernel.src.constants
+        values = [leaf for i, argument in enumerate(arguments) for leaf in flattened(argument, (i,), constants)]
+        declared, table = parameters(kernel.asm["ptx"]), ctypes.addressof(self._table)
+        try:
+            block = Block(values, declared, meta.tensordesc_meta or (), place, table)
+        except LookupError:
+            return False
+        for made, at in block.maps:
+            if made.word is None:
+                self._other_maps.append((made, at))
+            else:
+                self._words.append((made.word, at))
+        self._launches.append(Direct(kernel, programs, block))
+        return True
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
-        cuda, block = driver(), self._block
+        """Launches all on the current device; addresses: of the tensors, by place."""
+        launch = driver().cuLaunchKernelEx
         with self._lock:
-            for cell, place in block.pointers:
-                cell.value = addresses[place]
-            for tensor_map, place in block.maps:
-                address = addresses[place]
-                if block.mapped[tensor_map] != address:
-                    cuda.cuTensorMapReplaceAddress(tensor_map, address)
-                    block.mapped[tensor_map] = address
-            result = self._launch(cuda, stream)
-            if result == _NO_CONTEXT:
-                _bind(torch.cuda.current_device())
-                result = self._launch(cuda, stream)
-        _checked(result)
+            self._write(self._table, 0, *addresses)
+            for word, place in self._words:
+                word.value = addresses[place]
+            for other, place in self._other_maps:
+                other.replace(addresses[place])
+            if stream != self._stream:
+                self._aim(stream)
+            for each in self._launches:
+                result = launch(*each.passed)
+                if result == _NO_CONTEXT:
+                    _bind(torch.cuda.current_device())
+                    result = launch(*each.passed)
+                if result:
+                    _checked(result)
 
-    def _launch(self, cuda: Any, stream: int) -> int:
-        function, array = self._kernel.function, self._block.array
-        if self._config is None:
-            result: int = cuda.cuLaunchKernel(function, *self._grid, stream, array, None)
-            return result
-        self._config.stream = stream
-        result = cuda.cuLaunchKernelEx(ctypes.byref(self._config), function, array, None)
-        return result
+    def _aim(self, stream: int) -> None:
+        for each in self._launches:
+            each.aim(stream)
+        self._stream = stream
 
 
 def watched() -> bool:
     """Whether somebody (a profiler) has asked Triton to be called at every launch."""
     hook = knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
-
-
-def direct(kernel: Any, programs: int, arguments: Sequence[Any], place: Place) -> Direct | None:
-    """The launch of a compiled kernel, or None where Triton must do it: elsewhere than on NVIDIA's, where somebody
-    watches launches, or where the kernel asks for more than arguments."""
-    if torch.version.hip or not torch.cuda.is_available() or not hasattr(kernel, "asm"):
-        return None
-    meta = kernel.metadata
-    alone = meta.num_ctas == 1 and not (meta.global_scratch_size or meta.profile_scratch_size)
-    if not alone or meta.launch_cooperative_grid or watched():
-        return None
-    values = [
-        leaf for index, argument in enumerate(arguments) for leaf in flattened(argument, (index,), kernel.src.constants)
-    ]
-    try:
-        block = Block(values, parameters(kernel.asm["ptx"]), meta.tensordesc_meta or (), place)
-    except LookupError:
-        return None
-    return Direct(kernel, programs, block)

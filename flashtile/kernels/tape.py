@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashtile.kernels.direct import Direct, direct, watched
+from flashtile.kernels.direct import Series, watched
 
 Filler = Callable[[Sequence[Any]], Any]
 
@@ -32,16 +32,16 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Tape:
-    """What was launched for some tensors, in order; `tensors`: all that may be others the next time.
+    """What was launched for some tensors, in order; `tensors`: all that may be others the next time, on one device.
 
     whole: nothing else was read or written; what is not may not be played.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None], device: torch.device) -> None:
+        self._device = device
         self._places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors) if tensor is not None}
         self._launches: list[tuple[Any, list[Any], list[tuple[int, Filler]]]] = []
-        self._ready: list[Direct] = []
-        self._direct = True
+        self._ready: Series | None = Series(len(tensors))
         self.whole = True
 
     def record(self, kernel: Any, programs: int, arguments: Sequence[Any]) -> None:
@@ -50,17 +50,17 @@ class Tape:
         open_places = [(i, filler) for i, filler in fillers if filler is not None]
         # No tensor of this time is kept alive.
         constants = [None if filler else argument for argument, (_, filler) in zip(arguments, fillers, strict=True)]
-        ready = direct(kernel, programs, arguments, lambda tensor: self._places.get(tensor.data_ptr()))
-        if ready is None:
-            self._direct = False
-        else:
-            self._ready.append(ready)
+        if self._ready and not self._ready.add(kernel, programs, arguments, self._place):
+            self._ready = None
         self._launches.append((kernel[(programs, 1, 1)], constants, open_places))
+
+    def _place(self, tensor: Tensor) -> int | None:
+        return self._places.get(tensor.data_ptr())
 
     def _filler(self, argument: Any) -> Filler | None:
         """Makes the argument for other tensors; None: it holds none."""
         if isinstance(argument, Tensor):
-            place = self._places.get(argument.data_ptr())
+            place = self._place(argument)
             self.whole = self.whole and place is not None
             return None if place is None else lambda tensors: tensors[place]
         if isinstance(argument, TensorDescriptor):
@@ -92,15 +92,18 @@ class Tape:
 
         return filled
 
-    def play(self, tensors: Sequence[Tensor | None], addresses: Sequence[int], device: torch.device) -> None:
+    def play(self, tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> None:
         """The same launches over other tensors of the same shapes, strides, dtypes and alignment."""
-        if self._direct and not watched():
-            with current(device):
-                stream = torch._C._cuda_getCurrentRawStream(device.index)
-                for ready in self._ready:
+        index, ready = self._device.index, self._ready
+        if ready is not None and not watched():
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            if torch._C._cuda_getDevice() == index:
+                ready(addresses, stream)
+            else:
+                with torch.cuda.device(index):
                     ready(addresses, stream)
             return
-        with prepared(device):
+        with prepared(self._device):
             for launch, constants, fillers in self._launches:
                 arguments = constants.copy()
                 for i, fill in fillers:
@@ -113,36 +116,54 @@ _PLACES = range(2**20)
 _SEEN = object()
 
 
+def layouts_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """What tells tensors of the same shapes apart, beside their addresses."""
+    return tuple([t if t is None else (t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors])
+
+
+def twins_of(addresses: Sequence[int]) -> tuple[int, ...]:
+    """Which tensors are one and the same; nothing, if none are. A tape that was written for tensors apart serves twins
+    too, not so the other way: nobody could tell which of two a launch should get."""
+    there = [address for address in addresses if address]
+    if len(set(there)) == len(there):
+        return ()
+    return tuple(map({0: -1}.setdefault, addresses, _PLACES))
+
+
 def perform(
     launches: Callable[[Tape | None], None],
     tensors: Sequence[Tensor | None],
     memory: dict[Any, Any] | None,
     free: int = 0,
-) -> None:
+) -> Tape | None:
     """`launches`, which writes what it does to the tape it is given; or the tape of an earlier time, from `memory`.
 
     The second time writes it: what is called once has no use for a tape.
 
     `tensors`: all that the launches read and write and that may be others the next time; the first is not None. All
     that come with one memory are of the same shapes and devices, and but for the first `free` of the same strides,
-    dtypes and alignment.
+    dtypes and alignment, and as many as before are the same ones missing.
+
+    Returns:
+        The tape, if there is one by now.
     """
     if memory is None or tensors[0] is None:
         launches(None)
-        return
+        return None
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    # Which are missing, and which are one and the same.
-    kind: tuple[Any, ...] = tuple(map({0: -1}.setdefault, addresses, _PLACES))
-    if free:
-        kind += tuple([None if t is None else (t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors[:free]])
+    kind = (len(addresses), addresses.count(0), *layouts_of(tensors[:free]))
     tape = memory.get(kind)
+    if not isinstance(tape, Tape):
+        kind += twins_of(addresses)
+        tape = memory.get(kind)
     if isinstance(tape, Tape):
-        tape.play(tensors, addresses, tensors[0].device)
-        return
-    recorded = Tape(tensors) if tape is _SEEN else None
-    launches(recorded)
-    if kind not in memory:
-        memory[kind] = _SEEN
-    elif recorded is not None:
-        # One that is not whole is not kept, for it holds the tensors that it should not have read.
-        memory[kind] = recorded if recorded.whole else None
+        tape.play(tensors, addresses)
+    else:
+        recorded = Tape(tensors, tensors[0].device) if tape is _SEEN else None
+        launches(recorded)
+        if kind not in memory:
+            memory[kind] = _SEEN
+        elif recorded is not None:
+            # One that is not whole is not kept, for it holds the tensors that it should not have read.
+            memory[kind] = tape = recorded if recorded.whole else None
+    return tape if isinstance(tape, Tape) else None

@@ -300,6 +300,32 @@ def test_recalled_calls_use_the_memory_they_are_given(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("kind", ["twins", "saved turned", "sum"])
+def test_recalled_calls_see_which_tensors_and_layouts_they_get(backend: str, kind: str) -> None:
+    """One tensor in several places, saved tensors that come back with other strides, a gradient that is one number."""
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2) if tensor.ndim == 4 else tensor.clone()
+
+    def results(which: str, tensors: list[Tensor], odd: bool) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        used = leaves[:1] * 3 if odd and kind == "twins" else leaves
+        pack = turned if odd and kind == "saved turned" else lambda tensor: tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = flashtile.attention(*used, causal=True, backend=which)
+        grad = (
+            torch.ones((), device="cuda", dtype=out.dtype).expand(out.shape) if odd and kind == "sum" else out.detach()
+        )
+        return [out, *torch.autograd.grad(out, leaves[: len({*map(id, used)})], grad)]
+
+    for seed in range(10):
+        tensors = [_random(1, 333, 2, 64, seed=seed + 10 * i) for i in range(3)]
+        odd = seed % 5 in (1, 2, 3)
+        for ours, expected in zip(results(backend, tensors, odd), results("pytorch", tensors, odd), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
+
+
+@each_backend
 def test_block_masks_are_recalled(backend: str) -> None:
     """What was made of the lists of one is used again, and not for another."""
     for reach in (40, 400):

@@ -81,7 +81,8 @@ def decode(
         if splits > 1:
             _run(call, cached.combine(problem, splits, parts, (out, lse), parts_at_once(splits), COLUMNS, True))
 
-    perform(launches, (q, inputs.k, out, lse, *parts, turned, *cache, *beside(inputs)), memory)
+    between = (*(parts if splits > 1 else ()), *(() if turned is q else (turned,)))
+    perform(launches, (q, inputs.k, out, lse, *between, *cache, *beside(inputs)), memory)
     return out, lse
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashtile.backends import Gradients
+from flashtile.backends import AGAIN, Gradients
 from flashtile.backends.hopper.around import after_kernel, before_kernel
 from flashtile.backends.hopper.backward import backward_kernel
 from flashtile.backends.hopper.descriptors import descriptor, piece_descriptor, value_descriptor
@@ -18,8 +18,8 @@ from flashtile.backends.hopper.queries import query_kernel
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.sums import PIECE_COLUMNS
 from flashtile.kernels import bias, visits
+from flashtile.kernels.again import Again, tensors_of
 from flashtile.kernels.arguments import (
-    beside,
     functions_of,
     memory_for,
     numbers_of,
@@ -40,6 +40,7 @@ from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
 from flashtile.problem import Inputs, Problem, described
 from flashtile.queues import counter
+from flashtile.region import region
 from flashtile.scores import sink_gradient, slope_gradient, zero_grads
 from flashtile.tuning.hopper import CACHED, BackwardConfig, Config, HopperConfig
 
@@ -194,8 +195,18 @@ def forward(
         call.launch(forward_kernel, call.machine.programs(total, q.device), given, **call.warps())
 
     lists = _lists(machine, inputs, problem, config, False)
-    perform(launches, (q, k, v, out, lse, number, *lists, *beside(inputs)), memory)
+    tape = perform(launches, (*tensors_of(inputs), out, lse, number, *lists), memory)
+    if tape is not None and memory is not None and _settled(problem):
+        # Between packed sequences nobody writes.
+        fills = (0.0, -torch.inf) if problem.varlen else ()
+        again = memory.setdefault(AGAIN, Again(inputs, (out, lse), counts=True, fills=fills))
+        again.note(tape, inputs)
     return out, lse
+
+
+def _settled(problem: Problem) -> bool:
+    """Whether all is said of a pass once its tensors' layouts are known. Lists of tiles belong to what a mask holds."""
+    return not region(problem.mask).rest
 
 
 def _maker(machine: Machine | None, inputs: Inputs, problem: Problem, config: Config, keys: bool) -> visits.Maker:
@@ -254,18 +265,18 @@ def backward(
     if grad_out.dtype is not q.dtype:
         grad_out = grad_out.to(q.dtype)
     if not described(grad_out):
-        grad_out = grad_out.contiguous()
+        # A copy even of what lies dense, but begins at no multiple of 16 bytes.
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = unwritten(q, problem), unwritten(k, problem), unwritten(v, problem)
     delta = _stats(inputs, problem, 0.0) if problem.varlen else torch.empty_like(lse)
     # Where dQ is summed, or the number of the next tile of its own kernel.
-    beside_it = _sums(inputs, problem, config) if config.queries is None else counter(q.device)
+    sums = _sums(inputs, problem, config) if config.queries is None else None
+    beside_it = counter(q.device) if sums is None else sums
     slope = None if grads.alibi_slopes is None else _stats(inputs, problem, 0.0)
-    written = (dq, dk, dv, delta, beside_it, slope, *totals)
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine, inputs, problem, config, tape, totals)
-        sums = beside_it if call.meta.adds else None
         _before(call, out, grad_out, grad_lse, delta, sums)
         _through(call, grad_out, lse, delta, sums, dk, dv)
         if sums is None:
@@ -280,8 +291,14 @@ def backward(
     if config.queries is not None:
         lists += _lists(machine, inputs, problem, config.queries, False)
     # What was saved may come back with other strides: hooks copy it.
-    given = (q, k, v, out, lse, grad_out, grad_lse, *beside(inputs))
-    perform(launches, (*given, *written, *lists), memory, len(given))
+    given = (*tensors_of(inputs), out, lse, grad_out, *(() if grad_lse is None else (grad_lse,)))
+    written = (dq, dk, dv, delta, beside_it, *(() if slope is None else (slope,)), *totals)
+    tape = perform(launches, (*given, *written, *lists), memory, len(given))
+    if tape is not None and memory is not None and _settled(problem) and grad_lse is None and not any(problem.wanted):
+        made = written[:4] if sums is None else written
+        fills = (0.0,) * 4 if problem.varlen else ()
+        again = memory.setdefault(AGAIN, Again(inputs, made, sums is None, fills))
+        again.note(tape, inputs, out, lse, grad_out)
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
     if slope is not None and grads.alibi_slopes is not None:

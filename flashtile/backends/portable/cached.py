@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashtile.backends import AGAIN
 from flashtile.backends.portable.decode import decode_kernel
 from flashtile.backends.portable.launch import Call, Machine
 from flashtile.backends.portable.meta import copy_engine, cut, meta_of
 from flashtile.kernels import cached
-from flashtile.kernels.arguments import beside, numbers_of, rows_of, size_of
+from flashtile.kernels.again import Again, tensors_of
+from flashtile.kernels.arguments import numbers_of, rows_of, size_of
 from flashtile.kernels.cached import Launch, append, combine, parts_of, results
 from flashtile.kernels.caches import cache_of, scale_of, stored
 from flashtile.kernels.tape import Tape, perform
@@ -44,8 +46,11 @@ def decode(
         if splits > 1:
             _run(call, combine(problem, splits, parts, (out, lse), parts_at_once(splits), COLUMNS, early))
 
-    tensors = (q, inputs.k, inputs.v, out, lse, *parts, turned, *cache, *beside(inputs))
-    perform(launches, tensors, memory)
+    given = (q, inputs.k, inputs.v, *cache, inputs.alibi_slopes, inputs.sinks)
+    made = (out, lse, *(parts if splits > 1 else ()), *(() if turned is q else (turned,)))
+    tape = perform(launches, (*tensors_of(given), *made), memory)
+    if tape is not None and memory is not None:
+        memory.setdefault(AGAIN, Again(given, made)).note(tape, given)
     return out, lse
 
 
