@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flashtile import plan
+from flashtile import decoding, plan, recall
 from flashtile.plan import Plan
 from tests import oracle
 from tests.oracle import Ratio
@@ -29,7 +29,10 @@ HOPPER_REFUSES = {
 
 @contextmanager
 def watched() -> Iterator[list[Plan]]:
-    """The Plans that run while the context is open, forward and backward alike."""
+    """The Plans that run while the context is open, forward and backward alike. Calls are forgotten first: one that is
+    done again asks no plan."""
+    recall._known.clear()
+    decoding._known.clear()
     ran: list[Plan] = []
     original: Callable[[Plan], Any] = plan.kernel
 

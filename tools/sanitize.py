@@ -10,8 +10,8 @@ and 2 where there is no compute-sanitizer.
 
 Take 2026.1 or newer, from CUDA 13.2 on. By NVIDIA's release notes initcheck sees what the copy engine writes
 (cp.async.bulk) from 2025.4 on, and racecheck tells races at mbarriers and at barriers of a warpgroup that are none
-before 2025.4 and 2026.1. PyPI's `nvidia-cuda-sanitizer-api` lacks the program that starts others (`TreeLauncherSubreaper`):
-lay its `bin` and `lib` over a copy of the folder `compute-sanitizer` of a CUDA toolkit from 13.0 on, all in one folder.
+before 2025.4 and 2026.1. PyPI's `nvidia-cuda-sanitizer-api` lacks `TreeLauncherSubreaper`, which starts programs: lay
+its `bin` and `lib` over a copy of the folder `compute-sanitizer` of a CUDA toolkit from 13.0 on, all in one folder.
 """
 
 import argparse
