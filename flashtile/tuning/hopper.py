@@ -176,6 +176,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "table": 140,
         "mask_mod": 30,
         "varlen": 20,
+        "fp8_heads": 10,
         "fp8_mask_mod": 300,
     },
     ("forward_kernel", 256): {
