@@ -32,13 +32,18 @@ Measure = Callable[[Sequence[int]], Iterable[Row]]
 
 @dataclass(frozen=True)
 class Place:
-    """A device, and the inputs that suit it. `continuations`: how many share a prefix on rung 6."""
+    """A device, and the inputs that suit it.
+
+    For rung 6, `cache`: keys of its long row, in multiples of the longest length; `splits`: into how many parts it is
+    cut; `continuations`: how many share a prefix.
+    """
 
     device: str
     dtype: torch.dtype
     heads: int
     headdim: int
     lengths: tuple[int, ...]
+    cache: int
     splits: tuple[int, ...]
     continuations: int
 
@@ -47,8 +52,8 @@ class Place:
 
 
 PLACES = {
-    "cpu": Place("cpu", torch.float32, 2, 64, (1024, 2048, 4096), (1, 2, 8), 8),
-    "cuda": Place("cuda", torch.bfloat16, 8, 128, (8192,), (1, 8, 64), 64),
+    "cpu": Place("cpu", torch.float32, 2, 64, (1024, 2048, 4096), 8, (1, 2, 8), 8),
+    "cuda": Place("cuda", torch.bfloat16, 8, 128, (4096,), 64, (1, 4, 16), 64),
 }
 _here = [PLACES["cpu"]]
 
@@ -95,7 +100,8 @@ def row(case: str, seqlen: int, call: Callable[[], Any], **more: Any) -> Row:
     """Median time of `call`, and the peak of PyTorch's allocations while it runs, its results not counted.
 
     CPU time on a CPU, because other work on the machine then counts less; on one thread there is nothing to wait for.
-    On a GPU the time between two events on its stream, of calls in a row, as `flashtile bench` has it.
+    On a GPU the time between two events on its stream, of calls in a row, as `flashtile bench` has it, or of a single
+    one that is slow.
     """
     made = call()
     own = sum(tensor.numel() * tensor.element_size() for tensor in made if isinstance(tensor, Tensor))
@@ -115,7 +121,20 @@ def _on_cpu(call: Callable[[], Any], quick: bool) -> list[float]:
     return samples
 
 
+SLOW = 0.05
+"""Seconds of a call on a GPU, one of which says enough: that long it takes to start kernels, not to run them."""
+
+
 def _on_gpu(call: Callable[[], Any], seconds: float = 0.3) -> list[float]:
+    begin, end_of_one = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end_of_one.record()
+    end_of_one.synchronize()
+    one = begin.elapsed_time(end_of_one) / 1e3
+    if one > SLOW:
+        return [one]
     samples = Samples()
     end = time.perf_counter() + seconds
     while len(samples.forward) < 3 or (time.perf_counter() < end and len(samples.forward) < 20):
