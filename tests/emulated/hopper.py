@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flashtile import plan
 from flashtile.backends import hopper
 from flashtile.backends.hopper import launch
-from flashtile.backends.hopper.launch import Machine
+from flashtile.backends.hopper.calls import Machine
 from flashtile.kernels import aot
 from tools.ptx_emulation import TensorMap, emulate_kernel
 
