@@ -87,6 +87,11 @@ class Wanted(NamedTuple):
     sinks: bool = False
     score: tuple[bool, ...] = ()
 
+    @property
+    def more(self) -> bool:
+        """Whether anything has a gradient beside q, k and v."""
+        return self.bias or self.alibi_slopes or self.sinks or any(self.score)
+
 
 @dataclass(frozen=True)
 class Cached:

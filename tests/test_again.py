@@ -17,7 +17,7 @@ from flashtile.backends.hopper import calls, launch
 from flashtile.backends.portable import cached
 from flashtile.backends.portable.launch import Machine
 from flashtile.decoding import CacheArguments
-from flashtile.kernels import arguments, direct
+from flashtile.kernels import arguments, bias, direct
 from flashtile.kernels.again import Again, _maker, tensors_of
 from flashtile.problem import Inputs, describe_cached
 from flashtile.tuning import decoding as tuning
@@ -34,6 +34,13 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, .
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         return torch.autograd.grad(_attention(*leaves), leaves, grad)
+
+
+def _bias_gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
+    """Of a bias of zeros for each entry, (batch, heads, seqlen_q, seqlen_kv)."""
+    q, k, v, grad = (tensor.detach().float().transpose(1, 2) for tensor in (q, k, v, grad))
+    weights, grad_weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1), grad @ v.mT
+    return weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
 
 
 class Computing:
@@ -68,6 +75,10 @@ class Computing:
             given["dk_desc"].base.copy_(dk)
             given["dv_desc"].base.copy_(dv)
             self._dq[given["sums_desc"].base.data_ptr()] = dq
+        elif name == "bias_kernel":
+            of_entries = _bias_gradients(*(given[each].pointer for each in ("q", "k", "v", "grad_out")))
+            for part, entries in enumerate(of_entries.split(given["batches"])):
+                given["grad"].pointer[part] = entries.sum(0)
         elif name == "after_kernel":
             given["dq"].pointer.copy_(self._dq.pop(given["sums"].data_ptr()))
 
@@ -176,6 +187,37 @@ def test_the_host_does_little(machine: Computing, monkeypatch: pytest.MonkeyPatc
             _, backward = entering(lambda: out.grad_fn.apply(grad, None))  # noqa: B023
     assert len(forward) <= 36, forward
     assert len(backward) <= 22, backward
+
+
+def test_what_functions_capture_is_handed_on(machine: Computing) -> None:
+    """Where it wants no gradient, passes both ways are done again."""
+    for seed in range(5):
+        q, k, v, grad = _tensors(seed)
+        leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+        table, before = torch.zeros(2), machine.launched
+        out = flashtile.attention(*leaves, score_mod=lambda score, b, h, q_idx, kv_idx: score + table[h])  # noqa: B023
+        _agree(*leaves, grad, out)
+    assert machine.launched == before
+    (call,) = recall._known.values()
+    assert all(backends.AGAIN in memory for memory in call.memories)
+
+
+@pytest.mark.parametrize("length", [128, 40])
+def test_the_gradient_of_a_bias_is_on_the_tape(
+    machine: Computing, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """In two parts, of three entries and of two; where rows of statistics are not padded, it is launched each time."""
+    monkeypatch.setattr(bias, "LEAST", 2)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        before = machine.launched
+        *leaves, grad = (torch.randn(5, length, 2, 64, generator=generator).bfloat16() for _ in range(4))
+        leaves += [torch.zeros(1, 2, length, length, dtype=torch.bfloat16)]
+        q, k, v, pairs = (tensor.requires_grad_() for tensor in leaves)
+        *found, of_pairs = torch.autograd.grad(flashtile.attention(q, k, v, bias=pairs), (q, k, v, pairs), grad)
+        torch.testing.assert_close(tuple(found), _gradients(q, k, v, grad))
+        torch.testing.assert_close(of_pairs, _bias_gradients(q, k, v, grad).sum(0, keepdim=True).bfloat16())
+    assert machine.launched - before == (0 if length == 128 else 1)
 
 
 def test_results_are_their_own_memory(machine: Computing) -> None:

@@ -175,8 +175,8 @@ def backward(
     if pairs is not None and taped:
         written += (pairs.partial,)
     tape = perform(launches, (*given, *written, *lists), memory, len(given))
-    if grad_lse is None and not any(problem.wanted):
-        made = written[:4] if sums is None else written
+    if grad_lse is None and not problem.wanted.more:
+        made = written[:4] if sums is None else written[:5]
         _leave(memory, tape, problem, made, sums is None, (0.0,) * 4, inputs, out, lse, grad_out)
     if inputs.sinks is not None and grads.sinks is not None:
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
