@@ -344,6 +344,18 @@ def _adding(table: Tensor) -> Any:
 
 
 @each_backend
+def test_functions_that_capture_are_recalled(backend: str) -> None:
+    """What they capture is new each time, and wants no gradient."""
+    for seed in range(5):
+        tensors = [_random(2, 333, 2, 64, seed=seed + 10 * i) for i in range(3)]
+        add = _adding(_random(2, 333, seed=seed + 30))
+        found = _results(backend, tensors, causal=True, score_mod=add)
+        wanted = _results("pytorch", tensors, causal=True, score_mod=add)
+        for ours, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
+
+
+@each_backend
 @pytest.mark.parametrize("length", [256, 200])
 def test_gradients_of_a_bias_are_recalled(backend: str, length: int) -> None:
     """Sixteen entries share it, summed up in two parts; a captured table beside it, as protein folding has both. Where
