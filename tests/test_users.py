@@ -7,7 +7,7 @@ other files test as a whole (merging, dropout's bits, tracing, packed sequences)
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +23,9 @@ import flashtile
 from flashtile import attention, attention_varlen, dropout_mask, explain, mask_nodes, masks, merge, plan, reference
 from flashtile.spans import Layout, Spans, Tiling
 from flashtile.tuning import cpu
-from tests import oracle
+from tests import oracle, shifted
 from tests.oracle import assert_close
-from tests.problems import Shape, dense, make
+from tests.problems import dense, make
 
 HALVES = (torch.bfloat16, torch.float16)
 TILED = {"window": (10_000, 10_000)}
@@ -94,36 +94,12 @@ ALL_LENGTHS = pytest.mark.parametrize(
 
 
 class TestPoint3OddLengths:
-    """Mask, bias and causal combined, logits shifted by -120 and +120: finite and right, gradients too.
-
-    The mask leaves rows without any key. The tolerance rule holds for the largest error over a group of lengths: a
-    short problem by itself is one throw of the dice for either side.
-    """
-
-    def check(self, shapes: Iterable[Shape], dtype: torch.dtype, shift: float) -> None:
-        errors: dict[str, list[tuple[float, float, float]]] = {}
-        for shape in shapes:
-            call = make(f"odd {shape}", shape, ("causal", "dense_mask", "bias"), dtype, shift=shift)
-            truth, textbook = oracle.truth_and_textbook(call)
-            for name, found in oracle.ours(call).items():
-                wanted = truth[name]
-                assert torch.equal(found == -torch.inf, wanted == -torch.inf), (name, shape)
-                hidden = wanted == -torch.inf
-                error = (found.double() - wanted).masked_fill(hidden, 0)
-                assert bool(error.isfinite().all()), (name, shape)
-                largest = wanted.masked_fill(hidden, 0).abs()
-                sizes = (error.abs(), torch.stack(textbook[name]).abs(), largest)
-                errors.setdefault(name, []).append(tuple(float(t.max()) if t.numel() else 0.0 for t in sizes))
-        for name, rows in errors.items():
-            error, allowed, largest = (max(column) for column in zip(*rows, strict=True))
-            rounding = torch.finfo(torch.float32 if name == "lse" else dtype).eps
-            tiny = rounding * largest + oracle.ROUNDINGS * torch.finfo(torch.float32).eps * max(1.0, largest)
-            assert error <= 2 * allowed + tiny, name
+    """Mask, bias and causal combined, logits shifted by -120 and +120: finite and right, gradients too."""
 
     @pytest.mark.parametrize("shift", [-120.0, 120.0])
     @ALL_LENGTHS
     def test_float32(self, lengths: Sequence[int], shift: float) -> None:
-        self.check([dense(1, seqlen, seqlen, 1, 1, 8) for seqlen in lengths], torch.float32, shift)
+        shifted.check([dense(1, seqlen, seqlen, 1, 1, 8) for seqlen in lengths], torch.float32, shift)
 
     @ALL_LENGTHS
     def test_half_precision(self, lengths: Sequence[int]) -> None:
@@ -131,13 +107,13 @@ class TestPoint3OddLengths:
         for index, dtype in enumerate(HALVES):
             for part, shift in enumerate((-120.0, 120.0)):
                 shapes = [dense(1, seqlen, seqlen, 1, 1, 8) for seqlen in lengths[2 * index + part :: 4]]
-                self.check(shapes, dtype, shift)
+                shifted.check(shapes, dtype, shift)
 
     @pytest.mark.parametrize("shift", [-120.0, 120.0])
     def test_lengths_that_differ(self, shift: float) -> None:
         lengths = (1, 63, 64, 65, 127, 129, 200)
         pairs = [pair for n in lengths for pair in ((n, 1), (1, n), (n, 100), (100, n))]
-        self.check([dense(1, *pair, 2, 1, 8) for pair in pairs], torch.float32, shift)
+        shifted.check([dense(1, *pair, 2, 1, 8) for pair in pairs], torch.float32, shift)
 
     @pytest.mark.parametrize("options", [{"causal": True}, {"window": (3, 0)}], ids=["aten_flash", "tiled"])
     def test_nan_in_a_key_reaches_those_who_see_it_and_no_others(self, options: dict[str, Any]) -> None:

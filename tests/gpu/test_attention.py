@@ -17,10 +17,10 @@ from flashtile import masks, plan
 from flashtile.kernels import visits
 from flashtile.problem import Inputs, Options, describe
 from flashtile.tuning.portable import portable_config
-from tests import conformance, kept
+from tests import conformance, kept, shifted
 from tests.gpu.graphs import captured
 from tests.oracle import assert_equal_bits
-from tests.problems import CASES, Case
+from tests.problems import CASES, Case, dense
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -51,6 +51,15 @@ def test_matches_reference(backend: str, case: Case, dtype: torch.dtype) -> None
             conformance.check_case(case, dtype, backend, "cuda")
         return
     conformance.check_case(case, dtype, backend, "cuda")
+
+
+@each_backend
+@pytest.mark.parametrize("first", range(1, 261, 65))
+def test_lengths_from_1_to_260_with_shifted_logits(backend: str, first: int) -> None:
+    """With a mask, a bias and causality together; every other length is shifted down."""
+    for part, shift in enumerate((-120.0, 120.0)):
+        shapes = [dense(1, length, length, 1, 1, 8) for length in range(first + part, first + 65, 2)]
+        shifted.check(shapes, torch.bfloat16, shift, "cuda", backend)
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
