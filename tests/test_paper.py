@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from flashtile import cli
-from flashtile.bench.paper import experiment, kernels, page
+from flashtile.bench.paper import drawing, experiment, kernels, page
 from flashtile.bench.paper.experiment import Figures, Pair, Row, Setting
 from flashtile.bench.paper.rows import ROWS
 from flashtile.bench.paper.worker import Worker, rehearse
@@ -265,6 +265,19 @@ class TestPage:
         assert page.table([entry]).rows[0][-1] == "s"
         entry["figures"]["ratio"] = 3.5
         assert page.table([entry]).rows[0][2] == "3.50x"
+
+    def test_memory_is_shown(self, tmp_path: Path) -> None:
+        """At the peak of a row, and of attention alone as a curve."""
+        entry = experiment.run(_row(claimed=None), QUICK)
+        entry["figures"]["details"] = {"peak_bytes": {"baseline": 3 * 2**30, "ours": 2**20}}
+        assert page.table([entry]).rows[0][-1] == "s; beside weights and inputs it takes 3 GiB and 1 MiB"
+        curve = {"baseline": {"1024": 2**30, "2048": 2**32}, "ours": {"1024": 2**20, "2048": 2**21, "4096": 2**22}}
+        entry["figures"]["details"] = {"peak_bytes": curve}
+        assert page.table([entry]).rows[0][-1] == "s"
+        path = drawing.memory(entry, tmp_path / "memory.png")
+        assert path is not None
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert drawing.memory({**entry, "status": "failed"}, path) is None
 
     @pytest.mark.usefixtures("rows")
     def test_quick_runs_make_no_page(self, tmp_path: Path) -> None:

@@ -104,6 +104,27 @@ class BackwardConfig(NamedTuple):
     queries: QueryConfig | None = None
 
 
+class BiasConfig(NamedTuple):
+    """Of the kernel of a bias's gradient, which a compiler pipelines. tile: queries and keys of a tile; stages: entries
+    in flight; registers: of a thread at most, for two programs to run side by side."""
+
+    tile: int
+    warps: int
+    stages: int
+    registers: int = 255
+
+    def options(self) -> dict[str, int]:
+        """For the compiler."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+BIAS = (
+    (64, BiasConfig(tile=64, warps=8, stages=3, registers=128)),
+    (128, BiasConfig(tile=64, warps=8, stages=2)),
+    (256, BiasConfig(tile=64, warps=8, stages=1)),
+)
+"""By head dimension, as many stages as shared memory holds; chosen by spills and by what runs side by side alone."""
+
 Config = HopperConfig | BackwardConfig | QueryConfig
 
 QUERIES = (
@@ -145,6 +166,12 @@ def backward_config(headdim: int, kind: str, apart: bool = False) -> BackwardCon
     have its own kernel."""
     config: BackwardConfig = _fitting(BACKWARD[kind], headdim)
     return config._replace(queries=_fitting(QUERIES, headdim)) if apart else config
+
+
+def bias_config(headdim: int) -> BiasConfig:
+    """That for heads of this many columns, the wider of keys and values."""
+    config: BiasConfig = _fitting(BIAS, headdim)
+    return config
 
 
 def forward_configs(headdim: int, kind: str) -> dict[int | None, HopperConfig]:
@@ -197,9 +224,8 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "deterministic": 20,
     },
     ("latent_kernel", 576): {"decode_some": 20},
-    ("bias_kernel", 64): {"bias": 20},
-    ("bias_kernel", 128): {"bias": 20},
-    ("bias_kernel", 256): {"bias": 140},
+    ("bias_kernel", 64): {"bias": 10},
+    ("bias_kernel", 256): {"bias": 30},
     ("backward_kernel", 64): {
         "dropout": 10,
         "plain": 50,

@@ -9,7 +9,7 @@ from torch import Tensor
 import flashtile
 from flashtile import masks
 from flashtile.backends.hopper import calls
-from flashtile.kernels import bits, visits
+from flashtile.kernels import bias, bits, visits
 from flashtile.tuning import hopper as tables
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig
 from tests import conformance, invariance, oracle
@@ -70,6 +70,16 @@ def _cases() -> list[Any]:
 def _marks(name: str, twin: int = 0) -> list[Any]:
     """Not under the oldest Triton: problems whose kernels others reach, and all dtypes of one but the first in half."""
     return [] if name in EACH_KERNEL and twin <= 1 else [pytest.mark.newest_triton]
+
+
+def test_a_bias_that_entries_share_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three entries, two of them summed up by some programs and one by others; more than are in flight at once."""
+    monkeypatch.setattr(bias, "LEAST", 1)
+    monkeypatch.setattr(bias, "PROGRAMS", 2)
+    problem = Problem(dense(3, 20, 30, 1, 1, 16), torch.bfloat16, bias=(False, True, True, True))
+    with emulated(SWEEP[0]) as device:
+        oracle.check(problem.call("cpu"), "hopper")
+    assert device.complaints == []
 
 
 @pytest.mark.parametrize(("case", "dtype"), _cases())

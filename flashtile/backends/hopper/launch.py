@@ -20,6 +20,7 @@ from flashtile.backends.hopper.sums import PIECE_COLUMNS
 from flashtile.kernels import bias
 from flashtile.kernels.again import Again, tensors_of
 from flashtile.kernels.arguments import (
+    is_padded,
     memory_for,
     numbers_of,
     outputs_of,
@@ -37,7 +38,7 @@ from flashtile.problem import Inputs, Problem, described
 from flashtile.queues import counter
 from flashtile.region import region
 from flashtile.scores import sink_gradient, slope_gradient, zero_grads
-from flashtile.tuning.hopper import BackwardConfig, HopperConfig
+from flashtile.tuning.hopper import BackwardConfig, BiasConfig, HopperConfig, bias_config
 
 KERNELS = (forward_kernel, before_kernel, backward_kernel, query_kernel, after_kernel, bias_kernel, bits_kernel)
 
@@ -147,11 +148,16 @@ def backward(
     sums = _sums(inputs, problem, config) if config.queries is None else None
     beside_it = counter(q.device) if sums is None else sums
     slope = None if grads.alibi_slopes is None else _stats(inputs, problem, 0.0)
+    pairs = None if grads.bias is None or not problem.batch else _bias_sums(problem, grads.bias)
+    # Its kernel reads rows of statistics whole; where they are not padded, it gets copies, which no tape knows.
+    taped = is_padded(lse) and is_padded(delta)
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine, inputs, problem, config, tape, totals)
         _before(call, out, grad_out, grad_lse, delta, sums)
         _through(call, grad_out, lse, delta, sums, dk, dv)
+        if pairs is not None and taped:
+            _bias_gradient(call, grad_out, lse, delta, pairs)
         if sums is None:
             of_queries = Call.of(machine, inputs, problem, config.queries, tape, totals)
             _queries(of_queries, grad_out, lse, delta, dq, slope, beside_it)
@@ -166,6 +172,8 @@ def backward(
     # What was saved may come back with other strides: hooks copy it.
     given = (*tensors_of(inputs), out, lse, grad_out, *(() if grad_lse is None else (grad_lse,)))
     written = (dq, dk, dv, delta, beside_it, *(() if slope is None else (slope,)), *totals)
+    if pairs is not None and taped:
+        written += (pairs.partial,)
     tape = perform(launches, (*given, *written, *lists), memory, len(given))
     if grad_lse is None and not any(problem.wanted):
         made = written[:4] if sums is None else written
@@ -174,33 +182,38 @@ def backward(
         grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
     if slope is not None and grads.alibi_slopes is not None:
         grads.alibi_slopes += slope_gradient(slope, grads.alibi_slopes, inputs.cu_seqlens_q)
-    if grads.bias is not None:
-        call = Call.of(machine, inputs, problem, config, totals=totals)
-        _bias_gradient(call, grad_out, lse, delta, grads.bias)
+    if pairs is not None:
+        if not taped:
+            call = Call.of(machine, inputs, problem, config, totals=totals)
+            _bias_gradient(call, grad_out, lse, delta, pairs)
+        pairs.join()
     return Gradients(dq, dk, dv, grads.bias, grads.alibi_slopes, grads.sinks, totals)
 
 
-BIAS_TILE = 64
-"""Queries and keys of a tile of the bias's gradient."""
+def _bias_config(problem: Problem) -> BiasConfig:
+    return bias_config(max(problem.headdim, problem.headdim_v))
 
 
-def _bias_gradient(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, total: Tensor) -> None:
-    """Adds the gradient of the bias to `total`."""
-    inputs = call.inputs
-    call = replace(call, meta=replace(call.meta, tile_q=BIAS_TILE, tile_kv=BIAS_TILE))
-    saved = {
+def _bias_sums(problem: Problem, total: Tensor) -> bias.Sums:
+    """Where the gradient of the bias is added up."""
+    tile = _bias_config(problem).tile
+    return bias.Sums.of(problem, total, tile, tile)
+
+
+def _bias_gradient(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, sums: bias.Sums) -> None:
+    """Adds the gradient of the bias up."""
+    inputs, config = call.inputs, _bias_config(call.problem)
+    call = replace(call, meta=replace(call.meta, tile_q=config.tile, tile_kv=config.tile))
+    given = {
         **{name: rows_of(getattr(inputs, name)) for name in "qkv"},
         "grad_out": rows_of(grad_out),
         "lse": stats_of(padded(lse, -torch.inf)),
         "delta": stats_of(padded(delta, 0.0)),
         **call.shared,
         **call.functions,
+        **sums.given,
     }
-
-    def launch(programs: int, given: dict[str, Any]) -> None:
-        call.launch(bias_kernel, programs, {**saved, **given})
-
-    bias.add_gradient(call.problem, total, BIAS_TILE, BIAS_TILE, launch)
+    call.launch(bias_kernel, sums.programs, given, **config.options())
 
 
 def _queries(

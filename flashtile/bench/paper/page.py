@@ -11,7 +11,7 @@ from rich.progress import Progress, TaskID
 
 from flashtile.bench import machine, plots, show
 from flashtile.bench.memory import gib
-from flashtile.bench.paper import experiment, kernels
+from flashtile.bench.paper import drawing, experiment, kernels
 from flashtile.bench.paper.experiment import Note, Row, Setting
 from flashtile.bench.paper.rows import ROWS
 from flashtile.bench.paper.worker import Worker, rehearse
@@ -136,7 +136,7 @@ def table(entries: list[dict[str, Any]], brief: bool = False, described: dict[st
     found = Table("Claimed and measured", ["row", "claimed", "measured", "baseline", "flashtile", *prose])
     for entry in entries:
         claimed = "–" if entry["claimed"] is None else f"{entry['claimed']:g}x"
-        words = [] if brief else [entry["baseline"], "; ".join([entry["share"], *_reasons(entry)])]
+        words = [] if brief else [entry["baseline"], "; ".join([entry["share"], *_reasons(entry), *_peaks(entry)])]
         what, claim = (entry["name"], claimed) if brief else (entry["title"], f"{entry['claim']} ({claimed})")
         ratio, *amounts = _measured(entry)
         when = "" if described is None else _older(entry, described)
@@ -182,31 +182,18 @@ def _reasons(entry: dict[str, Any]) -> list[str]:
     return found
 
 
+def _peaks(entry: dict[str, Any]) -> list[str]:
+    """The memory that both columns took at their peak, beyond weights and inputs, where it was measured."""
+    found = entry.get("figures", {}).get("details", {}).get("peak_bytes", {})
+    if not isinstance(found.get("baseline"), int):
+        return []
+    return [f"beside weights and inputs it takes {gib(found['baseline'])} and {gib(found['ours'])}"]
+
+
 def _amount(value: float, unit: str) -> str:
     if unit == "bytes":
         return gib(value)
     return plots.duration(value) if unit == "ms" else f"{value:.0f} {unit}"
-
-
-def draw(entries: list[dict[str, Any]], path: Path) -> Path | None:
-    """Bars of what was measured, a stroke where the claim stands."""
-    entries = [entry for entry in entries if entry["status"] == "ok"]
-    if not entries:
-        return None
-    drawing = plots.figure(9.2, 1.2 + 0.32 * len(entries))
-    axes = plots.style(drawing.subplots(), "Times better than the baseline", xlabel="ratio; the strokes are the claims")
-    ratios = [entry["figures"]["ratio"] for entry in entries]
-    places = range(len(entries))
-    axes.barh(list(places), ratios, color=plots.COLORS["flashtile"], height=0.62)
-    for place, entry in zip(places, entries, strict=True):
-        axes.text(ratios[place], place, f" {ratios[place]:.2f}", va="center", fontsize=8, color=plots.INK)
-        if entry["claimed"] is not None:
-            axes.plot([entry["claimed"]] * 2, [place - 0.4, place + 0.4], color=plots.INK, linewidth=1.6)
-    axes.set_yticks(list(places), [entry["name"] for entry in entries])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.axvline(1, color=plots.QUIET, linewidth=1, linestyle=":")
-    return plots.save(drawing, path)
 
 
 def _of_suites(folder: Path) -> dict[str, dict[str, Any]]:
@@ -236,12 +223,17 @@ def write(results: Path, docs: Path) -> list[Path]:
         # What ran nowhere is shown as such; what ran on another device is not shown as missing here.
         shown = [row for name, row in ROWS.items() if name in here or not any(name in other for other in known)]
         rows = [here.get(row.name) or experiment.not_run(row) for row in shown]
-        drawn = draw(rows, docs / "benchmarks" / f"{described['slug']}-paper.png")
+        image = docs / "benchmarks" / f"{described['slug']}-paper.png"
+        drawn = [drawing.ratios(rows, image)]
+        drawn += [
+            drawing.memory(row, image.with_stem(f"{image.stem}-memory")) for row in rows if row["name"] == "memory"
+        ]
         named = ", ".join(f"{name} {version}" for name, version in described["versions"].items() if version)
         parts.append(f"## {described['name']}\n\n{described['date'][:10]}, {named}; {found['settings']['dtype']}.\n")
-        if drawn is not None:
-            written.append(drawn)
-            parts.append(f"![Claimed and measured]({drawn.relative_to(docs).as_posix()})\n")
+        for title, path in zip(("Claimed and measured", "Memory by length"), drawn, strict=False):
+            if path is not None:
+                written.append(path)
+                parts.append(f"![{title}]({path.relative_to(docs).as_posix()})\n")
         parts.append(table(rows, described=described).markdown())
     if len(parts) == 1:
         return []
