@@ -13,7 +13,7 @@ from torch import Tensor
 import flashtile
 from flashtile import autograd, backends, decoding, facts, plan, recall
 from flashtile.backends import hopper
-from flashtile.backends.hopper import launch
+from flashtile.backends.hopper import calls, launch
 from flashtile.backends.portable import cached
 from flashtile.backends.portable.launch import Machine
 from flashtile.decoding import CacheArguments
@@ -103,7 +103,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Computing]:
     monkeypatch.setattr(facts, "architectures", lambda: ["sm_90"])
     monkeypatch.setattr(hopper, "DEVICE", "cpu")
     monkeypatch.setattr(hopper, "_kept", lambda memory: memory)
-    monkeypatch.setattr(launch, "DEVICE", launch.Machine(made.launch, 132))
+    monkeypatch.setattr(calls, "DEVICE", calls.Machine(made.launch, 132))
     plan.choose.cache_clear()
     yield made
     plan.choose.cache_clear()

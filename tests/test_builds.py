@@ -16,6 +16,7 @@ from triton.runtime.jit import create_function_from_signature
 from flashtile import decoding
 from flashtile.autograd import wanted_of
 from flashtile.backends import hopper, portable
+from flashtile.backends.hopper import calls as hopper_calls
 from flashtile.backends.hopper import launch as hopper_launch
 from flashtile.backends.portable import cached as portable_cached
 from flashtile.backends.portable import launch as portable_launch
@@ -61,7 +62,8 @@ class Counter:
         """One forward and one backward pass."""
         inputs, options = build(q, k, v, Arguments(**given), packing)
         launch, there = LAUNCHES[backend], getattr(self, backend)
-        machine: Any = launch.Machine(there, True) if backend == "portable" else launch.Machine(there, 132)
+        portable = backend == "portable"
+        machine: Any = portable_launch.Machine(there, True) if portable else hopper_calls.Machine(there, 132)
         problem = describe(inputs, options)
         out, lse = launch.forward(inputs, problem, CONFIGURE[backend](problem), machine)
         problem = describe(inputs, options, backward=True, wanted=wanted_of(inputs))

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends import hopper
-from flashtile.backends.hopper import launch
+from flashtile.backends.hopper import calls, launch
 from flashtile.kernels import aot, direct
 from flashtile.problem import describe
 from flashtile.request import Arguments, build
@@ -84,7 +84,7 @@ def test_every_parameter_gets_its_argument(
     q, k, v = (torch.zeros(1, 256, 2, 64, dtype=torch.bfloat16) for _ in range(3))
     inputs, rest = build(q, k, v, Arguments(**options))
     problem: Any = describe(inputs, rest, backward=backward)
-    machine = launch.Machine(check, 4)
+    machine = calls.Machine(check, 4)
     config: Any = hopper.configure(problem)
     if backward:
         launch.backward(inputs, problem, config, torch.zeros_like(q), torch.zeros(1, 2, 256), q, None, machine)

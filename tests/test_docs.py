@@ -1,6 +1,8 @@
 """The documentation holds: its code runs, its links lead somewhere, its ladder climbs, its tools name what exists."""
 
 import ast
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -104,6 +106,34 @@ def _run(path: Path, *arguments: str) -> str:
     done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
+
+
+def test_a_ladder_on_two_devices(tmp_path: Path) -> None:
+    """Both machines are named, and a rung that ran on both has a table of each."""
+    kept = next((ROOT / "benchmarks" / "results").glob("cpu-*/ladder/rungs.json"))
+    record = json.loads(kept.read_text())
+    other = {"device": "cuda", "name": "some GPU", "inputs": "batch 1, 8 heads"}
+    last = {"rung7_shipped": [{"case": "forward, shipped sweep", "seqlen": 8192, "ms": 0.5, "extra_bytes": 2**20}]}
+    second = {**record, "machine": {**record["machine"], **other}, "rungs": last, "inputs": other["inputs"]}
+    for folder, found in (("a", second), ("b", record)):
+        path = tmp_path / folder / "ladder" / "rungs.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(found))
+    sections = _tool("fill_docs").ladder(tmp_path)
+    assert sections["machine"].index(record["machine"]["name"]) < sections["machine"].index("some GPU, Triton")
+    assert "batch 1, 8 heads" in sections["machine"]
+    assert len(TABLE.findall(sections["rung7_shipped"])) == 2
+    assert sections["rung7_shipped"].endswith("| forward, shipped sweep | 8192 | 0.5 | 1 MiB |")
+    assert len(TABLE.findall(sections["rung6_states"])) == 1
+
+
+def _tool(name: str) -> Any:
+    found = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 TABLE = re.compile(r"^\| what \|.*time, ms \| extra memory \|$", re.MULTILINE)

@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 from flashtile import cli
-from flashtile.bench.paper import experiment, kernels, page
+from flashtile.bench.paper import drawing, experiment, kernels, page
 from flashtile.bench.paper.experiment import Figures, Pair, Row, Setting
 from flashtile.bench.paper.rows import ROWS
-from flashtile.bench.paper.worker import Worker
+from flashtile.bench.paper.worker import Worker, rehearse
 from tests import conformance
 
 QUICK = Setting("cpu", torch.float32, quick=True, seconds=0.0)
@@ -103,6 +103,20 @@ def _breaks(name: str) -> Row:
 BREAKING = {name: _breaks(name) for name in ("works", "ends", "raises", "hangs")}
 
 
+def _tells(name: str) -> Row:
+    """A row that writes down where and how it was run."""
+
+    def measure(setting: Setting, note: Any) -> Figures:
+        told = f"{os.getpid()} {setting.rehearsal} {setting.seconds} {setting.batch(8, 2)}"
+        Path(os.environ["REHEARSED"], name).write_text(told)
+        raise RuntimeError("what comes of it does not matter")
+
+    return _row(name=name, measure=measure)
+
+
+REHEARSED = {name: _tells(name) for name in ("one", "two", "three")}
+
+
 class TestWorker:
     def test_rows_are_apart(self) -> None:
         """One that ends its process or hangs costs its own figures; the next one gets a new process."""
@@ -122,6 +136,21 @@ class TestWorker:
         assert hung is not None
         assert (hung["status"], hung["reason"]) == ("failed", "took longer than 0 s")
         assert said[:4] == ["begun"] * 4
+
+    def test_a_rehearsal_keeps_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every row runs, those that fail too, in processes of their own that are told that it is one."""
+        monkeypatch.setenv("REHEARSED", str(tmp_path))
+        rehearse(list(REHEARSED.values()), QUICK, 2, 60.0, f"{__name__}:REHEARSED")
+        told = {path.name: path.read_text().split() for path in tmp_path.iterdir()}
+        assert {name: rest for name, (_, *rest) in told.items()} == {name: ["True", "0.0", "1"] for name in REHEARSED}
+        processes = {process for process, *_ in told.values()}
+        assert 1 <= len(processes) <= 2
+        assert str(os.getpid()) not in processes
+
+    def test_a_rehearsal_ends(self) -> None:
+        begin = time.monotonic()
+        rehearse([BREAKING["hangs"]], QUICK, 2, 0.2, f"{__name__}:BREAKING")
+        assert time.monotonic() - begin < 20
 
     def test_settings_travel(self) -> None:
         assert experiment.loaded(experiment.dumped(QUICK)) == QUICK
@@ -151,6 +180,26 @@ class TestPage:
         (plot,) = (docs / "benchmarks").glob("*-paper.png")
         assert f"(benchmarks/{plot.name})" in text
         assert plot.read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.usefixtures("rows")
+    def test_older_rows_are_dated(self, tmp_path: Path) -> None:
+        """A record made in parts says when and of what the rows were measured that its last run left."""
+        setting = Setting("cpu", torch.float32, seconds=0.0)
+        folders = (tmp_path / "results", tmp_path / "docs")
+        page.run(["slow"], setting, *folders)
+        (path,) = folders[0].glob("*/paper/rows.json")
+        record = json.loads(path.read_text())
+        assert record["rows"][0]["date"][:10] == record["machine"]["date"][:10]
+        # As in records from before rows had dates: theirs is the record's.
+        del record["rows"][0]["date"], record["rows"][0]["commit"]
+        record["machine"] |= {"date": "2026-01-02T03:04:05+00:00", "source": {"commit": "abcdef0123", "dirty": False}}
+        path.write_text(json.dumps(record))
+        page.run(["any"], setting, *folders)
+        slow, other = (
+            line for line in (tmp_path / "docs" / "paper.md").read_text().splitlines() if line[2:6] in ("Slow", "Any ")
+        )
+        assert "x, not met (2026-01-02 03:04 at abcdef0) |" in slow
+        assert "(20" not in other
 
     @pytest.mark.usefixtures("rows")
     def test_kept_row_by_row(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +266,19 @@ class TestPage:
         entry["figures"]["ratio"] = 3.5
         assert page.table([entry]).rows[0][2] == "3.50x"
 
+    def test_memory_is_shown(self, tmp_path: Path) -> None:
+        """At the peak of a row, and of attention alone as a curve."""
+        entry = experiment.run(_row(claimed=None), QUICK)
+        entry["figures"]["details"] = {"peak_bytes": {"baseline": 3 * 2**30, "ours": 2**20}}
+        assert page.table([entry]).rows[0][-1] == "s; beside weights and inputs it takes 3 GiB and 1 MiB"
+        curve = {"baseline": {"1024": 2**30, "2048": 2**32}, "ours": {"1024": 2**20, "2048": 2**21, "4096": 2**22}}
+        entry["figures"]["details"] = {"peak_bytes": curve}
+        assert page.table([entry]).rows[0][-1] == "s"
+        path = drawing.memory(entry, tmp_path / "memory.png")
+        assert path is not None
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert drawing.memory({**entry, "status": "failed"}, path) is None
+
     @pytest.mark.usefixtures("rows")
     def test_quick_runs_make_no_page(self, tmp_path: Path) -> None:
         assert page.run(["any"], QUICK, tmp_path / "results", tmp_path / "docs") == 0
@@ -242,7 +304,7 @@ class TestCommand:
         assert "paper: got the CPU, need a GPU for models of these sizes; try --device cuda" in capsys.readouterr().err
 
     def test_quick(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        folders = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
+        folders = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs"), "--processes", "2"]
         assert cli.main(["bench", "paper", "--quick", "--seconds", "0", "--rows", "fa2-forward", *folders]) == 0
         assert "fa2-forward" in capsys.readouterr().out
         (record,) = (tmp_path / "results").glob("*/paper/rows.json")

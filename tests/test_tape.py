@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile.backends import hopper
-from flashtile.backends.hopper import launch
+from flashtile.backends.hopper import calls, launch
 from flashtile.kernels.tape import Tape, perform
 from flashtile.kernels.words import Rows, Stats
 from flashtile.problem import Inputs, Options, describe
@@ -189,7 +189,7 @@ def test_saved_tensors_may_come_back_with_other_strides() -> None:
     q = torch.randn(1, 2, 64, 64).bfloat16().transpose(1, 2)
     k, out, lse = q.contiguous(), q.contiguous(), torch.zeros(1, 2, 64)
     back: Any = describe(Inputs(q, k, k), Options(scale=0.1), backward=True)
-    machine, memory, config = launch.Machine(note, 132), dict[Any, Any](), hopper.configure(back)
+    machine, memory, config = calls.Machine(note, 132), dict[Any, Any](), hopper.configure(back)
     for saved, launched in ((q, 3), (q, 3), (q, 0), (q.contiguous(), 3), (q, 0)):
         asked.clear()
         inputs = Inputs(saved, k.clone(), k.clone())
@@ -207,7 +207,7 @@ def test_hopper_launches_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(function.fn.__name__)
         return kernel
 
-    machine = launch.Machine(note, 132)
+    machine = calls.Machine(note, 132)
     problem = describe(Inputs(*(torch.empty(1, 64, 2, 64, dtype=torch.bfloat16),) * 3), Options(scale=0.1))
     config: Any = hopper.configure(problem)
     back = describe(Inputs(*(torch.empty(1, 64, 2, 64, dtype=torch.bfloat16),) * 3), Options(scale=0.1), backward=True)

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flashtile.bench import records, tables
 from flashtile.bench.memory import gib
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT / "docs" / "ladder"))
 sys.path.insert(0, str(ROOT / "tools"))
 
 from amd_tables import sections as amd  # noqa: E402
-from measure import table  # noqa: E402
+from measure import PLACES, table  # noqa: E402
 
 
 def fill(text: str, sections: Mapping[str, str]) -> str:
@@ -39,18 +40,36 @@ def fill(text: str, sections: Mapping[str, str]) -> str:
     return re.sub(r"<!-- (\w+):begin -->\n.*?<!-- \1:end -->", section, text, flags=re.DOTALL)
 
 
-def ladder() -> dict[str, str]:
-    """The machine's description, and one table a rung, of the first record there is."""
-    found = sorted(RESULTS.glob("*/ladder/rungs.json"))
+def ladder(results: Path = RESULTS) -> dict[str, str]:
+    """What was measured where, and one table a rung and device, the CPU's first."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*/ladder/rungs.json"))]
+    found.sort(key=lambda record: record["machine"]["device"] != "cpu")
     if not found:
         return {}
-    record = json.loads(found[0].read_text())
+    sections: dict[str, list[str]] = {}
+    for record in found:
+        for name, rows in record["rungs"].items():
+            title = [f"On {record['machine']['name']}:"] if len(found) > 1 else []
+            sections.setdefault(name, []).append("\n\n".join([*title, table(rows)]))
+    described = {"machine": [_measured(record) for record in found], **sections}
+    return {name: "\n\n".join(parts) for name, parts in described.items()}
+
+
+def _measured(record: dict[str, Any]) -> str:
+    """On what a record of the ladder was measured, and how."""
     machine = record["machine"]
     versions, source = machine["versions"], machine["source"]
     commit = f", commit {source['commit'][:7]}" if source["commit"] else ""
+    # A record from before there was more than one place does not say what its inputs were.
+    inputs = record.get("inputs", str(PLACES["cpu"]))
+    when = f"PyTorch {versions['torch']}, {machine['date'][:10]}{commit}: {inputs}"
+    if machine["device"] != "cpu":
+        return (
+            f"Measured on {machine['name']}, Triton {versions['triton']}, {when}, except where the row says otherwise. "
+            "Times are medians between events on the GPU's stream, of calls in a row."
+        )
     described = (
-        f"Measured on one thread of {machine['name']} (vectors: {machine['cpu_capability']}), PyTorch "
-        f"{versions['torch']}, {machine['date'][:10]}{commit}: batch 1, 2 heads, headdim 64, float32, except where the "
+        f"Measured on one thread of {machine['name']} (vectors: {machine['cpu_capability']}), {when}, except where the "
         "row says otherwise. Times are medians of CPU time. Extra memory is the peak of PyTorch's allocations beyond "
         "inputs and results."
     )
@@ -59,7 +78,7 @@ def ladder() -> dict[str, str]:
         described += (
             f" The machine had other work (load {record['load']:.1f} on {machine['cores']} cores): read times roughly."
         )
-    return {"machine": described, **{name: table(rows) for name, rows in record["rungs"].items()}}
+    return described
 
 
 def bench() -> dict[str, str]:

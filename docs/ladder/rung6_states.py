@@ -11,13 +11,13 @@ Two uses, both exact. *Split-KV*: one query against a long cache is a single row
 busy; cut the keys into splits, attend to all of them side by side, merge. *Shared prefix*: many continuations of one
 prompt attend to the same keys; let all their queries read the prefix together, once, and merge each with its own part.
 
-Run me: python docs/ladder/rung6_states.py [--quick]
+Run me: python docs/ladder/rung6_states.py [--quick] [--device cuda]
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
-from measure import Row, agree, inputs, main, row
+from measure import Row, agree, here, inputs, main, row
 from torch import Tensor
 
 import flashtile
@@ -63,18 +63,18 @@ def check() -> None:
 
 
 def measure(seqlens: Sequence[int]) -> Iterator[Row]:
-    seqlen = 8 * seqlens[-1]
+    seqlen = here().cache * seqlens[-1]
     _, k, v = inputs(seqlen, heads=1)
     q = inputs(1, heads=1)[0]
-    for splits in (1, 2, 8):
+    for splits in here().splits:
         yield row(f"one query, one head, {splits} splits", seqlen, lambda splits=splits: split_kv(q, k, v, splits))
     seqlen = seqlens[-1]
     _, k, v = inputs(seqlen)
-    q, own_k, own_v = inputs(64, batch=8)
+    q, own_k, own_v = inputs(64, batch=here().continuations)
     for name, function in (("copied", copied_prefix), ("shared", shared_prefix)):
         call = lambda function=function: function(q[:, -1:], (k, v), (own_k, own_v))  # noqa: E731
-        yield row(f"8 continuations, prefix {name}", seqlen, call)
+        yield row(f"{len(q)} continuations, prefix {name}", seqlen, call)
 
 
 if __name__ == "__main__":
-    main("Rung 6: states", check, measure)
+    main("Rung 6: states", check, measure, devices=("cpu", "cuda"))

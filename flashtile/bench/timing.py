@@ -100,15 +100,15 @@ def one_round(bound: Bound, device: str, samples: Samples) -> float:
 def _one_round_on_gpu(bound: Bound, samples: Samples) -> float:
     """The same by the GPU's clock; each figure is the mean of calls in a row."""
     out = bound.forward()
-    samples.forward.append(_burst(samples, "forward", bound.forward))
+    samples.forward.append(burst(samples, "forward", bound.forward))
     if not bound.peer.trains:
         return samples.forward[-1] * REPEATS
-    samples.backward.append(_burst(samples, "backward", lambda: bound.backward(out, keep=True)))
+    samples.backward.append(burst(samples, "backward", lambda: bound.backward(out, keep=True)))
     return (samples.forward[-1] + samples.backward[-1]) * REPEATS
 
 
-def _burst(samples: Samples, which: str, call: Callable[[], Any]) -> float:
-    """Seconds a call, of as many in a row as earlier rounds ask for."""
+def burst(samples: Samples, which: str, call: Callable[[], Any]) -> float:
+    """Seconds a call by the GPU's clock, of as many in a row as earlier rounds ask for."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     known = samples.of(which)
     repeats = max(REPEATS, round(BURST / known[-1])) if known else REPEATS

@@ -32,6 +32,9 @@ def add_bench(commands: Any) -> None:
     command.add_argument("--seconds", type=float, default=10.0, help="time for each peer and case; default %(default)s")
     command.add_argument("--rows", nargs="+", metavar="row", help="of paper; default: all")
     command.add_argument("--budget", type=float, metavar="SECONDS", help="of paper, for all rows; default: no end")
+    command.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="of paper: that build kernels side by side; default 1"
+    )
     command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
     scaling.add_scaling(command)
 
@@ -77,8 +80,8 @@ def _paper(given: argparse.Namespace) -> int:
         raise UsageError("paper: got the CPU, need a GPU for models of these sizes; try --device cuda, or --quick")
     need_device(given.device)
     setting = Setting(given.device, getattr(torch, given.dtype[0]), given.quick, given.seconds)
-    apart = not given.quick
-    return page.run(names, setting, given.results, given.docs, budget=given.budget, apart=apart)
+    more = {"budget": given.budget, "apart": not given.quick, "processes": given.processes}
+    return page.run(names, setting, given.results, given.docs, **more)
 
 
 def _bench_settings(given: argparse.Namespace) -> Any:

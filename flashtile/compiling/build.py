@@ -13,6 +13,7 @@ from flashtile.autograd import wanted_of
 from flashtile.backends import hopper, portable
 from flashtile.backends.hopper import cached as hopper_cached
 from flashtile.backends.hopper import launch as hopper_launch
+from flashtile.backends.hopper.calls import Machine as HopperMachine
 from flashtile.backends.portable import cached as portable_cached
 from flashtile.backends.portable import launch as portable_launch
 from flashtile.compiling import matrix, usage
@@ -165,7 +166,7 @@ def _tiles(config: Any) -> tuple[int, ...]:
     return config.tile_q, config.tile_kv, 4 * config.consumers, config.stages
 
 
-def _compiling(entry: Entry, tiles: tuple[int, ...], found: list[Row]) -> hopper_launch.Machine:
+def _compiling(entry: Entry, tiles: tuple[int, ...], found: list[Row]) -> HopperMachine:
     """A machine that compiles what it is to launch, and adds a row."""
 
     def compile_instead(kernel: Any, programs: int, arguments: Any, options: dict[str, Any]) -> None:
@@ -175,7 +176,7 @@ def _compiling(entry: Entry, tiles: tuple[int, ...], found: list[Row]) -> hopper
         _measure(row, kernel, given, options)
         found.append(row)
 
-    return hopper_launch.Machine(compile_instead, 1)
+    return HopperMachine(compile_instead, 1)
 
 
 def _named(entry: Entry, backend: str, kernel: Any, tiles: tuple[int, ...]) -> Row:

@@ -8,6 +8,7 @@ Two biases are added to the scores, one over keys and one over pairs that all ro
 bias goes in as `bias`, the other as a function of the score that reads it, and both get gradients in their own shapes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def evoformer_attention(q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor
     )
     outs = [_entry(*entry) for entry in zip(*rows, of_keys, of_pairs, strict=True)]
     if len(outs) == 1:
-        return outs[0].expand(*leading, *outs[0].shape)
+        return outs[0].reshape(*leading, *outs[0].shape)
     if not outs:
         # No batch entry: nothing to compute, and gradients of zero for whoever asks.
         return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * sum(tensor.sum() for tensor in (q, k, v))
@@ -75,16 +76,18 @@ def triangle_attention(
         (batch, rows, heads, seqlen, headdim), stored with the sequence before the heads.
     """
     check.triangle(q, k, v, bias, mask)
+    parts = [_entries(tensor, q.shape[:1]) for tensor in (q, k, v, bias)]
+    masks = [None] * len(q) if mask is None else _entries(mask, q.shape[:1])
     outs = [
         attention(
-            q[index].transpose(1, 2),
-            k[index].transpose(1, 2),
-            v[index].transpose(1, 2),
-            bias=bias[index],
-            mask=None if mask is None else mask[index],
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            bias=pairs,
+            mask=allowed,
             scale=scale,
         ).transpose(1, 2)
-        for index in range(len(q))
+        for queries, keys, values, pairs, allowed in zip(*parts, masks, strict=True)
     ]
     return outs[0][None] if len(outs) == 1 else torch.stack(outs) if outs else torch.zeros_like(v)
 
@@ -158,8 +161,10 @@ def _sorted(q: Tensor, k: Tensor, biases: Sequence[Tensor | None]) -> tuple[Tens
 
 
 def _entries(tensor: Tensor, leading: Sequence[int]) -> list[Tensor]:
-    """The (rows, ...) of every batch entry."""
-    return list(tensor.expand(*leading, *tensor.shape[-4:]).flatten(0, len(leading) - 1)) if leading else [tensor]
+    """The (rows, ...) of every batch entry; a single one by a view, for a part's gradient is a copy of the whole's."""
+    if math.prod(leading) == 1:
+        return [tensor.reshape(tensor.shape[-4:])]
+    return list(tensor.expand(*leading, *tensor.shape[-4:]).flatten(0, len(leading) - 1))
 
 
 def _entry(q: Tensor, k: Tensor, v: Tensor, over_keys: Tensor | None, over_pairs: Tensor | None) -> Tensor:

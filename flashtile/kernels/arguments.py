@@ -52,9 +52,14 @@ def empty_stats(shape: Sequence[int], fill: float, device: torch.device, written
     return torch.full((*shape[:-1], rows), fill, dtype=torch.float32, device=device)[..., : shape[-1]]
 
 
+def is_padded(tensor: Tensor) -> bool:
+    """Whether `stats_of` takes a dense (batch, heads, seqlen) or packed (heads, total) tensor as it is."""
+    return tensor.stride(-1) == 1 and not any(stride % PADDED for stride in tensor.stride()[:-1])
+
+
 def padded(tensor: Tensor, fill: float) -> Tensor:
-    """A dense (batch, heads, seqlen) or packed (heads, total) tensor as `stats_of` takes it."""
-    if tensor.stride(-1) == 1 and not any(stride % PADDED for stride in tensor.stride()[:-1]):
+    """Such a tensor, or a copy that is one."""
+    if is_padded(tensor):
         return tensor
     return empty_stats(tensor.shape, fill, tensor.device).copy_(tensor)
 

@@ -1,6 +1,6 @@
 """The gradient of a bias, in its own shape: no full-size memory, sums in a fixed order."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,41 +16,63 @@ from flashtile.kernels.words import Place
 from flashtile.problem import Problem
 from flashtile.scores import four_dimensions
 
+PROGRAMS = 1024
+"""Of the kernel, up to which the entries that share a bias are shared out among more of them: enough for any GPU."""
 
-def add_gradient(
-    problem: Problem, total: Tensor, tile_q: int, tile_kv: int, launch: Callable[[int, dict[str, Any]], None]
-) -> None:
-    """Adds the gradient to `total`. `launch`: runs `bias_kernel`, as many programs, with what is said here of its
-    arguments."""
-    if not problem.batch:
-        return
-    total = four_dimensions(total)
-    rows, columns = total.shape[2:]
-    longest_q = rows if rows > 1 else problem.max_seqlen_q or problem.seqlen_q
-    longest_k = columns if columns > 1 else problem.max_seqlen_k or problem.seqlen_kv
-    sum_keys = columns == 1 and longest_k > 1
-    sum_queries = rows == 1 and longest_q > 1 and not sum_keys
-    if sum_keys or sum_queries:
-        # One row of partial sums an entry and head, so that there are enough programs.
-        grid_rows, grid_columns = (longest_q, 1) if sum_keys else (1, longest_k)
-        partial = torch.zeros((problem.batch, problem.heads, grid_rows, grid_columns), device=total.device)
-    else:
-        partial = total
-    tiles_q, tiles_k = -(-longest_q // tile_q), -(-longest_k // tile_kv)
-    count = tiles_q if sum_keys else tiles_k if sum_queries else tiles_q * tiles_k
-    given = {
-        "grad": grid_of(partial),
-        "size": size_of(problem, partial.shape[1], count),
-        "heads": problem.heads // partial.shape[1],
-        "batches": problem.batch // partial.shape[0],
-        "tiles_q": tiles_q,
-        "tiles_k": tiles_k,
-        "SUM_QUERIES": sum_queries,
-        "SUM_KEYS": sum_keys,
-    }
-    launch(count * partial.shape[0] * partial.shape[1], given)
-    if partial is not total:
-        total += partial.sum_to_size(total.shape)
+LEAST = 8
+"""Entries that one sums up at least, so that partial sums take an eighth of a full-size bias, and mostly far less."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A gradient that is added to `total`, through `partial`, which may be the same memory; `given`: what the kernel
+    is told of it, `programs`: how many of it."""
+
+    total: Tensor
+    partial: Tensor
+    given: dict[str, Any]
+    programs: int
+
+    @classmethod
+    def of(cls, problem: Problem, total: Tensor, tile_q: int, tile_kv: int) -> "Sums":
+        """For tiles of so many queries and keys."""
+        total = four_dimensions(total)
+        rows, columns = total.shape[2:]
+        longest_q = rows if rows > 1 else problem.max_seqlen_q or problem.seqlen_q
+        longest_k = columns if columns > 1 else problem.max_seqlen_k or problem.seqlen_kv
+        sum_keys = columns == 1 and longest_k > 1
+        sum_queries = rows == 1 and longest_q > 1 and not sum_keys
+        tiles_q, tiles_k = -(-longest_q // tile_q), -(-longest_k // tile_kv)
+        count = tiles_q if sum_keys else tiles_k if sum_queries else tiles_q * tiles_k
+        if sum_keys or sum_queries:
+            # One row of partial sums an entry and head, so that there are enough programs.
+            grid_rows, grid_columns = (longest_q, 1) if sum_keys else (1, longest_k)
+            partial = torch.zeros((problem.batch, problem.heads, grid_rows, grid_columns), device=total.device)
+        else:
+            parts = parts_of(problem.batch // total.shape[0], count * total.shape[0] * total.shape[1])
+            partial = total if parts == 1 else torch.empty((parts, *total.shape[1:]), device=total.device)
+        given = {
+            "grad": grid_of(partial),
+            "size": size_of(problem, partial.shape[1], count),
+            "heads": problem.heads // partial.shape[1],
+            "batches": -(-problem.batch // partial.shape[0]),
+            "entries": problem.batch,
+            "tiles_q": tiles_q,
+            "tiles_k": tiles_k,
+            "SUM_QUERIES": sum_queries,
+            "SUM_KEYS": sum_keys,
+        }
+        return cls(total, partial, given, count * partial.shape[0] * partial.shape[1])
+
+    def join(self) -> None:
+        """Once the kernel has run."""
+        if self.partial is not self.total:
+            self.total.add_(self.partial.sum_to_size(self.total.shape))
+
+
+def parts_of(sharing: int, programs: int) -> int:
+    """Into how many parts the entries that share a bias are cut, each with a sum and programs of its own."""
+    return max(1, min(sharing // LEAST, PROGRAMS // max(1, programs)))
 
 
 @triton.jit
@@ -82,6 +104,16 @@ def bias_tile(
 
 
 @triton.jit
+def reach(place, rules, first_row, first_key, META: tl.constexpr):
+    """(the first key that a tile's queries see, where the last one ends, whether any lies in the tile)."""
+    last_row = tl.minimum(first_row + META.tile_q, place.seqlen_q) - 1
+    diagonal = diagonal_of(place, META.window_top_left)
+    begin_key, end_key = key_range(rules.window, diagonal, first_row, last_row, place.seqlen_k)
+    seen = (first_row < place.seqlen_q) & (first_key < end_key) & (first_key + META.tile_kv > begin_key)
+    return begin_key, end_key, seen
+
+
+@triton.jit
 def store_bias(grad, i_batch, i_head, first_row, first_key, b_sum, SUM_QUERIES: tl.constexpr, SUM_KEYS: tl.constexpr):
     """A tile of the gradient, or the row or column that its sum is."""
     rows = number_of(grad.rows)
@@ -98,15 +130,16 @@ def store_bias(grad, i_batch, i_head, first_row, first_key, b_sum, SUM_QUERIES: 
         tl.store(pointers, b_sum, mask=(o_query < rows)[:, None] & (o_key < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["heads", "batches", "tiles_q", "tiles_k"])
+@triton.jit(do_not_specialize=["heads", "batches", "entries", "tiles_q", "tiles_k"])
 def bias_kernel(
-    q, k, v, grad_out, lse, delta, grad, packing, size, rules, heads, batches, tiles_q, tiles_k,
+    q, k, v, grad_out, lse, delta, grad, packing, size, rules, heads, batches, entries, tiles_q, tiles_k,
     META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, MASK: tl.constexpr,
     SUM_QUERIES: tl.constexpr, SUM_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the bias's gradient: the sum of dS over the entries and heads (or queries, or keys) that share it.
 
-    `size.heads`, `size.tiles`: heads, and tiles of one head, of `grad`. `heads`, `batches`: how many of each share one.
+    `size.heads`, `size.tiles`: heads, and tiles of one head, of `grad`. `heads`, `batches`: how many of each share one,
+    of `entries` in all.
     """
     TILE_Q: tl.constexpr = META.tile_q
     TILE_KV: tl.constexpr = META.tile_kv
@@ -116,19 +149,33 @@ def bias_kernel(
     i_tile_k = i_tile % across
     b_sum = tl.zeros([TILE_Q, TILE_KV], tl.float32)
     steps = tiles_q if SUM_QUERIES else (tiles_k if SUM_KEYS else 1)
-    for i_member in tl.range(0, batches * heads):
-        i_batch = i_batch_grad + i_member // heads
+    first = i_batch_grad * batches
+    # One loop, so that tiles come while those before are worked on. Where all entries are of one length a tile that
+    # the window hides is hidden in all of them, and nothing is asked in there.
+    ALIKE: tl.constexpr = not SUM_QUERIES and not SUM_KEYS and packing.sequences is None
+    members = tl.minimum(batches, entries - first) * heads
+    if ALIKE:
+        _, _, seqlen_q, seqlen_k = lengths_of(packing, size, 0)
+        place = Place(0, 0, i_tile, 0, 0, seqlen_q, seqlen_k)
+        _, _, seen = reach(place, rules, i_tile_q * TILE_Q, i_tile_k * TILE_KV, META)
+        members = tl.where(seen, members, 0)
+    for i_turn in tl.range(0, members * steps):
+        i_member = i_turn // steps
+        i_step = i_turn % steps
+        i_batch = first + i_member // heads
         first_q, first_k, seqlen_q, seqlen_k = lengths_of(packing, size, i_batch)
         place = Place(i_batch, i_head_grad + i_member % heads, i_tile, first_q, first_k, seqlen_q, seqlen_k)
-        for i_step in tl.range(0, steps):
-            first_row = (i_step if SUM_QUERIES else i_tile_q) * TILE_Q
-            first_key = (i_step if SUM_KEYS else i_tile_k) * TILE_KV
-            last_row = tl.minimum(first_row + TILE_Q, seqlen_q) - 1
-            diagonal = diagonal_of(place, META.window_top_left)
-            begin_key, end_key = key_range(rules.window, diagonal, first_row, last_row, seqlen_k)
-            if (first_row < seqlen_q) & (first_key < end_key) & (first_key + TILE_KV > begin_key):
-                b_sum += bias_tile(
-                    q, k, v, grad_out, lse, delta, place, rules, first_row, first_key, begin_key, end_key,
-                    META, SCORE, DERIVATIVE, MASK,
-                )  # fmt: skip
+        first_row = (i_step if SUM_QUERIES else i_tile_q) * TILE_Q
+        first_key = (i_step if SUM_KEYS else i_tile_k) * TILE_KV
+        begin_key, end_key, seen = reach(place, rules, first_row, first_key, META)
+        if ALIKE:
+            b_sum += bias_tile(
+                q, k, v, grad_out, lse, delta, place, rules, first_row, first_key, begin_key, end_key,
+                META, SCORE, DERIVATIVE, MASK,
+            )  # fmt: skip
+        elif seen:
+            b_sum += bias_tile(
+                q, k, v, grad_out, lse, delta, place, rules, first_row, first_key, begin_key, end_key,
+                META, SCORE, DERIVATIVE, MASK,
+            )  # fmt: skip
     store_bias(grad, i_batch_grad, i_head_grad, i_tile_q * TILE_Q, i_tile_k * TILE_KV, b_sum, SUM_QUERIES, SUM_KEYS)

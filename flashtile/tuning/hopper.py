@@ -104,6 +104,27 @@ class BackwardConfig(NamedTuple):
     queries: QueryConfig | None = None
 
 
+class BiasConfig(NamedTuple):
+    """Of the kernel of a bias's gradient, which a compiler pipelines. tile: queries and keys of a tile; stages: entries
+    in flight; registers: of a thread at most, for two programs to run side by side."""
+
+    tile: int
+    warps: int
+    stages: int
+    registers: int = 255
+
+    def options(self) -> dict[str, int]:
+        """For the compiler."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+BIAS = (
+    (64, BiasConfig(tile=64, warps=8, stages=3, registers=128)),
+    (128, BiasConfig(tile=64, warps=8, stages=2)),
+    (256, BiasConfig(tile=64, warps=8, stages=1)),
+)
+"""By head dimension, as many stages as shared memory holds; chosen by spills and by what runs side by side alone."""
+
 Config = HopperConfig | BackwardConfig | QueryConfig
 
 QUERIES = (
@@ -147,6 +168,12 @@ def backward_config(headdim: int, kind: str, apart: bool = False) -> BackwardCon
     return config._replace(queries=_fitting(QUERIES, headdim)) if apart else config
 
 
+def bias_config(headdim: int) -> BiasConfig:
+    """That for heads of this many columns, the wider of keys and values."""
+    config: BiasConfig = _fitting(BIAS, headdim)
+    return config
+
+
 def forward_configs(headdim: int, kind: str) -> dict[int | None, HopperConfig]:
     """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD`, by `longest`."""
     rows = FORWARD[kind]
@@ -177,7 +204,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "mask_mod": 30,
         "varlen": 20,
         "fp8_heads": 10,
-        "fp8_mask_mod": 300,
+        "fp8_mask_mod": 20,
     },
     ("forward_kernel", 256): {
         "dropout": 20,
@@ -187,19 +214,18 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "softcap": 20,
         "score_mod": 20,
         "table": 90,
-        "mask_mod": 580,
-        "varlen": 530,
+        "mask_mod": 110,
+        "varlen": 100,
         "fp8": 30,
         "fp8_causal": 30,
         "fp8_heads": 60,
         "fp8_softcap": 30,
-        "fp8_mask_mod": 590,
+        "fp8_mask_mod": 30,
         "deterministic": 20,
     },
     ("latent_kernel", 576): {"decode_some": 20, "decode_some_fp8": 30},
-    ("bias_kernel", 64): {"bias": 20},
-    ("bias_kernel", 128): {"bias": 20},
-    ("bias_kernel", 256): {"bias": 140},
+    ("bias_kernel", 64): {"bias": 10},
+    ("bias_kernel", 256): {"bias": 30},
     ("backward_kernel", 64): {
         "dropout": 10,
         "plain": 50,

@@ -12,8 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashtile import plan
 from flashtile.backends import hopper
-from flashtile.backends.hopper import launch
-from flashtile.backends.hopper.launch import Machine
+from flashtile.backends.hopper import calls
+from flashtile.backends.hopper.calls import Machine
 from flashtile.kernels import aot
 from tools.ptx_emulation import TensorMap, emulate_kernel
 
@@ -52,7 +52,7 @@ def emulated(schedule: dict[str, Any], processors: int = 2) -> Iterator[Emulated
     with (
         patch.object(hopper, "unavailable", lambda: None),
         patch.object(hopper, "DEVICE", "cpu"),
-        patch.object(launch, "DEVICE", there.machine),
+        patch.object(calls, "DEVICE", there.machine),
     ):
         yield there
     plan.choose.cache_clear()

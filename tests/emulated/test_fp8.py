@@ -62,10 +62,11 @@ def test_tiles(config: HopperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     _run(Eight("tiles", eight.dense(1, 200, 333, 2, 1, 64), "block", {"causal": True}), SWEEP[-1])
 
 
-def test_nan_of_padding_does_not_spread() -> None:
+@pytest.mark.parametrize("headdim", [64, 256])
+def test_nan_of_padding_does_not_spread(headdim: int) -> None:
     """What a mask hides is no number; it is rounded to one that is none."""
     used = torch.tensor([90])
-    q, k, v = Eight("padding", eight.dense(1, 150, 150, 1, 1, 64)).tensors()
+    q, k, v = Eight("padding", eight.dense(1, 150, 150, 1, 1, headdim)).tensors()
     k[:, 90:], v[:, 90:] = 0.0, 0.0
     found = []
     for poison in (0.0, torch.nan, torch.inf):

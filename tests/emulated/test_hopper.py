@@ -8,8 +8,8 @@ from torch import Tensor
 
 import flashtile
 from flashtile import masks
-from flashtile.backends.hopper import launch
-from flashtile.kernels import bits, visits
+from flashtile.backends.hopper import calls
+from flashtile.kernels import bias, bits, visits
 from flashtile.tuning import hopper as tables
 from flashtile.tuning.hopper import BackwardConfig, HopperConfig
 from tests import conformance, invariance, oracle
@@ -70,6 +70,16 @@ def _cases() -> list[Any]:
 def _marks(name: str, twin: int = 0) -> list[Any]:
     """Not under the oldest Triton: problems whose kernels others reach, and all dtypes of one but the first in half."""
     return [] if name in EACH_KERNEL and twin <= 1 else [pytest.mark.newest_triton]
+
+
+def test_a_bias_that_entries_share_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three entries, two of them summed up by some programs and one by others; more than are in flight at once."""
+    monkeypatch.setattr(bias, "LEAST", 1)
+    monkeypatch.setattr(bias, "PROGRAMS", 2)
+    problem = Problem(dense(3, 20, 30, 1, 1, 16), torch.bfloat16, bias=(False, True, True, True))
+    with emulated(SWEEP[0]) as device:
+        oracle.check(problem.call("cpu"), "hopper")
+    assert device.complaints == []
 
 
 @pytest.mark.parametrize(("case", "dtype"), _cases())
@@ -192,7 +202,7 @@ def test_backward_tiles(config: BackwardConfig, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tables, "BACKWARD", dict.fromkeys(tables.BACKWARD, ((128, config),)))
     case = _case("causal", dense(1, 150, 200, 3, 3, 64), "causal")
     # Tiles of two heads are handed out together, then those of the third.
-    monkeypatch.setattr(launch, "CACHED", 2 * 150 * 64 * (2 + 2 + 4))
+    monkeypatch.setattr(calls, "CACHED", 2 * 150 * 64 * (2 + 2 + 4))
     for schedule in (SWEEP[0], SWEEP[-1]):
         with emulated(schedule) as device:
             conformance.check_case(case, torch.bfloat16, "hopper", "cpu")
@@ -205,11 +215,12 @@ def _results(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[Tensor]:
     return [state.out, state.lse, *torch.autograd.grad(state.out.float().square().sum(), leaves)]
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_what_a_mask_hides_may_be_anything(poison: float) -> None:
+@pytest.mark.parametrize(("poison", "heads", "headdim"), [(torch.nan, 2, 64), (torch.inf, 2, 64), (torch.nan, 1, 256)])
+def test_what_a_mask_hides_may_be_anything(poison: float, heads: int, headdim: int) -> None:
     """Padding of keys and values, whose first rows share a tile with what is seen."""
     used = torch.tensor([90])
-    q, k, v = torch.randn(3, 1, 150, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(3, 1, 150, heads, headdim, generator=generator).bfloat16()
     k[:, 90:], v[:, 90:] = 0.0, 0.0
     with emulated(SWEEP[0]):
         clean = _results(q, k, v, mask=lambda b, h, q_idx, kv_idx: kv_idx < used[b])

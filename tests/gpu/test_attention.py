@@ -338,6 +338,27 @@ def test_block_masks_are_recalled(backend: str) -> None:
                 torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
 
 
+@each_backend
+@pytest.mark.parametrize("length", [256, 200])
+def test_gradients_of_a_bias_are_recalled(backend: str, length: int) -> None:
+    """Sixteen entries share it, summed up in two parts; a captured table beside it, as protein folding has both. Where
+    rows of statistics are none that its kernel reads whole, only the other kernels are on the tape."""
+    for seed in range(5):
+        tensors = [_random(16, length, 2, 32, seed=seed + 10 * i) for i in range(3)]
+        bias, table = _random(1, 2, length, length, seed=seed + 40), _random(16, length, seed=seed + 50)
+
+        def add(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, table: Tensor = table) -> Tensor:
+            return score + table[b, kv_idx]
+
+        results = []
+        for which in (backend, "pytorch"):
+            leaves = [tensor.detach().requires_grad_() for tensor in (*tensors, bias)]
+            out = flashtile.attention(*leaves[:3], bias=leaves[3], score_mod=add, backend=which)
+            results.append([out, *torch.autograd.grad(out, leaves, out.detach())])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
+
+
 def test_dropout_is_recalled() -> None:
     for seed in range(4):
         tensors = [_random(1, 200, 2, 64, seed=seed + 10 * i) for i in range(3)]

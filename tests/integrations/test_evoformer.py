@@ -110,6 +110,19 @@ class TestOperator:
         assert tensors[3].shape == (1, HEADS, LENGTH, LENGTH)
         assert tensors[4].shape == (ROWS, LENGTH)
 
+    @pytest.mark.parametrize("dims", [(1,), (1, 1)], ids=str)
+    def test_gradients_of_one_entry_are_not_copied(self, dims: tuple[int, ...]) -> None:
+        """All between the operator and its arguments are views, whose gradients are views too."""
+        leaves = [leaf.requires_grad_(name != "over_keys") for name, leaf in _leaves(*dims).items()]
+        out = evoformer_attention(*leaves[:3], leaves[3:])
+        nodes, seen = [out.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node.name() not in seen:
+                seen.add(node.name())
+                nodes += [following for following, _ in node.next_functions]
+        assert not seen & {"UnbindBackward0", "SelectBackward0", "StackBackward0", "CatBackward0"}, seen
+
     def test_the_list_stays_as_it_is(self) -> None:
         leaves = _leaves(1)
         biases = [leaves["over_keys"]]

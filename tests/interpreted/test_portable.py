@@ -8,6 +8,7 @@ import torch
 
 import flashtile
 from flashtile import plan
+from flashtile.kernels import bias
 from flashtile.tuning import portable
 from tests import conformance, oracle
 from tests.fuzz.problems import Problem
@@ -84,6 +85,16 @@ def test_unusual_numbers(options: dict[str, Any]) -> None:
 def test_a_bias_of_rows_for_each_head(full: tuple[bool, ...], shape: Shape) -> None:
     """Its gradient has a row for each head and entry, which no sum over heads joins."""
     oracle.check(Problem(shape, torch.float32, bias=full).call("cpu"), "portable")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_bias_that_entries_share_in_parts(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five entries, three of them summed up by some programs and two by others."""
+    monkeypatch.setattr(bias, "LEAST", 2)
+    assert [bias.parts_of(5, programs) for programs in (1, 512, 513, 2000)] == [2, 2, 1, 1]
+    options = (("causal", causal),)
+    problem = Problem(dense(5, 20, 39, 2, 1, 16), torch.float32, bias=(False, True, True, True), options=options)
+    oracle.check(problem.call("cpu"), "portable")
 
 
 def test_a_bias_of_no_batch_entries() -> None:

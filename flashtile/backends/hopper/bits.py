@@ -61,10 +61,16 @@ def chosen(b_words, b_values):
 
 
 @gluon.jit
+def only_chosen(b_words, b_scores):
+    """Scores, -inf where their bit is not set."""
+    return gl.where(chosen(b_words, b_scores), b_scores, float("-inf"))
+
+
+@gluon.jit
 def cut(b_scores, b_words, m_edge):
     """Scores, at an edge -inf where bits hide them."""
     if m_edge:
-        b_scores = gl.where(chosen(b_words, b_scores), b_scores, float("-inf"))
+        b_scores = only_chosen(b_words, b_scores)
     return b_scores
 
 
@@ -104,5 +110,5 @@ def cut_window(
     to compare element by element takes up to five times the instructions."""
     if m_edge:
         b_words = window_words(first_row, first_column, place, window, b_scores.shape[1], META, KEYS)
-        b_scores = gl.where(chosen(b_words, b_scores), b_scores, float("-inf"))
+        b_scores = only_chosen(b_words, b_scores)
     return b_scores

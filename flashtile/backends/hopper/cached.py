@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.backends.hopper import launch
+from flashtile.backends.hopper import calls
+from flashtile.backends.hopper.calls import Call, Machine
 from flashtile.backends.hopper.descriptors import descriptor
 from flashtile.backends.hopper.latent import latent_kernel
-from flashtile.backends.hopper.launch import Call, Machine
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.kernels import cached
 from flashtile.kernels.arguments import beside, exact, functions_of, modified, numbers_of, rows_of, rules_of, size_of
@@ -77,7 +77,7 @@ def decode(
         words = cache_of(cache)
         shared = {"rules": rules_of(inputs, problem, *arguments), "cache": words}
         meta: Any = meta_of(problem, config)
-        call = Call(machine or launch.DEVICE, tape, inputs, problem, config, meta, shared, functions)
+        call = Call(machine or calls.DEVICE, tape, inputs, problem, config, meta, shared, functions)
         _run(call, cached.append(inputs, cache, problem, words, turned, append_rows, True))
         _attend(call, cache, turned, parts)
         if splits > 1:

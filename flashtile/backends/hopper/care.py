@@ -35,28 +35,39 @@ def pointers_of(rows, i_batch, i_head, o_rows, o_columns):
 
 
 @triton.constexpr_function
+def few(META):
+    """Columns of queries, keys or values that have room in registers at a time, beside the output of a tile."""
+    return 16 if META.block_dv > 128 else 32
+
+
+@gluon.jit
+def lanes(first_key, COUNT: gl.constexpr, layout: gl.constexpr):
+    """0 to COUNT - 1. No key's number is negative, but a compiler does not know: otherwise it would find out where all
+    columns lie before it begins, even for the first tile, and have no registers to keep that in."""
+    return (first_key >> 31) + gl.arange(0, COUNT, layout)
+
+
+@triton.constexpr_function
 def half(dtype):
     """The 16-bit type that holds all numbers of a type."""
     return dtype if dtype.primitive_bitwidth == 16 else gl.bfloat16
 
 
 @gluon.jit
-def load_queries(q, place, first, META: gl.constexpr):
-    """64 queries as the left side of a product."""
-    BLOCK_D: gl.constexpr = META.block_d
-    o_rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, LEFT))
-    o_columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LEFT))
+def load_queries(q, place, first, first_key, first_column, META: gl.constexpr):
+    """A few columns of 64 queries as the left side of a product."""
+    o_rows = first + lanes(first_key, ROWS, gl.SliceLayout(1, LEFT))
+    o_columns = first_column + lanes(first_key, few(META), gl.SliceLayout(0, LEFT))
     p_q = pointers_of(q, place.batch, place.head, (place.first_q + o_rows)[:, None], o_columns[None, :])
     m_q = (o_rows < place.seqlen_q)[:, None] & (o_columns < META.headdim)[None, :]
     return gl.load(p_q, mask=m_q, other=0.0).to(half(q.pointer.dtype.element_ty))
 
 
 @gluon.jit
-def load_keys(k, place, first, META: gl.constexpr):
-    """Some keys, transposed, as the right side of a product."""
-    BLOCK_D: gl.constexpr = META.block_d
-    o_columns = gl.arange(0, BLOCK_D, gl.SliceLayout(1, RIGHT))
-    o_keys = first + gl.arange(0, KEYS, gl.SliceLayout(0, RIGHT))
+def load_keys(k, place, first, first_column, META: gl.constexpr):
+    """A few columns of some keys, transposed, as the right side of a product."""
+    o_columns = first_column + lanes(first, few(META), gl.SliceLayout(1, RIGHT))
+    o_keys = first + lanes(first, KEYS, gl.SliceLayout(0, RIGHT))
     i_head = place.head // META.group
     p_k = pointers_of(k, place.batch, i_head, (place.first_k + o_keys)[None, :], o_columns[:, None])
     m_k = (o_keys < place.seqlen_k)[None, :] & (o_columns < META.headdim)[:, None]
@@ -64,11 +75,21 @@ def load_keys(k, place, first, META: gl.constexpr):
 
 
 @gluon.jit
-def load_values(v, place, first, m_tile, META: gl.constexpr):
-    """The values of the keys that some row of the tile sees, 0 for the others, as the right side of a product."""
-    BLOCK_DV: gl.constexpr = META.block_dv
-    o_keys = first + gl.arange(0, KEYS, gl.SliceLayout(1, RIGHT))
-    o_columns = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, RIGHT))
+def multiply(q, k, place, first, first_key, META: gl.constexpr):
+    """q k^T of 64 queries and some keys."""
+    b_scores = gl.zeros([ROWS, KEYS], gl.float32, TILE)
+    for first_column in range(0, META.block_d, few(META)):
+        b_q = load_queries(q, place, first, first_key, first_column, META)
+        b_scores = mma_v2(b_q, load_keys(k, place, first_key, first_column, META), b_scores)
+    return b_scores
+
+
+@gluon.jit
+def load_values(v, place, first, m_tile, first_column, WIDTH: gl.constexpr, META: gl.constexpr):
+    """WIDTH columns of the values of keys that some row of the tile sees, 0 for the others, as the right side of a
+    product."""
+    o_keys = first + lanes(first, KEYS, gl.SliceLayout(1, RIGHT))
+    o_columns = first_column + lanes(first, WIDTH, gl.SliceLayout(0, RIGHT))
     i_head = place.head // META.group
     if META.eight:
         # Key 8 j + 2 t + e of 16 lies at place 4 t + 2 j + e of a row of its column (see `flashtile.scaled`).
@@ -82,6 +103,23 @@ def load_values(v, place, first, m_tile, META: gl.constexpr):
 
 
 @gluon.jit
+def add_values(b_weights, b_out, v, place, first, m_tile, FIRST: gl.constexpr, META: gl.constexpr):
+    """out += p v for the columns of values from FIRST on, a few at a time."""
+    HALF: gl.constexpr = b_out.shape[1] // 2
+    if HALF < few(META):
+        b_out = mma_v2(b_weights, load_values(v, place, first, m_tile, FIRST, 2 * HALF, META), b_out)
+    else:
+        b_low, b_high = b_out.reshape([ROWS, 2, HALF]).permute((0, 2, 1)).split()
+        b_low = gl.convert_layout(b_low, TILE, assert_trivial=True)
+        b_high = gl.convert_layout(b_high, TILE, assert_trivial=True)
+        b_low = add_values(b_weights, b_low, v, place, first, m_tile, FIRST, META)
+        b_high = add_values(b_weights, b_high, v, place, first, m_tile, FIRST + HALF, META)
+        b_both = gl.join(b_low, b_high).permute((0, 2, 1)).reshape([ROWS, 2 * HALF])
+        b_out = gl.convert_layout(b_both, TILE, assert_trivial=True)
+    return b_out
+
+
+@gluon.jit
 def careful_output(
     sources, scales, place, first, rules, visits, sinks, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr
 ):  # fmt: skip
@@ -89,7 +127,6 @@ def careful_output(
     BLOCK_DV: gl.constexpr = META.block_dv
     q, k, v = sources
     o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
-    b_q = load_queries(q, place, first, META)
     b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, TILE), 0)
     queries = query_unit(scales, place, first, META)
     b_out = gl.zeros([ROWS, BLOCK_DV], gl.float32, TILE)
@@ -99,8 +136,7 @@ def careful_output(
         first_key = tile_of(walk, n, META) * META.tile_kv
         for i_key in range(first_key, first_key + META.tile_kv, KEYS):
             o_key = i_key + gl.arange(0, KEYS, gl.SliceLayout(0, TILE))
-            b_zeros = gl.zeros([ROWS, KEYS], gl.float32, TILE)
-            b_scores = mma_v2(b_q, load_keys(k, place, i_key, META), b_zeros)
+            b_scores = multiply(q, k, place, first, i_key, META)
             if META.eight and META.modified:
                 b_scores = b_scores * unit
             b_scores, m_tile, _capped, _plain = ruled(
@@ -111,8 +147,8 @@ def careful_output(
             b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_top, b_max, b_sum, factor, True, 0)
             b_kept = kept_at(rules, place, first, i_key, KEYS, False)
             b_weights = only_kept(b_weights, b_kept)
-            b_left = gl.convert_layout((b_weights * values).to(b_q.dtype), LEFT)
-            b_out = mma_v2(b_left, load_values(v, place, i_key, m_tile, META), b_out * b_rescale[:, None])
+            b_left = gl.convert_layout((b_weights * values).to(half(v.pointer.dtype.element_ty)), LEFT)
+            b_out = add_values(b_left, b_out * b_rescale[:, None], v, place, i_key, m_tile, 0, META)
     b_inverse = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)
     if rules.dropout is not None:
         b_inverse = b_inverse * rules.dropout.factor

@@ -8,18 +8,17 @@ persistent; the loader runs ahead into the next query tile.
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from flashtile.backends.hopper.bits import cut, cut_window, words_at
+from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
-from flashtile.backends.hopper.distances import distances_of
 from flashtile.backends.hopper.dropped import kept_at, only_kept
 from flashtile.backends.hopper.eight import factor_of, packed, query_unit, units_of, unpacked
 from flashtile.backends.hopper.loading import loader, query_slot
 from flashtile.backends.hopper.memory import hand_over, new_barriers, pass_turn, take_turn
+from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
 from flashtile.kernels.places import number_pointers
-from flashtile.kernels.rules import ruled
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -76,27 +75,16 @@ def rule(
     b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Scores as modifiers and the mask leave them, and the rest of what `ruled` says. first: of `o_query`; unit: of
-    8-bit products, what nothing modifies keeps it."""
+    """What `ruled_tile` says. first: of `o_query`; unit: of 8-bit products, what nothing modifies keeps it."""
     TILE_KV: gl.constexpr = META.tile_kv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
-    o_rows = o_query[:, None]
     o_columns = (i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores)))[None, :]
-    WINDOW: gl.constexpr = META.masked == "edges"
-    MASKED_AT: gl.constexpr = MASKED if b_words is None and not WINDOW else "never"
     if META.eight and META.modified:
         b_scores = b_scores * unit
-    distances = None
-    if META.modified:
-        distances = distances_of(first, i_tile * TILE_KV, place, scores, META, False)
-    b_scores, m_valid, b_capped, b_plain = ruled(
-        b_scores, m_edge, o_rows, o_columns, place, rules, META, SCORE, MASK, MASKED_AT, distances
-    )
-    if b_words is not None:
-        b_scores = cut(b_scores, b_words, m_edge)
-    if WINDOW and MASKED != "never":
-        b_scores = cut_window(b_scores, m_edge, first, i_tile * TILE_KV, place, rules.window, META, False)
-    return b_scores, m_valid, b_capped, b_plain
+    return ruled_tile(
+        b_scores, m_edge, b_words, first, i_tile * TILE_KV, o_query[:, None], o_columns, place, rules,
+        META, SCORE, MASK, MASKED, False,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -7,14 +7,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashtile.backends.hopper.bits import cut, cut_window
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_store_wait
-from flashtile.backends.hopper.distances import distances_of
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at, only_kept
 from flashtile.backends.hopper.memory import clear_half, meet
+from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.sums import PIECE, PIECE_COLUMNS, PIECE_ROWS, flat_piece, pieces, whole_piece
-from flashtile.kernels.rules import grad_dots, ruled
+from flashtile.kernels.rules import grad_dots
 
 
 @gluon.jit
@@ -22,23 +21,15 @@ def scores_of(
     b_scores, i_row, m_edge, b_words, place, o_key, first_key, rules,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """(scores as modifiers and the mask leave them, and the rest of what `ruled` says, the queries' numbers)."""
+    """What `ruled_tile` says, and the queries' numbers."""
     TILE_Q: gl.constexpr = META.tile_q
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     o_query = (i_row * TILE_Q + gl.arange(0, TILE_Q, gl.SliceLayout(0, scores)))[None, :]
-    WINDOW: gl.constexpr = META.masked == "edges"
-    ASKED: gl.constexpr = "always" if META.masked == "always" else "edges"
-    MASKED: gl.constexpr = "never" if b_words is not None or WINDOW else ASKED
-    distances = None
-    if META.modified:
-        distances = distances_of(first_key, i_row * TILE_Q, place, scores, META, True)
-    b_scores, m_valid, b_capped, b_plain = ruled(
-        b_scores, m_edge, o_query, o_key[:, None], place, rules, META, SCORE, MASK, MASKED, distances
-    )
-    if b_words is not None:
-        b_scores = cut(b_scores, b_words, m_edge)
-    if WINDOW:
-        b_scores = cut_window(b_scores, m_edge, first_key, i_row * TILE_Q, place, rules.window, META, True)
+    MASKED: gl.constexpr = "always" if META.masked == "always" else "edges"
+    b_scores, m_valid, b_capped, b_plain = ruled_tile(
+        b_scores, m_edge, b_words, first_key, i_row * TILE_Q, o_query, o_key[:, None], place, rules,
+        META, SCORE, MASK, MASKED, True,
+    )  # fmt: skip
     return b_scores, m_valid, b_capped, b_plain, o_query
 
 

@@ -230,7 +230,7 @@ def backward(
     # What was saved may come back with other strides: hooks copy it.
     given = (q, k, v, out, lse, grad_out, grad_lse, *beside(inputs))
     perform(launches, (*given, *written, *lists), memory, len(given))
-    if grads.bias is not None:
+    if grads.bias is not None and problem.batch:
         call = Call.of(machine, inputs, problem, totals)
         _bias_gradient(call, config.query, _saved(inputs, grad_out, lse, delta), grads.bias)
     if inputs.alibi_slopes is not None and grads.alibi_slopes is not None:
@@ -268,15 +268,16 @@ def _delta(
 
 
 def _bias_gradient(call: Call, tiles: Tiles, saved: tuple[Any, ...], total: Tensor) -> None:
-    """Adds the gradient of the bias to `total`."""
+    """Adds the gradient of the bias to `total`. A thread holds half a dozen tiles' numbers at once, so it gets 16 of
+    each at most."""
     problem = call.problem
+    tiles = tiles._replace(warps=max(tiles.warps, tiles.tile_q * tiles.tile_kv // 512))
 
     def attempt(tiles: Tiles) -> None:
-        def launch(programs: int, given: dict[str, Any]) -> None:
-            meta = meta_of(problem, tiles, call.listed, False, False)
-            named = {"packing": call.packing, "rules": call.rules, **call.functions, **given, "META": meta}
-            call.run(bias_kernel, programs, tiles, *saved, **named, enable_fp_fusion=call.fused())
-
-        bias.add_gradient(problem, total, tiles.tile_q, tiles.tile_kv, launch)
+        sums = bias.Sums.of(problem, total, tiles.tile_q, tiles.tile_kv)
+        meta = meta_of(problem, tiles, call.listed, False, False)
+        named = {"packing": call.packing, "rules": call.rules, **call.functions, **sums.given, "META": meta}
+        call.run(bias_kernel, sums.programs, tiles, *saved, **named, enable_fp_fusion=call.fused())
+        sums.join()
 
     call.fit(bias_kernel, tiles, attempt)

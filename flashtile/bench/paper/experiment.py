@@ -28,15 +28,21 @@ BURST = 0.03
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how thoroughly; `quick`: toy sizes, to see that it works."""
+    """Where and how thoroughly; `quick`: toy sizes, to see that it works; `rehearsal`: for the kernels that this builds
+    alone, so the batch is as small as can be."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     quick: bool = False
     seconds: float = 4.0
+    rehearsal: bool = False
 
     def pick(self, full: Any, small: Any) -> Any:
         return small if self.quick else full
+
+    def batch(self, full: int, small: int) -> int:
+        """Of models, whose kernels are the same for any."""
+        return 1 if self.rehearsal else int(self.pick(full, small))
 
     @property
     def cuda(self) -> bool:
@@ -76,7 +82,7 @@ class Wrong(Exception):
 class Row:
     """One claim. `claimed` None: it came without a ratio. `share`: what part attention plays in it, and what differs.
 
-    needs: modules that must be installed.
+    needs: modules that must be installed. rehearsed: False where other rows build all of its kernels.
     """
 
     name: str
@@ -87,6 +93,7 @@ class Row:
     share: str
     measure: Callable[[Setting, Note], Figures]
     needs: tuple[str, ...] = ()
+    rehearsed: bool = True
 
 
 class Pair(NamedTuple):
@@ -131,7 +138,7 @@ def with_busy(found: Figures, pair: Pair, setting: Setting, note: Note) -> Figur
 
     Not for graphs, which the host does not hold up. Where the profiler sees no kernels, nothing is added.
     """
-    if not setting.cuda:
+    if not setting.cuda or setting.rehearsal:
         return found
     note("profiling")
     calls = {"baseline": (pair.baseline, found.baseline), "ours": (pair.ours, found.ours)}

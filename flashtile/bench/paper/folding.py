@@ -91,6 +91,7 @@ ROWS = tuple(
         "the claims are of whole models; this is one block of them, projections and gate included. In training the "
         "scores are computed again for the gradient of the pair bias, which the formula has kept",
         _row(residues, sequences, training),
+        rehearsed=training,
     )
     for residues, sequences in ((256, 128), (384, 512), (768, 128))
     for training in (False, True)

@@ -9,13 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from flashtile.bench import plots, show
+from flashtile.bench import machine, plots, show
 from flashtile.bench.memory import gib
-from flashtile.bench.paper import experiment, kernels
+from flashtile.bench.paper import drawing, experiment, kernels
 from flashtile.bench.paper.experiment import Note, Row, Setting
 from flashtile.bench.paper.rows import ROWS
-from flashtile.bench.paper.worker import Worker
+from flashtile.bench.paper.worker import Worker, rehearse
 from flashtile.bench.tables import Table
+
+REHEARSAL = 0.4
+"""The part of a budget that building kernels beforehand may take."""
 
 LIMIT = 150.0
 """Seconds after which a row is given up, building kernels and models included."""
@@ -42,16 +45,24 @@ def run(
     *,
     budget: float | None = None,
     apart: bool = False,
+    processes: int = 1,
 ) -> int:
     """Measures the rows named, keeps the others of an earlier record, and writes the page; 1 if a row failed.
 
     The record is written after every row. budget: seconds for all of them; those that it leaves no time for are named.
     apart: a process of its own measures, so that a row that crashes or hangs does not take the others with it.
+    processes: how many build kernels beforehand; 1: none, each row builds its own.
     """
     console = console or Console()
     begin = time.monotonic()
     path = experiment.place(results, setting.device)
     earlier = _earlier(path, setting)
+    described = machine.describe(setting.device)
+    if processes > 1:
+        console.print("building kernels")
+        built = [ROWS[name] for name in names if ROWS[name].rehearsed]
+        rehearse(built, setting, processes, LIMIT if budget is None else REHEARSAL * budget)
+        console.print(f"kernels built in {time.monotonic() - begin:.0f} s")
     measured: dict[str, dict[str, Any]] = {}
     with Progress(console=console, transient=True) as progress, Worker(setting, LIMIT) as worker:
         task = progress.add_task("paper", total=len(names))
@@ -64,7 +75,7 @@ def run(
             entry = measure(ROWS[name], note)
             if entry is None:
                 break
-            measured[name] = entry
+            measured[name] = {**entry, **_origin(described)}
             entries = {**earlier, **measured}
             found = [entries[known] for known in ROWS if known in entries]
             _keep(path, experiment.record(found, setting, time.monotonic() - begin))
@@ -100,18 +111,36 @@ def _earlier(path: Path, setting: Setting) -> dict[str, dict[str, Any]]:
         return {}
     old = json.loads(path.read_text())
     fits = old["settings"]["quick"] == setting.quick and old["settings"]["dtype"] == experiment.name_of(setting.dtype)
-    return {entry["name"]: entry for entry in old["rows"]} if fits else {}
+    return {entry["name"]: {**_origin(old["machine"]), **entry} for entry in old["rows"]} if fits else {}
 
 
-def table(entries: list[dict[str, Any]], brief: bool = False) -> Table:
-    """Claimed beside measured; `brief`: without the columns of prose."""
+def _origin(described: dict[str, Any]) -> dict[str, Any]:
+    """When and of what a row was measured, in a record that was made in parts."""
+    return {"date": described["date"], "commit": described["source"]["commit"]}
+
+
+def _older(entry: dict[str, Any], described: dict[str, Any]) -> str:
+    """When a row was measured that is not of the record's last run."""
+    last = _origin(described)
+    own = {name: entry.get(name, last[name]) for name in last}
+    if own["commit"] == last["commit"] and own["date"][:10] == last["date"][:10]:
+        return ""
+    commit = f" at {own['commit'][:7]}" if own["commit"] else ""
+    return f" ({own['date'][:16].replace('T', ' ')}{commit})"
+
+
+def table(entries: list[dict[str, Any]], brief: bool = False, described: dict[str, Any] | None = None) -> Table:
+    """Claimed beside measured; `brief`: without the columns of prose; `described`: the machine of the last run, beside
+    which older rows are dated."""
     prose = [] if brief else ["over", "of what, and why it may miss"]
     found = Table("Claimed and measured", ["row", "claimed", "measured", "baseline", "flashtile", *prose])
     for entry in entries:
         claimed = "–" if entry["claimed"] is None else f"{entry['claimed']:g}x"
-        words = [] if brief else [entry["baseline"], "; ".join([entry["share"], *_reasons(entry)])]
+        words = [] if brief else [entry["baseline"], "; ".join([entry["share"], *_reasons(entry), *_peaks(entry)])]
         what, claim = (entry["name"], claimed) if brief else (entry["title"], f"{entry['claim']} ({claimed})")
-        found.rows.append([what, claim, *_measured(entry), *words])
+        ratio, *amounts = _measured(entry)
+        when = "" if described is None else _older(entry, described)
+        found.rows.append([what, claim, ratio + when, *amounts, *words])
     return found
 
 
@@ -153,31 +182,18 @@ def _reasons(entry: dict[str, Any]) -> list[str]:
     return found
 
 
+def _peaks(entry: dict[str, Any]) -> list[str]:
+    """The memory that both columns took at their peak, beyond weights and inputs, where it was measured."""
+    found = entry.get("figures", {}).get("details", {}).get("peak_bytes", {})
+    if not isinstance(found.get("baseline"), int):
+        return []
+    return [f"beside weights and inputs it takes {gib(found['baseline'])} and {gib(found['ours'])}"]
+
+
 def _amount(value: float, unit: str) -> str:
     if unit == "bytes":
         return gib(value)
     return plots.duration(value) if unit == "ms" else f"{value:.0f} {unit}"
-
-
-def draw(entries: list[dict[str, Any]], path: Path) -> Path | None:
-    """Bars of what was measured, a stroke where the claim stands."""
-    entries = [entry for entry in entries if entry["status"] == "ok"]
-    if not entries:
-        return None
-    drawing = plots.figure(9.2, 1.2 + 0.32 * len(entries))
-    axes = plots.style(drawing.subplots(), "Times better than the baseline", xlabel="ratio; the strokes are the claims")
-    ratios = [entry["figures"]["ratio"] for entry in entries]
-    places = range(len(entries))
-    axes.barh(list(places), ratios, color=plots.COLORS["flashtile"], height=0.62)
-    for place, entry in zip(places, entries, strict=True):
-        axes.text(ratios[place], place, f" {ratios[place]:.2f}", va="center", fontsize=8, color=plots.INK)
-        if entry["claimed"] is not None:
-            axes.plot([entry["claimed"]] * 2, [place - 0.4, place + 0.4], color=plots.INK, linewidth=1.6)
-    axes.set_yticks(list(places), [entry["name"] for entry in entries])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.axvline(1, color=plots.QUIET, linewidth=1, linestyle=":")
-    return plots.save(drawing, path)
 
 
 def _of_suites(folder: Path) -> dict[str, dict[str, Any]]:
@@ -207,13 +223,18 @@ def write(results: Path, docs: Path) -> list[Path]:
         # What ran nowhere is shown as such; what ran on another device is not shown as missing here.
         shown = [row for name, row in ROWS.items() if name in here or not any(name in other for other in known)]
         rows = [here.get(row.name) or experiment.not_run(row) for row in shown]
-        drawn = draw(rows, docs / "benchmarks" / f"{described['slug']}-paper.png")
+        image = docs / "benchmarks" / f"{described['slug']}-paper.png"
+        drawn = [drawing.ratios(rows, image)]
+        drawn += [
+            drawing.memory(row, image.with_stem(f"{image.stem}-memory")) for row in rows if row["name"] == "memory"
+        ]
         named = ", ".join(f"{name} {version}" for name, version in described["versions"].items() if version)
         parts.append(f"## {described['name']}\n\n{described['date'][:10]}, {named}; {found['settings']['dtype']}.\n")
-        if drawn is not None:
-            written.append(drawn)
-            parts.append(f"![Claimed and measured]({drawn.relative_to(docs).as_posix()})\n")
-        parts.append(table(rows).markdown())
+        for title, path in zip(("Claimed and measured", "Memory by length"), drawn, strict=False):
+            if path is not None:
+                written.append(path)
+                parts.append(f"![{title}]({path.relative_to(docs).as_posix()})\n")
+        parts.append(table(rows, described=described).markdown())
     if len(parts) == 1:
         return []
     page = docs / "paper.md"

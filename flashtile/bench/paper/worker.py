@@ -15,6 +15,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import IO, Any
 
 from flashtile.bench import machine
@@ -93,6 +95,33 @@ class Worker:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+def rehearse(rows: Sequence[Row], setting: Setting, processes: int, seconds: float, source: str = ROWS) -> None:
+    """Runs rows side by side, each in one of so many processes, and keeps nothing but the kernels that they build.
+
+    Compilers keep those on disk, and a compiler has one core: what builds a kernel after the other takes minutes.
+    seconds: the end of it, for all; source: where the processes find rows.
+    """
+    waiting: queue.SimpleQueue[Row] = queue.SimpleQueue()
+    for row in rows:
+        waiting.put(row)
+    end = time.monotonic() + seconds
+
+    def serve() -> None:
+        with Worker(replace(setting, rehearsal=True, seconds=0.0), seconds, source) as worker:
+            while (left := end - time.monotonic()) > 0:
+                try:
+                    row = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                worker.measure(row, lambda text: None, left)
+
+    threads = [threading.Thread(target=serve) for _ in range(min(processes, len(rows)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _read(lines: Any, into: queue.Queue[str | None]) -> None:
