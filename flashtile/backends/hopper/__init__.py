@@ -127,7 +127,7 @@ def configure_latent(problem: Problem) -> DecodeConfig:
         return DecodeConfig(tiles, problem.cached.splits)
     programs = problem.batch * -(-problem.seqlen_q * problem.heads // tiles.tile_q)
     counted = -(-problem.seqlen_kv // decoding.LATENT_COUNTED)
-    return DecodeConfig(tiles, decode_splits(programs, counted, _launch().DEVICE.room(), decoding.Room(1, 1)))
+    return DecodeConfig(tiles, decode_splits(programs, counted, _cached().calls.DEVICE.room(), decoding.Room(1, 1)))
 
 
 def _latent_tiles(problem: Problem) -> Tiles:
