@@ -94,10 +94,14 @@ WIDE = (
 _LATENT: dict[str, Any] = {"latent": True, "heads_kv": 1, "headdim": 576, "headdim_v": 512}
 LATENT = (
     CacheCase("latent_many", heads=70, seqlen_q=1, appended=1, lengths=(5, 70, 0), capacity=80, **_LATENT),
-    CacheCase("latent_pages", lengths=(95, 30, 0), heads=20, seqlen_q=2, appended=2, capacity=128, page=32,
+    CacheCase("latent_pages", lengths=(95, 30, 0), heads=20, seqlen_q=2, appended=2, capacity=128, page=64,
               indexed=True, softcap=5.0, **_LATENT),
     CacheCase("latent_padded", lengths=(100, 63, 40), heads=23, appended=None, capacity=128, leftpad=(3, 40, 40),
               alibi=True, causal=False, **_LATENT),
+    CacheCase("latent_many_fp8", heads=70, seqlen_q=1, appended=1, lengths=(5, 70, 0), capacity=80, stored=FP8,
+              **_LATENT),
+    CacheCase("latent_pages_fp8", lengths=(95, 190, 0), heads=20, seqlen_q=2, appended=2, capacity=192, page=64,
+              indexed=True, softcap=5.0, stored=torch.float8_e5m2, **_LATENT),
 )  # fmt: skip
 """Latent attention with more rows of queries than one tile holds, as Hopper has a kernel for."""
 

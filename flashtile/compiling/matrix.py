@@ -54,7 +54,7 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 """Name -> the options of a call; `varlen` is a packed one."""
 
-OWN_KERNELS = {"deterministic": "sm_90a", "decode_some": "sm_90a"}
+OWN_KERNELS = {"deterministic": "sm_90a", "decode_some": "sm_90a", "decode_some_fp8": "sm_90a"}
 """Variants that have kernels of their own on one target alone."""
 
 
@@ -67,6 +67,7 @@ CACHED: dict[str, tuple[int, dict[str, Any]]] = {
     "decode_int8": (1, {"paged": True, "stored": torch.int8}),
     "decode_int4": (1, {"paged": True, "stored": torch.uint8}),
     "decode_some": (8, {"paged": True}),
+    "decode_some_fp8": (8, {"stored": torch.float8_e4m3fn}),
     "decode_many": (64, {"paged": True, "softcap": 20.0, "window": (100, 0), "rotary": True}),
 }
 """Name -> queries of a sequence and options of a call over a KV cache."""
@@ -109,7 +110,8 @@ def cached_call(entry: Entry) -> decoding.Call:
     latent = (k[..., :512], k_cache[..., : 512 // pairs])
     v, v_cache = latent if entry.headdim == LATENT else (k, torch.zeros_like(k_cache))
     if stored is not None:
-        options["k_scale"] = options["v_scale"] = torch.ones(shape[0], heads_kv)
+        counts = (shape[0], heads_kv) if "block_table" in options else (heads_kv,)
+        options["k_scale"] = options["v_scale"] = torch.ones(counts)
     if options.pop("rotary", False):
         options["rotary_cos"] = options["rotary_sin"] = torch.zeros(SEQLEN, entry.headdim // 2, dtype=dtype)
     lengths = torch.full((2,), 100, dtype=torch.int32)

@@ -89,6 +89,22 @@ def widened(b_rows, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def power_of_rows(b_rows):
+    """The power of two below the largest number of each row, 1 for rows of zeros; float32 bits, as integers."""
+    b_bits = tl.max(tl.abs(b_rows.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    # Those that are infinite or nearly so stay what they are, and the inverse stays a normal number.
+    return tl.where(b_bits == 0, 0x3F800000, tl.minimum(b_bits, 0x7E800000))
+
+
+@triton.jit
+def narrowed(b_rows, b_bits):
+    """Rows divided by powers of two, as float16. What lies 2^14 below the largest of its row loses bits of a number
+    that no sum notices."""
+    b_inverse = (0x7F000000 - b_bits).to(tl.float32, bitcast=True)
+    return (b_rows.to(tl.float32) * b_inverse[:, None]).to(tl.float16)
+
+
+@triton.jit
 def from_bits(b_bytes, ZERO: tl.constexpr, DTYPE: tl.constexpr):
     """Bytes less ZERO as numbers. 1024 + n is 0x6400 | n as float16, where n is less than 1024: conversions of integers
     would run at a quarter of the speed."""

@@ -73,9 +73,11 @@ MANY = {
 of 64 rows were faster on an H100, but their products read shared memory through the asynchronous proxy, and the code of
 Triton 3.9 has no fence before that: the emulator says so. Only Hopper's row was timed; the others do not spill."""
 
-LATENT = Tiles(64, 32, 12, 6)
-"""Of Hopper's kernel for latent attention with many rows of queries; `stages` counts slots for tiles
-of keys, six of which fill shared memory."""
+LATENT = Tiles(64, 64, 12, 3)
+"""Of Hopper's kernel for latent attention with many rows of queries; `stages` counts slots for tiles of keys."""
+
+LATENT_WIDENED, LATENT_NARROW = Tiles(64, 64, 12, 2), 1
+"""The same over a cache of 8 bits, and the slots of tiles that are not widened yet."""
 
 LATENT_LEAST: int | None = 33
 """Rows of queries from which on that kernel is taken; None: it is not, and the portable one runs."""

@@ -223,7 +223,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "fp8_mask_mod": 30,
         "deterministic": 20,
     },
-    ("latent_kernel", 576): {"decode_some": 20},
+    ("latent_kernel", 576): {"decode_some": 20, "decode_some_fp8": 30},
     ("bias_kernel", 64): {"bias": 10},
     ("bias_kernel", 256): {"bias": 30},
     ("backward_kernel", 64): {

@@ -10,7 +10,7 @@ from flashtile import State, decoding, plan
 from flashtile.decoding import CacheArguments
 from flashtile.tuning import decoding as tables
 from tests import caches
-from tests.caches import FP8, LATENT, CacheCase
+from tests.caches import FP8, INT8, LATENT, CacheCase
 from tests.emulated.hopper import emulated
 from tests.oracle import assert_equal_bits
 from tools.ptx_emulation import SWEEP
@@ -38,7 +38,12 @@ def _run(case: CacheCase, dtype: torch.dtype, schedule: dict[str, Any], splits: 
 
 @pytest.mark.parametrize(
     ("case", "splits"),
-    [(LATENT[0], 1), (LATENT[1], 2), pytest.param(LATENT[2], 1, marks=pytest.mark.newest_triton)],
+    [
+        (LATENT[0], 1),
+        (LATENT[1], 2),
+        pytest.param(LATENT[2], 1, marks=pytest.mark.newest_triton),
+        pytest.param(LATENT[4], 2, marks=pytest.mark.newest_triton),
+    ],
     ids=str,
 )
 def test_matches_reference(case: CacheCase, splits: int) -> None:
@@ -50,27 +55,29 @@ SHORT = replace(LATENT[0], name="short", heads=40, lengths=(250, 40), capacity=2
 
 
 @pytest.mark.parametrize("schedule", range(len(SWEEP)))
-def test_every_schedule_gives_the_same_bits(schedule: int) -> None:
-    found = _run(SHORT, torch.float16, SWEEP[schedule], 1)
-    first = _first.setdefault("state", found)
+@pytest.mark.parametrize("stored", [None, FP8], ids=["half", "fp8"])
+def test_every_schedule_gives_the_same_bits(stored: torch.dtype | None, schedule: int) -> None:
+    found = _run(replace(SHORT, stored=stored), torch.float16, SWEEP[schedule], 1)
+    first = _first.setdefault(stored, found)
     assert_equal_bits([found.out, found.lse], [first.out, first.lse])
 
 
-_first: dict[str, State] = {}
+_first: dict[torch.dtype | None, State] = {}
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_warpgroups_may_be_late(seed: int) -> None:
     """Parts of one or two tiles, whose last turn comes at once."""
-    case = replace(SHORT, name="two", lengths=(40, 20))
+    case = replace(SHORT, name="two", lengths=(100, 20), stored=FP8 if seed % 2 else None)
     _run(case, torch.float16, {"async_mode": "random", "order": "random", "seed": seed, "interleave": 2}, 1)
 
 
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        (replace(LATENT[0], stored=FP8), "caches of 16 bits"),
-        (replace(LATENT[1], page=16), "pages of a multiple of 32 rows"),
+        (replace(LATENT[0], stored=INT8), "no cache of torch.int8"),
+        (replace(LATENT[1], stored=FP8, scale_by_page=True), "no scales of pages"),
+        (replace(LATENT[1], page=32), "pages of a multiple of 64 rows"),
         (replace(LATENT[1], leftpad=(1, 0, 0)), "in pages it has no left padding"),
         (replace(LATENT[0], sinks=True), "no sinks"),
         (replace(LATENT[0], window=(3, 0)), "no window to the left"),

@@ -8,10 +8,11 @@ import torch
 from flashtile import decoding
 from flashtile.decoding import CacheArguments
 from tests import caches
-from tests.caches import LATENT, CacheCase
+from tests.caches import FP8, LATENT, CacheCase
 
 REAL = replace(LATENT[0], name="real", heads=128, lengths=(1, 4097, 2222, 0), capacity=4160)
-CASES = {case.name: case for case in (*LATENT, REAL, replace(REAL, name="real_pages", page=64))}
+FURTHER = (REAL, replace(REAL, name="real_pages", page=64), replace(REAL, name="real_fp8", stored=FP8))
+CASES = {case.name: case for case in (*LATENT, *FURTHER)}
 """Those that are emulated too, and thousands of keys."""
 
 

@@ -40,7 +40,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper")
-@pytest.mark.parametrize("case", [*map(str, LATENT), "real", "real_pages"])
+@pytest.mark.parametrize("case", [*map(str, LATENT), "real", "real_pages", "real_fp8"])
 def test_latent_attention_on_hopper(case: str) -> None:
     """In a process of its own: warpgroups that wait for each other for ever end with it."""
     told = subprocess.run(

@@ -23,6 +23,7 @@ from flashtile.tuning.hopper import (
     forward_config,
     forward_configs,
 )
+from flashtile.tuning.portable import Tiles
 
 DEVICE = "cuda"
 """Where tensors must be; an emulator takes them elsewhere."""
@@ -67,16 +68,18 @@ def _elsewhere(problem: Problem) -> tuple[tuple[bool, str], ...]:
 
 
 def refuses_latent(problem: Problem) -> str | None:
-    """Takes multi-head latent attention with many rows of queries over a cache of half precision."""
+    """Takes multi-head latent attention with many rows of queries over a cache of 16 bits, or of 8-bit floats."""
     cached, window = problem.cached, region(problem.mask)
     if cached is None:
         return "it reads KV caches"
-    tile, few = decoding.LATENT.tile_kv, decoding.LATENT_LEAST
+    tile, few = _latent_tiles(problem).tile_kv, decoding.LATENT_LEAST
     shape = (problem.heads_kv, problem.headdim, problem.headdim_v)
     checks = (
         *_elsewhere(problem),
         (shape != (1, 576, 512) or not cached.latent, "it is for values that are the first 512 of 576 columns of keys"),
-        (problem.dtype not in _HALF or cached.stored is not None, "it takes queries and caches of 16 bits"),
+        (problem.dtype not in _HALF, "it takes queries of 16 bits"),
+        (cached.stored not in (None, *_EIGHT), f"it takes no cache of {cached.stored}"),
+        (cached.by_page, "it takes no scales of pages"),
         (not problem.described, "rows of q or of the cache do not begin at multiples of 16 bytes"),
         (cached.page % tile != 0, f"it takes pages of a multiple of {tile} rows"),
         (cached.page > 0 and cached.padded, "in pages it has no left padding"),
@@ -119,11 +122,17 @@ def configure(problem: Problem) -> HopperConfig | BackwardConfig:
 
 def configure_latent(problem: Problem) -> DecodeConfig:
     """As many parts of the keys as fill the device; no length is known here."""
+    tiles = _latent_tiles(problem)
     if problem.cached is not None and problem.cached.splits is not None:
-        return DecodeConfig(decoding.LATENT, problem.cached.splits)
-    programs = problem.batch * -(-problem.seqlen_q * problem.heads // decoding.LATENT.tile_q)
-    tiles = -(-problem.seqlen_kv // decoding.LATENT_COUNTED)
-    return DecodeConfig(decoding.LATENT, decode_splits(programs, tiles, _launch().DEVICE.room(), decoding.Room(1, 1)))
+        return DecodeConfig(tiles, problem.cached.splits)
+    programs = problem.batch * -(-problem.seqlen_q * problem.heads // tiles.tile_q)
+    counted = -(-problem.seqlen_kv // decoding.LATENT_COUNTED)
+    return DecodeConfig(tiles, decode_splits(programs, counted, _cached().calls.DEVICE.room(), decoding.Room(1, 1)))
+
+
+def _latent_tiles(problem: Problem) -> Tiles:
+    narrow = problem.cached is not None and problem.cached.stored is not None
+    return decoding.LATENT_WIDENED if narrow else decoding.LATENT
 
 
 def configs(problem: Problem) -> tuple[HopperConfig, ...]:

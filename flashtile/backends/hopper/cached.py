@@ -15,11 +15,11 @@ from flashtile.backends.hopper.latent import latent_kernel
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.kernels import cached
 from flashtile.kernels.arguments import beside, exact, functions_of, modified, numbers_of, rows_of, rules_of, size_of
-from flashtile.kernels.caches import cache_of
+from flashtile.kernels.caches import cache_of, scale_of
 from flashtile.kernels.tape import Tape, perform
 from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
-from flashtile.tuning.decoding import COLUMNS, LATENT_REGISTERS, DecodeConfig, append_rows, parts_at_once
+from flashtile.tuning.decoding import COLUMNS, LATENT_NARROW, LATENT_REGISTERS, DecodeConfig, append_rows, parts_at_once
 
 KERNELS = (latent_kernel, *cached.KERNELS)
 
@@ -30,6 +30,7 @@ class LatentMeta:
 
     tile_kv: int
     stages: int
+    narrow: int
     group: int
     page: int
     modified: bool
@@ -43,6 +44,7 @@ def meta_of(problem: Problem, config: DecodeConfig) -> LatentMeta:
     return LatentMeta(
         tile_kv=config.tiles.tile_kv,
         stages=config.tiles.stages,
+        narrow=LATENT_NARROW if problem.cached is not None and problem.cached.stored is not None else 0,
         group=problem.group,
         page=problem.cached.page if problem.cached is not None else 0,
         modified=modified(problem),
@@ -110,7 +112,7 @@ def _attend(call: Call, cache: CacheTensors, q: Tensor, parts: tuple[Tensor, Ten
     after = cache.k is not None
     given = {
         "q_desc": descriptor(packed, rows, columns),
-        "q_rest_desc": descriptor(packed, rows, rest),
+        "q_rest_desc": descriptor(packed, rows, 2 * rest),
         "k_desc": descriptor(call.inputs.k, config.tiles.tile_kv, columns),
         "k_rest_desc": descriptor(call.inputs.k, config.tiles.tile_kv, rest),
         "out": rows_of(parts[0]),
@@ -118,6 +120,8 @@ def _attend(call: Call, cache: CacheTensors, q: Tensor, parts: tuple[Tensor, Ten
         "size": size_of(problem, 1, tiles),
         "parts": cached.parts_of(problem, config.splits, config.part),
         "AFTER": after,
+        "k_scale": scale_of(cache.k_scale),
+        "v_scale": scale_of(cache.v_scale),
         "EARLY": config.splits > 1,
         **call.shared,
     }

@@ -1,16 +1,26 @@
 """The kernel of latent attention over a KV cache: 64 packed rows of queries over a part of a sequence's keys.
 
-Values are the first 512 columns of the one key head (DeepSeek-V2, section 2.1, absorbed), so a tile of 32 keys that the
-copy engine has put into shared memory serves both products. An output of 64 x 512 fills two warpgroups' registers;
-each has 256 columns of it (`values`). A third one (`scores`) holds the queries in its registers, computes scores and
-weights, and asks for the keys. It puts the weights where the last 64 columns of their keys were, which nobody needs any
-more, and their rescaling beside.
+Values are the first 512 columns of the one key head (DeepSeek-V2, section 2.1, absorbed), so a tile of 64 keys in
+shared memory serves both products. An output of 64 x 512 fills two warpgroups' registers; each has 256 columns of it
+(`values`). A third one (`scores`) holds most of the queries in its registers, computes scores and weights, and asks the
+copy engine for keys.
 
-The tensor cores always have something to do: scores of tile n + 1, then values of tile n while the weights of tile
-n + 1 are computed. Were both started at once, scores would be ready when all values are multiplied, and their weights
-would be computed under nothing.
+The tensor cores have something to do nearly always: scores of tile n + 1, then values of tile n while the weights of
+tile n + 1 are computed. Were both started at once, scores would be ready when all values are multiplied, and their
+weights would be computed under nothing. Nor can the warpgroup of scores compute weights under its own next products: it
+is held up until most of those have begun. Tiles of 32 keys would leave the tensor cores half idle, for a product with
+32 columns takes as long as one with 64.
+
+There is room for three tiles' first 512 columns, and for one tile's last 64 and its weights: tile n + 1 has scores
+before the last columns of tile n + 2 come, and weights once the values of tile n are multiplied.
+
+Keys of 8 bits are widened on the way (see `widening`), by the warpgroups of values: there is room for two tiles then,
+and one that is not widened yet, which is done as soon as the values of the tile in its place are multiplied. To widen
+half of it under the products of the other half was tried, and tiles of 32 keys, of which there is room for four: both
+were slower.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -18,24 +28,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_load, view_as
+from flashtile.backends.hopper.compat import gl, mbarrier
+from flashtile.backends.hopper.latent_loading import load_columns, load_first, load_narrow, take_queries
+from flashtile.backends.hopper.latent_memory import COLUMNS, HELD, Arriving, Barriers, Memory, slot_of
 from flashtile.backends.hopper.memory import new_barriers
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
+from flashtile.backends.hopper.widening import HALF, unit_of_rows, widen_rest, widen_values
 from flashtile.kernels.caches import (
     cached_place,
     let_next_begin,
     part_of,
     program_of_part,
-    table_of,
     wait_for_kernel,
 )
 from flashtile.kernels.places import diagonal_of, key_span, number_of
 from flashtile.kernels.rules import ruled
 
 LN2 = gl.constexpr(0.6931471805599453)
-HALF = gl.constexpr(256)
-QUERIES = gl.constexpr(2)
-"""Slots that the queries have at first."""
 
 
 @gluon.jit
@@ -62,138 +71,87 @@ def packed_rows(i_tile, layout: gl.constexpr, META: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(descs, i_entry, i_row, full, smem, rest_smem):
-    """Both pieces of a tile's rows."""
-    desc, rest_desc = descs
-    mbarrier.expect(full, desc.block_type.nbytes + rest_desc.block_type.nbytes)
-    tma_load(rest_desc, [i_entry, i_row, 0, desc.block_type.shape[3]], full, rest_smem)
-    tma_load(desc, [i_entry, i_row, 0, 0], full, smem)
-
-
-@gluon.jit
-def load_keys(descs, n, slot, cache, place, i_row, memory, barriers, META: gl.constexpr):
-    """Tile n of a sequence into a slot; no tile lies in two pages."""
-    full, smem, rest_smem = barriers[0].index(slot), memory[0].index(slot), memory[1].index(slot)
-    first = n * META.tile_kv
-    if META.page:
-        found = gl.load(table_of(cache, i_row, 0).pointer + first // META.page)
-        load_tile(descs, found.to(gl.int32), first % META.page, full, smem, rest_smem)
-    else:
-        load_tile(descs, i_row, place.first_k + first, full, smem, rest_smem)
-
-
-@gluon.jit
-def load_first(descriptors, begin, end, cache, place, i_row, memory, barriers, META: gl.constexpr):
-    """The queries, where later on two tiles of keys lie, and as many of those as there is room for beside."""
-    STAGES: gl.constexpr = META.stages
-    q_desc, q_rest_desc = descriptors[0], descriptors[1]
-    full = barriers[0]
-    first = place.tile * ROWS
-    mbarrier.expect(full.index(0), q_desc.block_type.nbytes)
-    tma_load(q_desc, [place.batch, first, 0, 0], full.index(0), query_memory(memory[0]))
-    mbarrier.expect(full.index(1), q_rest_desc.block_type.nbytes)
-    tma_load(q_rest_desc, [place.batch, first, 0, q_desc.block_type.shape[3]], full.index(1), memory[3])
-    for slot in gl.static_range(QUERIES, STAGES):
-        if begin + slot - QUERIES < end:
-            load_keys(descriptors[2:], begin + slot - QUERIES, slot, cache, place, i_row, memory, barriers, META)
-
-
-@gluon.jit
-def query_memory(smem):
-    """Of the first two slots, as one tile of 64 rows."""
-    TILES: gl.constexpr = smem.shape[0] // QUERIES
-    COLUMNS: gl.constexpr = smem.shape[4]
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, ROWS, 1, COLUMNS], smem.dtype)
-    return view_as(smem, smem.dtype, [TILES, 1, ROWS, 1, COLUMNS], layout).index(0)
-
-
-@gluon.jit
-def take_queries(memory, barriers, META: gl.constexpr):
-    """The first columns of the queries as the left side of products, in registers; their slots are free then."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.tile_kv, 16])
-    COLUMNS: gl.constexpr = memory[0].shape[4]
-    mbarrier.wait(barriers[0].index(0), 0)
-    b_q = query_memory(memory[0]).reshape([ROWS, COLUMNS]).load(gl.DotOperandLayout(0, layout, 2))
-    fence_async_shared()
-    mbarrier.arrive(barriers[1].index(0), count=2)
-    mbarrier.arrive(barriers[1].index(1), count=2)
-    mbarrier.wait(barriers[0].index(1), 0)
-    return b_q
-
-
-@gluon.jit
-def weights_in(rest_smem, slot, META: gl.constexpr):
-    """Where the weights of a slot's keys lie: (rows, keys), in the memory of the keys' last columns."""
+def multiply_scores(b_q, i_step, memory, barriers, META: gl.constexpr):
+    """Starts the scores of a step's keys, once they are there. The last columns come last, and are multiplied last."""
     TILE_KV: gl.constexpr = META.tile_kv
-    STAGES: gl.constexpr = META.stages
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, TILE_KV], rest_smem.dtype)
-    return view_as(rest_smem, rest_smem.dtype, [STAGES, ROWS, TILE_KV], layout).index(slot)
-
-
-@gluon.jit
-def multiply_scores(b_q, slot, memory, META: gl.constexpr):
-    """Starts the scores of the keys in a slot."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    REST: gl.constexpr = memory[1].shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
+    LEFT: gl.constexpr = COLUMNS - HELD
+    REST: gl.constexpr = memory.rest.shape[3]
     b_zeros = gl.zeros([ROWS, TILE_KV], gl.float32, layout)
-    b_k = memory[1].index(slot).reshape([TILE_KV, REST]).permute((1, 0))
-    token = warpgroup_mma(memory[3].reshape([ROWS, REST]), b_k, b_zeros, use_acc=False, is_async=True)
-    b_k = memory[0].index(slot).reshape([TILE_KV, memory[0].shape[4]]).permute((1, 0))
-    return warpgroup_mma(b_q, b_k, token, is_async=True)
+    slot, filled = slot_of(i_step, META)
+    mbarrier.wait(barriers.full.index(slot), filled & 1)
+    q_smem = memory.queries.reshape([ROWS, LEFT + REST])
+    k_smem = memory.keys.index(slot).reshape([TILE_KV, COLUMNS])
+    b_k = k_smem.slice(HELD, LEFT, dim=1).permute((1, 0))
+    token = warpgroup_mma(q_smem.slice(0, LEFT, dim=1), b_k, b_zeros, use_acc=False, is_async=True)
+    token = warpgroup_mma(b_q[0], k_smem.slice(0, 256, dim=1).permute((1, 0)), token, is_async=True)
+    token = warpgroup_mma(b_q[1], k_smem.slice(256, 128, dim=1).permute((1, 0)), token, is_async=True)
+    token = warpgroup_mma(b_q[2], k_smem.slice(384, 64, dim=1).permute((1, 0)), token, is_async=True)
+    mbarrier.wait(barriers.rest_full, i_step & 1)
+    b_k = memory.rest.reshape([TILE_KV, REST]).permute((1, 0))
+    return warpgroup_mma(q_smem.slice(LEFT, REST, dim=1), b_k, token, is_async=True)
 
 
 @gluon.jit
-def hand_over(b_scale, i_step, memory, barriers, META: gl.constexpr):
+def hand_over(b_scale, i_step, memory, barriers):
     """Tells the warpgroups of values that the weights of a step are there, and what their output is multiplied with."""
-    memory[2].index(i_step % META.stages).store(b_scale)
+    memory.scales.index(i_step % 2).store(b_scale)
     fence_async_shared()
-    mbarrier.arrive(barriers[2].index(i_step % META.stages), count=1)
+    mbarrier.arrive(barriers.ready.index(i_step % 2), count=1)
 
 
 @gluon.jit
-def scores(descriptors, memory, barriers, lse, call, META: gl.constexpr, EARLY: gl.constexpr):
+def scores(descs, memory, barriers, arriving, lse, call, k_scale, META: gl.constexpr, EARLY: gl.constexpr):
     """The warpgroup that computes weights and asks for keys."""
     TILE_KV: gl.constexpr = META.tile_kv
     STAGES: gl.constexpr = META.stages
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
-    full, empty, _ready, go = barriers
     cache, size, rules, parts = call
+    q_desc, _q_rest_desc, k_desc, k_rest_desc = descs
     _batch, _head, i_tile, _part = program_of_part(size, parts)
     o_query, o_head = packed_rows(i_tile, gl.SliceLayout(1, layout), META)
     i_part, place, i_row, span = part_at(call, o_head[:, None], META)
     begin, full_begin, full_end, end = span
-    load_first(descriptors, begin, end, cache, place, i_row, memory, barriers, META)
-    b_q = take_queries(memory, barriers, META)
+    load_first(descs, begin, end, cache, place, i_row, memory, barriers, arriving, META)
+    b_q, b_unit = take_queries(memory, barriers, q_desc.dtype, k_scale, META)
     b_max, b_sum = before_any_key(None, 0, gl.SliceLayout(1, layout), 0)
     for n in range(begin, end):
         i_step = n - begin
-        slot = (i_step + QUERIES) % STAGES
-        mbarrier.wait(full.index(slot), ((i_step + QUERIES) // STAGES) & 1)
-        token = multiply_scores(b_q, slot, memory, META)
-        # The values of two tiles ago are multiplied by now, or the queries are taken; another tile gets that slot.
-        before = i_step % STAGES
-        mbarrier.wait(empty.index(before), (i_step // STAGES) & 1)
-        after = n + STAGES - QUERIES
-        if after < end:
-            load_keys(descriptors[2:], after, before, cache, place, i_row, memory, barriers, META)
+        token = multiply_scores(b_q, i_step, memory, barriers, META)
+        if META.narrow:
+            # All of this step's keys have been widened.
+            if n + META.narrow < end:
+                source = i_step % META.narrow
+                load_narrow(k_desc, k_rest_desc, n + META.narrow, source, arriving, cache, place, i_row, META)
         b_scores = warpgroup_mma_wait(0, [token])
-        mbarrier.arrive(go, count=1, pred=i_step > 0)
+        mbarrier.arrive(barriers.go, count=1, pred=i_step > 0)
+        if not META.narrow:
+            if n + 1 < end:
+                full, smem = barriers.rest_full, memory.rest
+                load_columns(k_rest_desc, n + 1, COLUMNS, full, smem, cache, place, i_row, META)
         o_key = n * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, layout))
         m_edge = (n < full_begin) | (n >= full_end)
+        if META.narrow:
+            b_scores *= unit_of_rows(b_unit)
         b_scores, _valid, _capped, _plain = ruled(
             b_scores, m_edge, o_query[:, None], o_key[None, :], place, rules, META, None, None, "edges"
         )
         b_top = gl.max(b_scores, 1)
         b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_top, b_max, b_sum, rules.factor, True, 0)
-        weights_in(memory[1], slot, META).store(b_weights.to(memory[1].dtype))
-        hand_over(b_rescale, i_step, memory, barriers, META)
-    # Nobody may be two turns of `go` behind.
-    mbarrier.wait(empty.index((end - begin) % STAGES), ((end - begin) // STAGES) & 1)
-    mbarrier.arrive(go, count=1, pred=end > begin)
+        b_weights = b_weights.to(memory.weights.dtype)
+        # Once the values of the tile before are multiplied, there is room for weights, and for another tile.
+        slot, filled = slot_of(i_step - 1, META)
+        mbarrier.wait(barriers.empty.index(slot), filled & 1)
+        memory.weights.store(b_weights)
+        hand_over(b_rescale, i_step, memory, barriers)
+        if not META.narrow:
+            if n + STAGES - 1 < end:
+                full, smem = barriers.full.index(slot), memory.keys.index(slot)
+                load_columns(k_desc, n + STAGES - 1, 0, full, smem, cache, place, i_row, META)
+    mbarrier.arrive(barriers.go, count=1, pred=end > begin)
     let_next_begin(EARLY)
     m_empty = b_sum == 0.0
-    hand_over(1.0 / gl.where(m_empty, 1.0, b_sum), end - begin, memory, barriers, META)
+    hand_over(1.0 / gl.where(m_empty, 1.0, b_sum), end - begin, memory, barriers)
     b_lse = gl.where(m_empty, float("-inf"), (b_max + gl.log2(b_sum)) * LN2)
     i_slot = (i_part * number_of(parts.batches) + place.batch).to(gl.int64)
     p_lse = lse.pointer + i_slot * number_of(lse.batch) + o_head.to(gl.int64) * number_of(lse.head) + o_query
@@ -217,40 +175,54 @@ def hide_rows(b_v, left):
 
 
 @gluon.jit
-def rescaled(b_out, i_step, scales, ready):
+def rescaled(b_out, i_step, memory, barriers):
     """The output, multiplied with what a step hands over."""
-    STAGES: gl.constexpr = scales.shape[0]
-    mbarrier.wait(ready.index(i_step % STAGES), (i_step // STAGES) & 1)
-    return b_out * scales.index(i_step % STAGES).load(gl.SliceLayout(1, b_out.type.layout))[:, None]
+    mbarrier.wait(barriers.ready.index(i_step % 2), (i_step // 2) & 1)
+    return b_out * memory.scales.index(i_step % 2).load(gl.SliceLayout(1, b_out.type.layout))[:, None]
 
 
 @gluon.jit
-def values(memory, barriers, out, call, META: gl.constexpr, I_HALF: gl.constexpr):
+def values(memory, barriers, arriving, out, call, v_scale, META: gl.constexpr, I_HALF: gl.constexpr):
     """A warpgroup that has 256 columns of the output."""
     TILE_KV: gl.constexpr = META.tile_kv
     STAGES: gl.constexpr = META.stages
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    keys, weights, scales = memory
-    full, empty, ready, go = barriers
     _cache, _size, _rules, parts = call
     i_part, place, _row, span = part_at(call, 0, META)
     begin, _full_begin, _full_end, end = span
     b_out = gl.zeros([ROWS, HALF], gl.float32, layout)
+    if META.narrow:
+        for i_first in range(0, gl.minimum(STAGES, end - begin)):
+            slot, filled = slot_of(i_first, META)
+            # The queries may be there, which have been taken once.
+            mbarrier.wait(barriers.empty.index(slot), (filled + 1) & 1)
+            widen_values(i_first, memory, barriers, arriving, META, I_HALF)
+            if i_first == 0:
+                widen_rest(0, memory, barriers, arriving, META, I_HALF)
     for n in range(begin, end):
         i_step = n - begin
-        slot = (i_step + QUERIES) % STAGES
-        b_v = keys.index(slot).reshape([TILE_KV, keys.shape[4]]).slice(I_HALF * HALF, HALF, dim=1)
-        mbarrier.wait(full.index(slot), ((i_step + QUERIES) // STAGES) & 1)
-        b_out = rescaled(b_out, i_step, scales, ready)
+        slot, filled = slot_of(i_step, META)
+        b_v = memory.keys.index(slot).reshape([TILE_KV, COLUMNS]).slice(I_HALF * HALF, HALF, dim=1)
+        if not META.narrow:
+            mbarrier.wait(barriers.full.index(slot), filled & 1)
+        b_out = rescaled(b_out, i_step, memory, barriers)
+        if META.narrow:
+            # The scores of this step have been multiplied, those of the next one wait for this.
+            if n + 1 < end:
+                widen_rest(i_step + 1, memory, barriers, arriving, META, I_HALF)
         left = place.seqlen_k - n * TILE_KV
         if left < TILE_KV:
             hide_rows(b_v, left)
-        mbarrier.wait(go, i_step & 1)
-        b_weights = weights_in(weights, slot, META)
-        b_out = warpgroup_mma_wait(0, [warpgroup_mma(b_weights, b_v, b_out, is_async=True)])
-        mbarrier.arrive(empty.index(slot), count=1)
-    b_out = rescaled(b_out, end - begin, scales, ready)
+        mbarrier.wait(barriers.go, i_step & 1)
+        b_out = warpgroup_mma_wait(0, [warpgroup_mma(memory.weights, b_v, b_out, is_async=True)])
+        mbarrier.arrive(barriers.empty.index(slot), count=1)
+        if META.narrow:
+            if n + STAGES < end:
+                widen_values(i_step + STAGES, memory, barriers, arriving, META, I_HALF)
+    b_out = rescaled(b_out, end - begin, memory, barriers)
+    if META.narrow:
+        b_out *= gl.load(v_scale.pointer)
     o_query, o_head = packed_rows(place.tile, rows, META)
     i_slot = (i_part * number_of(parts.batches) + place.batch).to(gl.int64)
     p_rows = out.pointer + i_slot * out.batch + o_query.to(gl.int64) * out.row + o_head.to(gl.int64) * out.head
@@ -260,37 +232,59 @@ def values(memory, barriers, out, call, META: gl.constexpr, I_HALF: gl.constexpr
 
 
 @gluon.jit
-def first_values(memory, barriers, out, call, META: gl.constexpr):
-    values(memory, barriers, out, call, META, 0)
+def first_values(memory, barriers, arriving, out, call, v_scale, META: gl.constexpr):
+    values(memory, barriers, arriving, out, call, v_scale, META, 0)
 
 
 @gluon.jit
-def second_values(memory, barriers, out, call, META: gl.constexpr):
-    values(memory, barriers, out, call, META, 1)
+def second_values(memory, barriers, arriving, out, call, v_scale, META: gl.constexpr):
+    values(memory, barriers, arriving, out, call, v_scale, META, 1)
+
+
+@triton.constexpr_function
+def tiles_like(desc, dtype):
+    """The layout of tiles like a descriptor's, of another type."""
+    return gl.NVMMASharedLayout.get_default_for(desc.block_type.shape, dtype)
 
 
 @gluon.jit
 def latent_kernel(
-    q_desc, q_rest_desc, k_desc, k_rest_desc, out, lse, cache, size, rules, parts,
+    q_desc, q_rest_desc, k_desc, k_rest_desc, out, lse, cache, size, rules, parts, k_scale, v_scale,
     META: gl.constexpr, AFTER: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """A program for 64 packed rows and a part of the keys. Descriptors cover queries (batch, rows, 1, columns) and the
-    cache (row or page, rows, 1, columns), in pieces of 512 and of 64 columns. AFTER, EARLY: see `caches`."""
+    cache (row or page, rows, 1, columns), in pieces of 512 columns and of 128 of queries, 64 of keys. k_scale, v_scale:
+    one number each where the cache has 8 bits. AFTER, EARLY: see `caches`."""
     wait_for_kernel(AFTER)
     STAGES: gl.constexpr = META.stages
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    rest_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_rest_desc.block_type.shape, k_rest_desc.layout)
-    q_rest_smem = gl.allocate_shared_memory(k_desc.dtype, q_rest_desc.block_type.shape, q_rest_desc.layout)
-    scales = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = new_barriers(STAGES, 1)
-    empty = new_barriers(STAGES, 2)
-    ready = new_barriers(STAGES, 1)
-    go = new_barriers(1, 1).index(0)
+    TILE_KV: gl.constexpr = META.tile_kv
+    dtype: gl.constexpr = gl.float16 if META.narrow else k_desc.dtype
+    keys: gl.constexpr = k_desc.block_type.shape
+    rest: gl.constexpr = k_rest_desc.block_type.shape
+    last: gl.constexpr = q_rest_desc.block_type.shape
+    weights: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, TILE_KV], dtype)
+    memory = Memory(
+        gl.allocate_shared_memory(dtype, [STAGES] + keys, tiles_like(k_desc, dtype)),
+        gl.allocate_shared_memory(dtype, rest, tiles_like(k_rest_desc, dtype)),
+        gl.allocate_shared_memory(dtype, last, tiles_like(q_rest_desc, dtype)),
+        gl.allocate_shared_memory(dtype, [ROWS, TILE_KV], weights),
+        gl.allocate_shared_memory(gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+    )
+    FILLS: gl.constexpr = 2 if META.narrow else 1
+    barriers = Barriers(
+        new_barriers(STAGES, FILLS), new_barriers(1, FILLS).index(0), new_barriers(STAGES, 2), new_barriers(2, 1),
+        new_barriers(1, 1).index(0), new_barriers(1, 1).index(0),
+    )  # fmt: skip
+    arriving = Arriving(barriers.full, memory.keys, memory.rest)
+    if META.narrow:
+        arriving = Arriving(
+            new_barriers(META.narrow, 1),
+            gl.allocate_shared_memory(k_desc.dtype, [META.narrow] + keys, k_desc.layout),
+            gl.allocate_shared_memory(k_desc.dtype, [META.narrow] + rest, k_rest_desc.layout),
+        )
     gl.warp_specialize([
-        (scores, ((q_desc, q_rest_desc, k_desc, k_rest_desc), (k_smem, rest_smem, scales, q_rest_smem),
-                  (full, empty, ready, go), lse, (cache, size, rules, parts), META, EARLY)),
-        (first_values, ((k_smem, rest_smem, scales), (full, empty, ready, go), out,
-                        (cache, size, rules, parts), META)),
-        (second_values, ((k_smem, rest_smem, scales), (full, empty, ready, go), out,
-                         (cache, size, rules, parts), META)),
+        (scores, ((q_desc, q_rest_desc, k_desc, k_rest_desc), memory, barriers, arriving, lse,
+                  (cache, size, rules, parts), k_scale, META, EARLY)),
+        (first_values, (memory, barriers, arriving, out, (cache, size, rules, parts), v_scale, META)),
+        (second_values, (memory, barriers, arriving, out, (cache, size, rules, parts), v_scale, META)),
     ], [4, 4], [160, 160])  # fmt: skip

@@ -22,7 +22,7 @@ from flashtile.kernels.caches import (
     wait_for_kernel,
 )
 from flashtile.kernels.places import diagonal_of, key_range, key_span, number_of
-from flashtile.kernels.tiles import scales_of_rows
+from flashtile.kernels.tiles import narrowed, power_of_rows, scales_of_rows
 from flashtile.kernels.words import Steps, Stored
 
 
@@ -31,22 +31,6 @@ def packed_pointers(rows, i_batch, o_query, o_head, BLOCK: tl.constexpr):
     """Rows of (batch, row, head, column), each with a head of its own."""
     o_rows = o_query.to(tl.int64) * rows.row + o_head.to(tl.int64) * rows.head
     return rows.pointer + i_batch.to(tl.int64) * rows.batch + o_rows[:, None] + tl.arange(0, BLOCK)[None, :]
-
-
-@triton.jit
-def power_of_rows(b_rows):
-    """The power of two below the largest number of each row, 1 for rows of zeros; float32 bits, as integers."""
-    b_bits = tl.max(tl.abs(b_rows.to(tl.float32)), 1).to(tl.int32, bitcast=True) & 0x7F800000
-    # Those that are infinite or nearly so stay what they are, and the inverse stays a normal number.
-    return tl.where(b_bits == 0, 0x3F800000, tl.minimum(b_bits, 0x7E800000))
-
-
-@triton.jit
-def narrowed(b_rows, b_bits):
-    """Rows divided by powers of two, as float16. What lies 2^14 below the largest of its row loses bits of a number
-    that no sum notices."""
-    b_inverse = (0x7F000000 - b_bits).to(tl.float32, bitcast=True)
-    return (b_rows.to(tl.float32) * b_inverse[:, None]).to(tl.float16)
 
 
 @triton.jit
