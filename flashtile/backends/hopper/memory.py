@@ -18,31 +18,75 @@ def new_barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @triton.constexpr_function
-def _turn(verb, group, consumers):
-    return f"bar.{verb} {_FIRST_TURN + group % consumers}, 256; mov.u32 $0, 0;"
+def _named(verb, threads):
+    return f"bar.{verb} $1, {threads}; mov.u32 $0, 0;"
 
 
-_FIRST_TURN = 13
-"""Of the 16 named barriers of a program, the first that no warps of Triton's use."""
+@gluon.jit
+def await_all(number, THREADS: gl.constexpr):
+    """Waits at a named barrier of the hardware until so many threads have come, those that only `report` too. An
+    mbarrier would take one of those before a warpgroup arrives, one after, and a loop."""
+    TEXT: gl.constexpr = _named("sync", THREADS)
+    gl.inline_asm_elementwise(TEXT, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def report(number, THREADS: gl.constexpr):
+    """Comes to a named barrier and does not wait."""
+    TEXT: gl.constexpr = _named("arrive", THREADS)
+    gl.inline_asm_elementwise(TEXT, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+MEETING = gl.constexpr(4)
+TOLD = gl.constexpr(5)
+ADDED = gl.constexpr(9)
+HANDED = gl.constexpr(11)
+FREED = gl.constexpr(13)
+KEYS_FREED = gl.constexpr(5)
+VALUES_FREED = gl.constexpr(9)
+_FIRST_TURN = gl.constexpr(13)
+"""Of the 16 named barriers of a program, those that no warps of Triton's use. The backward kernel's: where math
+warpgroups meet; for dQ, see `adding`; one a slot of the ring. Of kernels that walk over keys: one a slot of keys, one a
+slot of values; turns."""
+
+BOTH = gl.constexpr(256)
+"""Threads of two math warpgroups."""
+
+BOTH_AND_ONE = gl.constexpr(288)
+"""And of one warp more."""
+
+ONE_AND_ONE = gl.constexpr(160)
+"""Threads of a math warpgroup and a warp."""
+
+
+@triton.constexpr_function
+def slot_threads(consumers):
+    """Who comes to the barrier of a slot: math warpgroups that have read it, and the warp that fills it."""
+    return 128 * consumers + 32
+
+
+@gluon.jit
+def free_slot(FIRST: gl.constexpr, count, STAGES: gl.constexpr, META: gl.constexpr):
+    """This side has read the slot of a step."""
+    report(FIRST + count % STAGES, slot_threads(META.consumers))
 
 
 @gluon.jit
 def meet():
-    """Two math warpgroups wait for each other. Takes one barrier of the hardware, where an mbarrier would take one of
-    each warpgroup before it arrives, one after, and a loop."""
-    gl.inline_asm_elementwise(_turn("sync", 0, 1), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    """Two math warpgroups wait for each other."""
+    await_all(MEETING, BOTH)
 
 
 @gluon.jit
 def take_turn(I_GROUP: gl.constexpr, CONSUMERS: gl.constexpr):
     """Waits until the warpgroup before has passed its turn (FlashAttention-3, section 3.1)."""
-    gl.inline_asm_elementwise(_turn("sync", I_GROUP, CONSUMERS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    await_all(_FIRST_TURN + I_GROUP % CONSUMERS, BOTH)
 
 
 @gluon.jit
 def pass_turn(I_GROUP: gl.constexpr, CONSUMERS: gl.constexpr):
     """Lets the next warpgroup start its products, behind this one's."""
-    gl.inline_asm_elementwise(_turn("arrive", I_GROUP + 1, CONSUMERS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    report(_FIRST_TURN + (I_GROUP + 1) % CONSUMERS, BOTH)
 
 
 @triton.constexpr_function
