@@ -5,8 +5,9 @@ Scores lie (keys, queries). With P = exp(S - lse), recomputed, and delta = rowsu
     dP = V dO^T,  dS = P * (dP - delta),  dV += P dO,  dK += dS Q,  dQ = dS^T K.
 
 Each of two math warpgroups owns 64 keys, and the weights go from its accumulators into the products that need them. dQ
-needs all keys: both put their part of dS into shared memory, each multiplies half of dQ, and the copy engine adds that
-to float32 memory (`sums`), in no fixed order. Unless `adds`: then dQ is another kernel's (`queries`).
+needs all keys: both put their part of dS into shared memory, each multiplies half of dQ a step late, and two more warps
+have the copy engine add that to float32 memory, in no fixed order (`adding`). Unless `adds`: then dQ is another
+kernel's (`queries`).
 
 Where `split`, heads are so wide that a warpgroup has registers for dK or for dV: both share 64 keys, the first computes
 P and dV and hands P to the second, which computes dS and dK.
@@ -14,24 +15,24 @@ P and dV and hands P to the second, which computes dS and dK.
 
 from triton.experimental import gluon
 
+from flashtile.backends.hopper.adding import adder, after_last, before_first
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.compat import gl, mbarrier, thread_barrier, tma_load, tma_store_wait, view_as
-from flashtile.backends.hopper.memory import hand_over, meet, new_barriers, without_nan, without_rows
-from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, ranked, row_tile, rows_walk
+from flashtile.backends.hopper.memory import (
+    FREED,
+    await_slot,
+    hand_over,
+    meet,
+    new_barriers,
+    without_nan,
+    without_rows,
+)
+from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, key_tile, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
 from flashtile.backends.hopper.steps import key_step, step, value_step
-from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_MEMORY, PIECE_ROWS, first_tile
-from flashtile.kernels.places import SCANNED, place_at, with_head
-
-
-@gluon.jit
-def key_tile(packing, size, section, visits, layout: gl.constexpr, META: gl.constexpr):
-    """The `Place` of this program, a key tile; its head is one of the keys'. `layout`: of the warps that ask."""
-    i_batch, i_head, i_rank = ranked(gl.program_id(0), gl.num_programs(0), size, section, META)
-    o_lanes = gl.arange(0, SCANNED, layout)
-    lists: gl.constexpr = META.masked == "lists"
-    return place_at(i_batch, i_head, i_rank, o_lanes, packing, size, visits, META.tile_kv, True, False, lists)
+from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_MEMORY, PIECE_ROWS
+from flashtile.kernels.places import with_head
 
 
 @gluon.jit
@@ -43,7 +44,7 @@ def loader(
     line: gl.constexpr = gl.BlockedLayout([TILE_Q // 32], [32], [1], [0])
     q_desc, k_desc, v_desc, do_desc, _sums_desc, _dk_desc, _dv_desc = descriptors
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, _ds_smem, _sums_smem = memory
-    kv_full, full, empty, _handing = barriers
+    kv_full, full, _handing = barriers
     lse, delta = statistics
     packing, size, section, rules, visits = call
     shared = key_tile(packing, size, section, visits, ONE_WARP, META)
@@ -60,12 +61,11 @@ def loader(
         i_next = row_tile(walk, walk[1], META)
         for n in range(walk[1], walk[4]):
             slot = count % META.stages
-            phase = (count // META.stages) & 1
             i_row = i_next
             i_next = row_tile(walk, n + 1, META)
             where = [i_entry, place.first_q + i_row * TILE_Q, place.head, 0]
             b_lse, b_delta = load_statistics(lse, delta, place, i_row * TILE_Q + gl.arange(0, TILE_Q, line))
-            mbarrier.wait(empty.index(slot), phase ^ 1)
+            await_slot(FREED, count, META.stages, META)
             mbarrier.expect(full.index(slot), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
             tma_load(q_desc, where, full.index(slot), q_smem.index(slot))
             tma_load(do_desc, where, full.index(slot), do_smem.index(slot))
@@ -74,14 +74,17 @@ def loader(
             delta_smem.index(slot).store(b_delta)
             mbarrier.arrive(full.index(slot), count=1)
             count += 1
+    # No barrier is left half full.
+    for i in range(count, count + META.stages):
+        await_slot(FREED, i, META.stages, META)
 
 
 @gluon.jit
 def walk_rows(
-    b_grads, count, place, sums, o_key, descriptors, memory, barriers, rules, visits,
+    b_grads, count, place, o_key, memory, barriers, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(gradients, steps so far) after the queries of one head. sums: its `first_tile`."""
+    """(gradients, steps so far) after the queries of one head."""
     walk = rows_walk(place, rules.window, visits, META)
     _tiles, begin, full_begin, full_end, end = walk
     # Read one step ahead; lists have room for that.
@@ -101,8 +104,8 @@ def walk_rows(
         else:
             b_words = words_at(visits, place, n, m_edge, META, True, I_GROUP)
             b_grads = step(
-                b_grads, i_row, (sums[0], sums[1] + i_row), m_edge, b_words, count, place, o_key,
-                descriptors, memory, barriers, rules, META, SCORE, DERIVATIVE, MASK, I_GROUP,
+                b_grads, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
+                META, SCORE, DERIVATIVE, MASK, I_GROUP,
             )  # fmt: skip
         count += 1
     return b_grads, count
@@ -148,13 +151,15 @@ def consumer(
     TILE_Q: gl.constexpr = META.tile_q
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     row: gl.constexpr = 0 if META.split else I_GROUP * ROWS
-    kv_full, _full, _empty, _handing = barriers
+    kv_full, _full, _handing = barriers
     packing, size, section, rules, visits = call
     shared = key_tile(packing, size, section, visits, ONE_GROUP, META)
     first = shared.tile * META.tile_kv + row
     o_key = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
     b_grads = no_grads(I_GROUP, META)
     count = 0
+    if META.adds:
+        before_first(memory[6], I_GROUP, META)
     mbarrier.wait(kv_full, 0)
     if not META.split or I_GROUP == 0:
         clean(memory[0], shared, first, row, META)
@@ -163,10 +168,10 @@ def consumer(
     for i_member in range(META.group):
         place = with_head(shared, shared.head * META.group + i_member)
         b_grads, count = walk_rows(
-            b_grads, count, place, first_tile(place, packing, size, META.group, META), o_key,
-            descriptors, memory, barriers, rules, visits, META, SCORE, DERIVATIVE, MASK, I_GROUP,
+            b_grads, count, place, o_key, memory, barriers, rules, visits, META, SCORE, DERIVATIVE, MASK, I_GROUP
         )  # fmt: skip
-    tma_store_wait(0)
+    if META.adds:
+        after_last(memory, count, I_GROUP, META)
     # Both are done reading queries and gradients once both are here: that memory takes the results.
     meet()
     dk, dv = results
@@ -228,16 +233,35 @@ def second_consumer(
 
 
 @gluon.jit
+def first_adder(descriptors, memory, call, META: gl.constexpr):
+    adder(descriptors, memory, call, META, 0)
+
+
+@gluon.jit
+def second_adder(descriptors, memory, call, META: gl.constexpr):
+    adder(descriptors, memory, call, META, 1)
+
+
+@gluon.jit
 def specialize(
     descriptors, memory, barriers, statistics, results, call,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """The roles of the warps, and their registers."""
-    gl.warp_specialize([
-        (first_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
-        (second_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
-        (loader, (descriptors, memory, barriers, statistics, call, META)),
-    ], [4, 1], [240, 24])  # fmt: skip
+    if META.adds:
+        gl.warp_specialize([
+            (first_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
+            (second_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
+            (loader, (descriptors, memory, barriers, statistics, call, META)),
+            (first_adder, (descriptors, memory, call, META)),
+            (second_adder, (descriptors, memory, call, META)),
+        ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (first_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
+            (second_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
+            (loader, (descriptors, memory, barriers, statistics, call, META)),
+        ], [4, 1], [240, 24])  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["section"])
@@ -271,14 +295,13 @@ def backward_kernel(
         sums_smem = gl.allocate_shared_memory(gl.float32, [2, 1, 1, PIECE_ROWS, PIECE_COLUMNS], sums_desc.layout)
     kv_full = new_barriers(1, 1).index(0)
     full = new_barriers(STAGES, 2)
-    empty = new_barriers(STAGES, 2)
-    handing = empty
+    handing = full
     if META.split:
         handing = new_barriers(4, 1)
     specialize(
         (q_desc, k_desc, v_desc, do_desc, sums_desc, dk_desc, dv_desc),
         (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, sums_smem),
-        (kv_full, full, empty, handing),
+        (kv_full, full, handing),
         (lse, delta),
         (dk, dv),
         (packing, size, section, rules, visits),

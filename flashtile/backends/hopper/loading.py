@@ -4,7 +4,7 @@ up what comes next."""
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_load
-from flashtile.backends.hopper.memory import KEYS_FREED, VALUES_FREED, await_all, slot_threads
+from flashtile.backends.hopper.memory import KEYS_FREED, VALUES_FREED, await_slot
 from flashtile.backends.hopper.schedule import announce, counts_of, end, query_tile, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 
@@ -87,13 +87,6 @@ def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers
         where = [place.batch, place.head // META.group, 0, i_tile * META.tile_kv]
     tma_load(v_desc, where, v_full.index(slot_v), v_smem.index(slot_v))
     return i_after
-
-
-@gluon.jit
-def await_slot(FIRST: gl.constexpr, count, STAGES: gl.constexpr, META: gl.constexpr):
-    """Until step `count` - `STAGES` is over, on all sides."""
-    if count >= STAGES:
-        await_all(FIRST + count % STAGES, slot_threads(META.consumers))
 
 
 @gluon.jit

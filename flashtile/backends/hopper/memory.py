@@ -52,9 +52,6 @@ slot of values; turns."""
 BOTH = gl.constexpr(256)
 """Threads of two math warpgroups."""
 
-BOTH_AND_ONE = gl.constexpr(288)
-"""And of one warp more."""
-
 ONE_AND_ONE = gl.constexpr(160)
 """Threads of a math warpgroup and a warp."""
 
@@ -69,6 +66,13 @@ def slot_threads(consumers):
 def free_slot(FIRST: gl.constexpr, count, STAGES: gl.constexpr, META: gl.constexpr):
     """This side has read the slot of a step."""
     report(FIRST + count % STAGES, slot_threads(META.consumers))
+
+
+@gluon.jit
+def await_slot(FIRST: gl.constexpr, count, STAGES: gl.constexpr, META: gl.constexpr):
+    """Until step `count` - `STAGES` is over, on all sides."""
+    if count >= STAGES:
+        await_all(FIRST + count % STAGES, slot_threads(META.consumers))
 
 
 @gluon.jit

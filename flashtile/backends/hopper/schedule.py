@@ -52,6 +52,15 @@ def query_tile(i_number, packing, size, section, total, visits, META: gl.constex
 
 
 @gluon.jit
+def key_tile(packing, size, section, visits, layout: gl.constexpr, META: gl.constexpr):
+    """The `Place` of this program of the backward kernel, with a head of the keys. layout: of the warps that ask."""
+    i_batch, i_head, i_rank = ranked(gl.program_id(0), gl.num_programs(0), size, section, META)
+    o_lanes = gl.arange(0, SCANNED, layout)
+    lists: gl.constexpr = META.masked == "lists"
+    return place_at(i_batch, i_head, i_rank, o_lanes, packing, size, visits, META.tile_kv, True, False, lists)
+
+
+@gluon.jit
 def counts_of(place, visits, META: gl.constexpr):
     """(tiles that need the mask, tiles in all) of a query tile's list."""
     partial = place.tile * 0

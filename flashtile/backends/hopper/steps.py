@@ -1,18 +1,15 @@
 """A query tile in the backward kernel: a step of a warpgroup that has 64 keys of its own, or of two that share 64."""
 
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_add, tma_store_wait
+from flashtile.backends.hopper.adding import await_other, half_of_grad_q, hand_over_grad_q, own_grad, tell_other
+from flashtile.backends.hopper.compat import gl, mbarrier
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at, only_kept
-from flashtile.backends.hopper.memory import clear_half, meet
+from flashtile.backends.hopper.memory import FREED, clear_half, free_slot
 from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.softmax import ROWS
-from flashtile.backends.hopper.sums import PIECE, PIECE_COLUMNS, PIECE_ROWS, flat_piece, pieces, whole_piece
+from flashtile.backends.hopper.sums import PIECE, flat_piece, whole_piece
 from flashtile.kernels.rules import grad_dots
 
 
@@ -34,50 +31,13 @@ def scores_of(
 
 
 @gluon.jit
-def half_of_grad_q(ds_smem, k_smem, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Starts this warpgroup's half of dS^T K: 64 of 128 queries; of 64 queries, 64 of 128 columns; or the part of its
-    own keys, where there are no more than 64 of either."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    b_k = k_smem.reshape([TILE_KV, BLOCK_D])
-    b_grad = ds_smem
-    if META.tile_q == 128:
-        b_grad = ds_smem.slice(I_GROUP * 64, 64, dim=1)
-    elif META.block_d == 128:
-        b_k = b_k.slice(I_GROUP * 64, 64, dim=1)
-    else:
-        b_grad = ds_smem.slice(I_GROUP * 64, 64, dim=0)
-        b_k = b_k.slice(I_GROUP * 64, 64, dim=0)
-    b_zeros = gl.zeros([64, 64], gl.float32, layout)
-    return warpgroup_mma(b_grad.permute((1, 0)), b_k, b_zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def add_grad_q(descriptors, memory, b_grad_q, where, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Hands the half to the copy engine, which adds it; the engine has read the one before by then.
-
-    where: (head, tile) in `sums`.
-    """
-    _q, _k, _v, _do, sums_desc, _dk, _dv = descriptors
-    _k_smem, _v_smem, _q_smem, _do_smem, _lse, _delta, _ds, sums_smem = memory
-    i_head, i_tile = where
-    block = sums_smem.index(I_GROUP)
-    tma_store_wait(0)
-    block.reshape([PIECE_ROWS, PIECE_COLUMNS]).store(flat_piece(b_grad_q))
-    fence_async_shared()
-    i_piece: gl.constexpr = I_GROUP if pieces(META.tile_q, META.block_d) == 2 else 0
-    tma_add(sums_desc, [i_head, i_tile, i_piece * PIECE_ROWS, 0], block)
-
-
-@gluon.jit
 def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
     """(queries, gradients of their outputs) of a slot, once they are there."""
     TILE_Q: gl.constexpr = META.tile_q
     BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     _k_smem, _v_smem, q_smem, do_smem, _lse_smem, _delta_smem, _ds_smem, _sums_smem = memory
-    _kv_full, full, _empty, _handing = barriers
+    _kv_full, full, _handing = barriers
     slot = count % META.stages
     b_q = q_smem.index(slot).reshape([TILE_Q, BLOCK_D])
     b_grad_out = do_smem.index(slot).reshape([TILE_Q, BLOCK_DV])
@@ -91,7 +51,7 @@ def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, 
 
 @gluon.jit
 def step(
-    b_grads, i_row, where, m_edge, b_words, count, place, o_key, descriptors, memory, barriers, rules,
+    b_grads, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: (dK, dV)."""
@@ -102,11 +62,9 @@ def step(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    k_smem, v_smem, _q_smem, _do_smem, lse_smem, delta_smem, ds_smem, _sums_smem = memory
-    _kv_full, _full, empty, _handing = barriers
+    k_smem, v_smem, _q_smem, _do_smem, lse_smem, delta_smem, ds_smem, sums_smem = memory
     b_grad_k, b_grad_v = b_grads
     slot = count % META.stages
-    half = count % 2
     b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
     b_k = k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0)
@@ -122,8 +80,9 @@ def step(
     b_lse = lse_smem.index(slot).load(gl.SliceLayout(0, scores))
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
     b_left = gl.convert_layout(only_kept(b_weights, b_kept).to(k_smem.dtype), gl.DotOperandLayout(0, values, 2))
-    b_grad_weights = dropped_grad(warpgroup_mma_wait(0, [weight_token]), b_kept, rules)
+    # Before the wait for dP, or ptxas moves that wait up, in front of the exponentials.
     value_token = warpgroup_mma(b_left, b_grad_out, b_grad_v, is_async=True)
+    b_grad_weights = dropped_grad(warpgroup_mma_wait(1, [weight_token]), b_kept, rules)
     b_delta = delta_smem.index(slot).load(gl.SliceLayout(0, scores))
     # Elsewhere a weight of 0 is enough: keys and values hold numbers alone by now.
     GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
@@ -134,20 +93,19 @@ def step(
     b_half = b_grad.to(k_smem.dtype)
     b_left = gl.convert_layout(b_half, gl.DotOperandLayout(0, keys, 2))
     if META.adds:
-        ds_smem.index(half).slice(I_GROUP * ROWS, ROWS, dim=0).store(b_half)
-        fence_async_shared()
-        meet()
-        query_token = half_of_grad_q(ds_smem.index(half), k_smem, I_GROUP, META)
+        await_other(count, I_GROUP)
+        own_grad(ds_smem, count, I_GROUP).store(b_half)
+        query_token = half_of_grad_q(ds_smem, k_smem, count, I_GROUP, META)
     key_token = warpgroup_mma(b_left, b_q, b_grad_k, is_async=True)
     if META.adds:
         b_grad_v = warpgroup_mma_wait(2, [value_token])
-        b_grad_q = warpgroup_mma_wait(1, [query_token])
         # dQ leaves while dK is multiplied.
-        add_grad_q(descriptors, memory, b_grad_q, where, I_GROUP, META)
+        hand_over_grad_q(warpgroup_mma_wait(1, [query_token]), sums_smem, I_GROUP)
+        tell_other(count, I_GROUP)
     else:
         b_grad_v = warpgroup_mma_wait(1, [value_token])
     b_grad_k = warpgroup_mma_wait(0, [key_token])
-    mbarrier.arrive(empty.index(slot), count=1)
+    free_slot(FREED, count, META.stages, META)
     return (b_grad_k, b_grad_v)
 
 
@@ -167,7 +125,7 @@ def value_step(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     k_smem, _v_smem, _q_smem, _do_smem, lse_smem, _delta_smem, handed, _sums_smem = memory
-    _kv_full, _full, empty, handing = barriers
+    _kv_full, _full, handing = barriers
     b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 0, META)
     b_k = k_smem.reshape([TILE_KV, BLOCK_D])
@@ -193,7 +151,7 @@ def value_step(
     handed.index(half).store(flat_piece(b_weights))
     mbarrier.arrive(handing.index(2 + half), count=1)
     b_grad_v = warpgroup_mma_wait(0, [token])
-    mbarrier.arrive(empty.index(count % META.stages), count=1)
+    free_slot(FREED, count, META.stages, META)
     return (b_grad_v,)
 
 
@@ -209,7 +167,7 @@ def key_step(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     k_smem, v_smem, _q_smem, _do_smem, _lse_smem, delta_smem, handed, _sums_smem = memory
-    _kv_full, _full, empty, handing = barriers
+    _kv_full, _full, handing = barriers
     b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 1, META)
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV])
@@ -227,5 +185,5 @@ def key_step(
         b_grad = gl.where(b_weights == 0.0, 0.0, b_grad)
     b_left = gl.convert_layout(b_grad.to(k_smem.dtype), gl.DotOperandLayout(0, keys, 2))
     b_grad_k = warpgroup_mma_wait(0, [warpgroup_mma(b_left, b_q, b_grads[0], is_async=True)])
-    mbarrier.arrive(empty.index(count % META.stages), count=1)
+    free_slot(FREED, count, META.stages, META)
     return (b_grad_k,)
