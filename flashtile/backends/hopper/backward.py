@@ -19,9 +19,8 @@ from flashtile.backends.hopper.adding import adder, after_last, before_first
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.compat import gl, mbarrier, thread_barrier, tma_load, tma_store_wait, view_as
 from flashtile.backends.hopper.memory import (
-    BOTH_AND_ONE,
     FREED,
-    await_all,
+    await_slot,
     hand_over,
     meet,
     new_barriers,
@@ -66,8 +65,7 @@ def loader(
             i_next = row_tile(walk, n + 1, META)
             where = [i_entry, place.first_q + i_row * TILE_Q, place.head, 0]
             b_lse, b_delta = load_statistics(lse, delta, place, i_row * TILE_Q + gl.arange(0, TILE_Q, line))
-            if count >= META.stages:
-                await_all(FREED + slot, BOTH_AND_ONE)
+            await_slot(FREED, count, META.stages, META)
             mbarrier.expect(full.index(slot), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
             tma_load(q_desc, where, full.index(slot), q_smem.index(slot))
             tma_load(do_desc, where, full.index(slot), do_smem.index(slot))
@@ -77,8 +75,8 @@ def loader(
             mbarrier.arrive(full.index(slot), count=1)
             count += 1
     # No barrier is left half full.
-    for i in range(gl.maximum(count - META.stages, 0), count):
-        await_all(FREED + i % META.stages, BOTH_AND_ONE)
+    for i in range(count, count + META.stages):
+        await_slot(FREED, i, META.stages, META)
 
 
 @gluon.jit

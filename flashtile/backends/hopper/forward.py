@@ -14,7 +14,7 @@ from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import kept_at, only_kept
 from flashtile.backends.hopper.eight import factor_of, packed, query_unit, units_of, unpacked
 from flashtile.backends.hopper.loading import loader, query_slot
-from flashtile.backends.hopper.memory import hand_over, new_barriers, pass_turn, take_turn
+from flashtile.backends.hopper.memory import VALUES_FREED, free_slot, hand_over, new_barriers, pass_turn, take_turn
 from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
@@ -99,7 +99,7 @@ def step(
     BLOCK_DV: gl.constexpr = META.block_dv
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
     q_smem, k_smem, v_smem, _ = memory
-    _, _, k_full, v_full, empty = barriers
+    _, _, k_full, v_full = barriers
     if META.turns:
         take_turn(I_GROUP, META.consumers)
     score_token = multiply_scores(q_smem, k_smem, k_full, count, META)
@@ -133,7 +133,7 @@ def step(
     if META.eight:
         # These go into the registers that the product has read; sooner, ptxas would make products wait for each other.
         b_low = narrowed(b_new, k_smem.dtype, META)
-    mbarrier.arrive(empty.index(count % META.stages), count=1)
+    free_slot(VALUES_FREED, count, META.stages, META)
     b_out = b_out * gl.convert_layout(b_rescale, gl.SliceLayout(1, output))[:, None]
     return b_low, b_out, b_max, b_sum
 
@@ -149,11 +149,11 @@ def first_step(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
     q_smem, k_smem, _, _ = memory
-    _, _, k_full, _, empty = barriers
+    _, _, k_full, _ = barriers
     token = multiply_scores(q_smem, k_smem, k_full, count, META)
     b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(0, [token])
-    mbarrier.arrive(empty.index(count % META.stages), count=1)
+    free_slot(VALUES_FREED, count, META.stages, META)
     b_scores, _valid, _capped, _plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit, META, SCORE, MASK, "always"
     )
@@ -214,7 +214,7 @@ def consumer(
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_DV: gl.constexpr = META.block_dv
     q_smem, k_smem, v_smem, o_smem = memory
-    q_full, q_empty, _, v_full, _ = barriers
+    q_full, q_empty, _, v_full = barriers
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
     out, lse, sources, scales = results
@@ -344,14 +344,13 @@ def forward_kernel(
     q_empty = new_barriers(QUERIES, 1)
     k_full = new_barriers(STAGES, 1)
     v_full = new_barriers(STAGES, 1)
-    empty = new_barriers(STAGES, CONSUMERS)
     told = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     told_full = new_barriers(1, 1).index(0)
     told_empty = new_barriers(1, CONSUMERS).index(0)
     specialize(
         (q_desc, k_desc, v_desc, o_desc),
         (q_smem, k_smem, v_smem, o_smem),
-        (q_full, q_empty, k_full, v_full, empty),
+        (q_full, q_empty, k_full, v_full),
         (told, told_full, told_empty),
         (out, lse, sources, scales),
         counter,

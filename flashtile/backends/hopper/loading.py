@@ -4,6 +4,7 @@ up what comes next."""
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_load
+from flashtile.backends.hopper.memory import KEYS_FREED, VALUES_FREED, await_slot
 from flashtile.backends.hopper.schedule import announce, counts_of, end, query_tile, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 
@@ -41,6 +42,13 @@ def loader(
         place, counts, walk, i_tile = next_place, next_counts, next_walk, i_first
         i_number = i_next
     end(mailbox, turn)
+    # No barrier is left half full.
+    v_late: gl.constexpr = 0 if META.for_dq else 1
+    for i in range(count + v_late, count + META.stages_v):
+        await_slot(VALUES_FREED, i, META.stages_v, META)
+    if META.for_dq:
+        for i in range(count + 1, count + STAGES):
+            await_slot(KEYS_FREED, i, STAGES, META)
 
 
 @gluon.jit
@@ -60,31 +68,25 @@ def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers
     k_smem, v_smem = memory[1], memory[2]
     k_full, v_full = barriers[2], barriers[3]
     # Values are multiplied one step after their keys; for dQ keys are, once more, one step after their values.
-    k_late: gl.constexpr = 1 if META.for_dq else 0
-    v_late: gl.constexpr = 1 - k_late
-    v_empty = barriers[4 + k_late]
+    v_late: gl.constexpr = 0 if META.for_dq else 1
     # Lists have room for that.
     i_after = tile_of(walk, n + 1, META)
     slot = count % k_smem.shape[0]
     slot_v = count % v_smem.shape[0]
     where = [place.batch * META.dense, place.first_k + i_tile * META.tile_kv, place.head // META.group, 0]
-    wait_for_slot(barriers[4], count + k_late, k_smem.shape[0])
+    # Otherwise they are free since the last values were.
+    if META.for_dq:
+        await_slot(KEYS_FREED, count + 1, META.stages, META)
     mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
     tma_load(k_desc, where, k_full.index(slot), k_smem.index(slot))
     if n == 0:
         load_queries(descriptors, memory, barriers, place, turn, META)
-    wait_for_slot(v_empty, count + v_late, v_smem.shape[0])
+    await_slot(VALUES_FREED, count + v_late, META.stages_v, META)
     mbarrier.expect(v_full.index(slot_v), v_desc.block_type.nbytes)
     if META.eight:
         where = [place.batch, place.head // META.group, 0, i_tile * META.tile_kv]
     tma_load(v_desc, where, v_full.index(slot_v), v_smem.index(slot_v))
     return i_after
-
-
-@gluon.jit
-def wait_for_slot(empty, count, STAGES: gl.constexpr):
-    """Until step `count` - `STAGES` is over, on all sides."""
-    mbarrier.wait(empty.index(count % STAGES), ((count // STAGES) & 1) ^ 1)
 
 
 @gluon.jit

@@ -42,18 +42,37 @@ TOLD = gl.constexpr(5)
 ADDED = gl.constexpr(9)
 HANDED = gl.constexpr(11)
 FREED = gl.constexpr(13)
+KEYS_FREED = gl.constexpr(5)
+VALUES_FREED = gl.constexpr(9)
 _FIRST_TURN = gl.constexpr(13)
 """Of the 16 named barriers of a program, those that no warps of Triton's use. The backward kernel's: where math
-warpgroups meet; for dQ, see `adding`; one a slot of the ring. The forward kernel's: turns."""
+warpgroups meet; for dQ, see `adding`; one a slot of the ring. Of kernels that walk over keys: one a slot of keys, one a
+slot of values; turns."""
 
 BOTH = gl.constexpr(256)
 """Threads of two math warpgroups."""
 
-BOTH_AND_ONE = gl.constexpr(288)
-"""And of one warp more."""
-
 ONE_AND_ONE = gl.constexpr(160)
 """Threads of a math warpgroup and a warp."""
+
+
+@triton.constexpr_function
+def slot_threads(consumers):
+    """Who comes to the barrier of a slot: math warpgroups that have read it, and the warp that fills it."""
+    return 128 * consumers + 32
+
+
+@gluon.jit
+def free_slot(FIRST: gl.constexpr, count, STAGES: gl.constexpr, META: gl.constexpr):
+    """This side has read the slot of a step."""
+    report(FIRST + count % STAGES, slot_threads(META.consumers))
+
+
+@gluon.jit
+def await_slot(FIRST: gl.constexpr, count, STAGES: gl.constexpr, META: gl.constexpr):
+    """Until step `count` - `STAGES` is over, on all sides."""
+    if count >= STAGES:
+        await_all(FIRST + count % STAGES, slot_threads(META.consumers))
 
 
 @gluon.jit

@@ -16,7 +16,15 @@ from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at
 from flashtile.backends.hopper.forward import multiply_scores, rule, store_tile
 from flashtile.backends.hopper.loading import loader
-from flashtile.backends.hopper.memory import clear_half, meet, new_barriers, without_nan
+from flashtile.backends.hopper.memory import (
+    KEYS_FREED,
+    VALUES_FREED,
+    clear_half,
+    free_slot,
+    meet,
+    new_barriers,
+    without_nan,
+)
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
@@ -43,7 +51,7 @@ def clear_hidden(b_k, b_v, i_tile, place, I_GROUP: gl.constexpr, META: gl.conste
 def start_products(i_tile, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
     """(token of the scores, token of the weights' gradients) of a key tile."""
     q_smem, k_smem, v_smem, _dq_smem, do_smem = memory
-    _q_full, _q_empty, k_full, v_full, _k_empty, _v_empty = barriers
+    _q_full, _q_empty, k_full, v_full = barriers
     if META.packed or META.guarded:
         slot, slot_v = count % k_smem.shape[0], count % v_smem.shape[0]
         mbarrier.wait(k_full.index(slot), (count // k_smem.shape[0]) & 1)
@@ -78,8 +86,7 @@ def grad_scores(
 
     LATER: how many products were started after the two.
     """
-    _q_smem, k_smem, v_smem, _dq_smem, _do_smem = memory
-    _q_full, _q_empty, _k_full, _v_full, _k_empty, v_empty = barriers
+    _q_smem, k_smem, _v_smem, _dq_smem, _do_smem = memory
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_D: gl.constexpr = META.block_d
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
@@ -92,7 +99,7 @@ def grad_scores(
     )
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[:, None])
     b_grad_weights = dropped_grad(warpgroup_mma_wait(LATER, [weight_token]), b_kept, rules)
-    mbarrier.arrive(v_empty.index(count % v_smem.shape[0]), count=1)
+    free_slot(VALUES_FREED, count, META.stages_v, META)
     o_columns = i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores))
     GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
     b_grad, b_outer = grad_dots(
@@ -112,7 +119,6 @@ def walk_keys(
 ):  # fmt: skip
     """(dQ, less the gradient of each query's slope, steps so far) of a query tile."""
     _q_smem, k_smem, _v_smem, _dq_smem, _do_smem = memory
-    _q_full, _q_empty, _k_full, _v_full, k_empty, _v_empty = barriers
     BLOCK_D: gl.constexpr = META.block_d
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     walk = walk_of(place, counts, rules.window, visits, META)
@@ -128,7 +134,7 @@ def walk_keys(
         META, SCORE, DERIVATIVE, MASK, "always", 0,
     )  # fmt: skip
     b_dq = gl.zeros([ROWS, BLOCK_D], gl.float32, output)
-    mbarrier.arrive(k_empty.index(count % k_smem.shape[0]), count=1)
+    free_slot(KEYS_FREED, count, META.stages, META)
     count += 1
     # Read one step ahead; lists have room for that.
     i_next = tile_of(walk, 1, META)
@@ -145,7 +151,7 @@ def walk_keys(
         )  # fmt: skip
         b_slope += b_more
         b_dq = warpgroup_mma_wait(0, [token])
-        mbarrier.arrive(k_empty.index(count % k_smem.shape[0]), count=1)
+        free_slot(KEYS_FREED, count, META.stages, META)
         count += 1
     b_dq = warpgroup_mma_wait(0, [multiply_keys(b_grad, b_dq, k_smem, count - 1, META)])
     return b_dq, b_slope, count
@@ -159,7 +165,7 @@ def consumer(
     """One math warpgroup: 64 rows of each query tile."""
     _q_desc, _k_desc, _v_desc, dq_desc, _do_desc = descriptors
     _q_smem, _k_smem, _v_smem, dq_smem, _do_smem = memory
-    q_full, q_empty, _k_full, _v_full, _k_empty, _v_empty = barriers
+    q_full, q_empty, _k_full, _v_full = barriers
     TILE_KV: gl.constexpr = META.tile_kv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
     lse, delta, dq, slope = results
@@ -239,14 +245,12 @@ def query_kernel(
     q_empty = new_barriers(2, 1)
     k_full = new_barriers(STAGES, 1)
     v_full = new_barriers(STAGES_V, 1)
-    k_empty = new_barriers(STAGES, 2)
-    v_empty = new_barriers(STAGES_V, 2)
     told_full = new_barriers(1, 1).index(0)
     told_empty = new_barriers(1, 2).index(0)
     specialize(
         (q_desc, k_desc, v_desc, dq_desc, do_desc),
         (q_smem, k_smem, v_smem, q_smem, do_smem),
-        (q_full, q_empty, k_full, v_full, k_empty, v_empty),
+        (q_full, q_empty, k_full, v_full),
         (told, told_full, told_empty),
         (lse, delta, dq, slope),
         counter,

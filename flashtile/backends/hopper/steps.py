@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from flashtile.backends.hopper.adding import await_other, half_of_grad_q, hand_over_grad_q, own_grad, tell_other
 from flashtile.backends.hopper.compat import gl, mbarrier
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at, only_kept
-from flashtile.backends.hopper.memory import BOTH_AND_ONE, FREED, clear_half, report
+from flashtile.backends.hopper.memory import FREED, clear_half, free_slot
 from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.sums import PIECE, flat_piece, whole_piece
@@ -47,12 +47,6 @@ def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, 
         if left < TILE_Q:
             clear_half(b_q, b_grad_out, left, I_GROUP)
     return b_q, b_grad_out
-
-
-@gluon.jit
-def free_slot(count, META: gl.constexpr):
-    """Tells the loader that this warpgroup is done with the slot of a step."""
-    report(FREED + count % META.stages, BOTH_AND_ONE)
 
 
 @gluon.jit
@@ -111,7 +105,7 @@ def step(
     else:
         b_grad_v = warpgroup_mma_wait(1, [value_token])
     b_grad_k = warpgroup_mma_wait(0, [key_token])
-    free_slot(count, META)
+    free_slot(FREED, count, META.stages, META)
     return (b_grad_k, b_grad_v)
 
 
@@ -157,7 +151,7 @@ def value_step(
     handed.index(half).store(flat_piece(b_weights))
     mbarrier.arrive(handing.index(2 + half), count=1)
     b_grad_v = warpgroup_mma_wait(0, [token])
-    free_slot(count, META)
+    free_slot(FREED, count, META.stages, META)
     return (b_grad_v,)
 
 
@@ -191,5 +185,5 @@ def key_step(
         b_grad = gl.where(b_weights == 0.0, 0.0, b_grad)
     b_left = gl.convert_layout(b_grad.to(k_smem.dtype), gl.DotOperandLayout(0, keys, 2))
     b_grad_k = warpgroup_mma_wait(0, [warpgroup_mma(b_left, b_q, b_grads[0], is_async=True)])
-    free_slot(count, META)
+    free_slot(FREED, count, META.stages, META)
     return (b_grad_k,)
