@@ -275,6 +275,7 @@ def latent_kernel(
         new_barriers(STAGES, FILLS), new_barriers(1, FILLS).index(0), new_barriers(STAGES, 2), new_barriers(2, 1),
         new_barriers(1, 1).index(0), new_barriers(1, 1).index(0),
     )  # fmt: skip
+    # Of 16 bits nothing has to be widened, and nobody looks for it.
     arriving = Arriving(barriers.full, memory.keys, memory.rest)
     if META.narrow:
         arriving = Arriving(
