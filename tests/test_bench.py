@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -287,6 +288,31 @@ class TestMemory:
 
 
 class TestMachine:
+    @pytest.mark.parametrize(
+        ("told", "wanted"),
+        [
+            ("1980, 2619, 1980, 2619, 700.00\n", [1980.0, 2619.0, 1980.0, 2619.0, 700.0]),
+            ("1980, [N/A], 1980, 2619, 700.00\n", None),
+            ("No devices were found\n", None),
+            ("", None),
+        ],
+    )
+    def test_clocks(self, monkeypatch: pytest.MonkeyPatch, told: str, wanted: list[float] | None) -> None:
+        """Of the card that PyTorch means, whatever number others give it."""
+        asked: list[list[str]] = []
+
+        def run(command: list[str], **options: Any) -> Any:
+            asked.append(command)
+            return SimpleNamespace(stdout=told)
+
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0a1b"))
+        monkeypatch.setattr(machine.subprocess, "run", run)
+        found = machine.clocks("cuda")
+        assert (None if found is None else list(found.values())) == wanted
+        assert asked[0][-2:] == ["-i", "GPU-0a1b"]
+        assert machine.clocks("cpu") is None
+
     def test_slug_is_a_folder_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machine, "cpu_name", lambda: "Intel(R) Xeon(R) CPU @ 2.70GHz")
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: device, versions, commit, free memory."""
+"""What a measurement was taken on: device, clocks, versions, commit, free memory."""
 
 import os
 import platform
@@ -65,6 +65,26 @@ def c_compiler() -> str | None:
     return next((path for path in map(shutil.which, wanted) if path), None)
 
 
+_ASKED = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+
+
+def clocks(device: str) -> dict[str, float] | None:
+    """Of an NVIDIA GPU, as its driver's tool tells them: MHz of its processors and memory, now and at most, and the
+    limit of its power in watts. None where nobody tells."""
+    if torch.device(device).type != "cuda" or torch.version.cuda is None:
+        return None
+    card = getattr(torch.cuda.get_device_properties(torch.device(device)), "uuid", None)
+    asked = ["nvidia-smi", f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            [*asked, *([] if card is None else ["-i", f"GPU-{card}"])], capture_output=True, text=True, timeout=20
+        )
+        told = [float(number) for number in done.stdout.strip().splitlines()[0].split(",")]
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return None
+    return dict(zip(_ASKED, told, strict=True)) if len(told) == len(_ASKED) else None
+
+
 def commit() -> dict[str, Any]:
     """The git commit of the running package and whether its files differ from it; None where it is not a checkout."""
     package = Path(flashtile.__file__).parent
@@ -92,6 +112,7 @@ def describe(device: str) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "clocks": clocks(device),
         "platform": platform.platform(),
         "versions": versions(),
         "source": commit(),

@@ -76,6 +76,9 @@ def _circumstances(record: Record) -> str:
         else settings["heads"]
     )
     threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
+    # Records from before clocks were kept have none.
+    if clocks := machine.get("clocks"):
+        threads += f", at most {clocks['clocks.max.sm']:.0f} MHz and {clocks['power.limit']:.0f} W"
     return (
         f"{machine['date'][:10]}, torch {versions['torch']}, flashtile {versions['flashtile']} ({commit}){threads}; "
         f"batch {settings['batch']}, heads {heads}, headdim {settings['headdim']}."

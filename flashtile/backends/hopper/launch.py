@@ -37,7 +37,7 @@ from flashtile.kernels.tape import Tape, perform
 from flashtile.problem import Inputs, Problem, described
 from flashtile.queues import counter
 from flashtile.region import region
-from flashtile.scores import sink_gradient, slope_gradient, zero_grads
+from flashtile.scores import Grads, sink_gradient, slope_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, BiasConfig, HopperConfig, bias_config
 
 KERNELS = (forward_kernel, before_kernel, backward_kernel, query_kernel, after_kernel, bias_kernel, bits_kernel)
@@ -135,12 +135,7 @@ def backward(
     q, k, v = inputs.q, inputs.k, inputs.v
     grads = zero_grads(inputs, problem)
     totals = [None if total is None else total.float() for total in grads.score]
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    if grad_out.dtype is not q.dtype:
-        grad_out = grad_out.to(q.dtype)
-    if not described(grad_out):
-        # A copy even of what lies dense, but begins at no multiple of 16 bytes.
-        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    grad_out = _incoming(grad_out, out, q.dtype)
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = unwritten(q, problem), unwritten(k, problem), unwritten(v, problem)
     delta = _stats(inputs, problem, 0.0) if problem.varlen else torch.empty_like(lse)
@@ -178,16 +173,31 @@ def backward(
     if grad_lse is None and not problem.wanted.more:
         made = written[:4] if sums is None else written[:5]
         _leave(memory, tape, problem, made, sums is None, (0.0,) * 4, inputs, out, lse, grad_out)
-    if inputs.sinks is not None and grads.sinks is not None:
-        grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
-    if slope is not None and grads.alibi_slopes is not None:
-        grads.alibi_slopes += slope_gradient(slope, grads.alibi_slopes, inputs.cu_seqlens_q)
+    _add_small(inputs, grads, lse, delta, slope)
     if pairs is not None:
         if not taped:
             call = Call.of(machine, inputs, problem, config, totals=totals)
             _bias_gradient(call, grad_out, lse, delta, pairs)
         pairs.join()
     return Gradients(dq, dk, dv, grads.bias, grads.alibi_slopes, grads.sinks, totals)
+
+
+def _incoming(grad_out: Tensor | None, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """dO as descriptors take it."""
+    if grad_out is None:
+        return torch.zeros_like(out, dtype=dtype)
+    if grad_out.dtype is not dtype:
+        grad_out = grad_out.to(dtype)
+    # A copy even of what lies dense, but begins at no multiple of 16 bytes.
+    return grad_out if described(grad_out) else grad_out.clone(memory_format=torch.contiguous_format)
+
+
+def _add_small(inputs: Inputs, grads: Grads, lse: Tensor, delta: Tensor, slope: Tensor | None) -> None:
+    """Adds the gradients that have a number a head, from numbers for each query."""
+    if inputs.sinks is not None and grads.sinks is not None:
+        grads.sinks -= sink_gradient(inputs.sinks, lse, delta)
+    if slope is not None and grads.alibi_slopes is not None:
+        grads.alibi_slopes += slope_gradient(slope, grads.alibi_slopes, inputs.cu_seqlens_q)
 
 
 def _bias_config(problem: Problem) -> BiasConfig:

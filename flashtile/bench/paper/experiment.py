@@ -261,11 +261,12 @@ def _entry(row: Row, status: str, reason: str = "") -> dict[str, Any]:
     return {**said, "status": status, "reason": reason}
 
 
-def record(entries: list[dict[str, Any]], setting: Setting, seconds: float) -> dict[str, Any]:
-    """What is kept of a run."""
+def record(
+    entries: list[dict[str, Any]], setting: Setting, seconds: float, described: dict[str, Any]
+) -> dict[str, Any]:
+    """What is kept of a run; `described`: the machine, as `machine.describe` has it."""
     versions = {name: _version(name) for name in ("transformers", "diffusers")}
     settings = {"dtype": name_of(setting.dtype), "quick": setting.quick, "seconds": setting.seconds}
-    described = machine.describe(setting.device)
     return {
         "schema": records.SCHEMA,
         "suite": "paper",

@@ -78,7 +78,7 @@ def run(
             measured[name] = {**entry, **_origin(described)}
             entries = {**earlier, **measured}
             found = [entries[known] for known in ROWS if known in entries]
-            _keep(path, experiment.record(found, setting, time.monotonic() - begin))
+            _keep(path, experiment.record(found, setting, time.monotonic() - begin, described))
             progress.advance(task)
     console.print(show.rich_table(table(list(measured.values()), brief=True)))
     if len(measured) < len(names):
