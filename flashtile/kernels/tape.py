@@ -39,6 +39,7 @@ class Tape:
 
     def __init__(self, tensors: Sequence[Tensor | None], device: torch.device) -> None:
         self._device = device
+        self._count = len(tensors)
         self._places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors) if tensor is not None}
         self._launches: list[tuple[Any, list[Any], list[tuple[int, Filler]]]] = []
         self._ready: Series | None = Series(len(tensors))
@@ -94,6 +95,7 @@ class Tape:
 
     def play(self, tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> None:
         """The same launches over other tensors of the same shapes, strides, dtypes and alignment."""
+        assert len(addresses) == self._count, (len(addresses), self._count)
         index, ready = self._device.index, self._ready
         if ready is not None and not watched():
             stream = torch._C._cuda_getCurrentRawStream(index)

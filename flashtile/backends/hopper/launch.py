@@ -166,7 +166,8 @@ def backward(
         lists += lists_of(machine, inputs, problem, config.queries, False)
     # What was saved may come back with other strides: hooks copy it.
     given = (*tensors_of(inputs), out, lse, grad_out, *(() if grad_lse is None else (grad_lse,)))
-    written = (dq, dk, dv, delta, beside_it, *(() if slope is None else (slope,)), *totals)
+    others = (slope, *totals)
+    written = (dq, dk, dv, delta, beside_it, *[each for each in others if each is not None])
     if pairs is not None and taped:
         written += (pairs.partial,)
     tape = perform(launches, (*given, *written, *lists), memory, len(given))
