@@ -261,7 +261,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "score_mod": 20,
         "table": 30,
         "mask_mod": 10,
-        "varlen": 20,
+        "varlen": 30,
         "deterministic": 10,
     },
     ("query_kernel", 128): {"deterministic": 10},
