@@ -20,7 +20,7 @@ from tests.raises import lines_run, raises
 
 BATCH, SEQLEN_Q, SEQLEN_KV, HEADS, HEADS_KV, HEADDIM = 2, 6, 8, 4, 2, 16
 META = torch.device("meta")
-APART = {"caches.py", "scaled.py", "guests.py"}
+APART = {"caches.py", "pages.py", "scaled.py", "guests.py"}
 """Modules of checks with tables of their own (test_check_caches.py, test_check_guests.py)."""
 ELSEWHERE = "need cpu as q; try .*to\\(q.device\\)"
 

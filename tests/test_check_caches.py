@@ -268,13 +268,13 @@ def test_combine_wants_as_many_of_both() -> None:
 
 def test_every_message_is_in_a_table() -> None:
     """Each `raise` about KV caches runs when the tables do."""
-    file = Path(check.__file__).parent / "caches.py"
+    folder = Path(check.__file__).parent
     calls: list[tuple[Callable[[], Any], type[Exception]]] = [
         *((functools.partial(_call, **changes), kind) for changes, kind, _ in WRONG),
         *((wrong, kind) for wrong, kind, _ in WRONG_POOLS),
         (test_combine_wants_as_many_of_both, AssertionError),
     ]
-    assert sorted(raises([file]) - lines_run(file.parent, calls)) == []
+    assert sorted(raises(folder / name for name in ("caches.py", "pages.py")) - lines_run(folder, calls)) == []
 
 
 def test_every_argument_is_in_the_table() -> None:

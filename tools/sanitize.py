@@ -75,6 +75,11 @@ EXPLAINED = (
         "as forward.specialize",
     ),
     Explained(
+        "racecheck",
+        frozenset({"hopper/backward.specialize", "hopper/backward.backward_kernel", "hopper/schedule.write"}),
+        "as forward.specialize; schedule.write is no store of this kernel, its line must be another kernel's",
+    ),
+    Explained(
         "initcheck",
         frozenset({"joining.some_parts"}),
         "of rows that saw no key of a part the output is not written, but read with all others, and not used",

@@ -5,25 +5,17 @@ that it runs inside the operator; all of it may be traced by torch.compile.
 """
 
 from flashtile.check.caches import (
-    OutOfPages,
     apart,
     cache,
     cache_values,
     combined,
-    each_once,
-    enough_pages,
     inference,
-    known_sequence,
     new_rows,
     num_splits,
-    paged_rows,
     places,
-    pool,
     rotary,
     scales,
     seqlens,
-    table_width,
-    tokens,
 )
 from flashtile.check.machine import kernel_cache
 from flashtile.check.options import (
@@ -42,6 +34,16 @@ from flashtile.check.options import (
     sinks,
     softcap,
     window,
+)
+from flashtile.check.pages import (
+    OutOfPages,
+    each_once,
+    enough_pages,
+    known_sequence,
+    paged_rows,
+    pool,
+    table_width,
+    tokens,
 )
 from flashtile.check.scaled import quantizable, scaled, scaled_out_dtype
 from flashtile.check.sequences import offsets, packed_bias, packing, packing_complete

@@ -1,6 +1,5 @@
-"""What `attention_kvcache` and `kvcache.PagedCache` take."""
+"""What `attention_kvcache` takes."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,16 +22,12 @@ QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, INT4)
 """What a cache may hold in place of the queries' dtype, beside scales."""
 
 
-class OutOfPages(RuntimeError):
-    """A `PagedCache` has too few free pages for what it was asked; it is as it was before."""
-
-
 def cache(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
     """q and the cache against each other."""
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         tensor(name, value)
         if value.dtype not in (DTYPES if name == "q" else DTYPES + QUANTIZED):
-            more = "" if name == "q" else f", or with scales {_NARROW}"
+            more = "" if name == "q" else f", or with scales {NARROW}"
             raise TypeError(f"{name}: got {value.dtype}, need float16, bfloat16, float32 or float64{more}")
         if value.ndim != 4:
             layout = "(batch, seqlen, heads, headdim)" if name == "q" or block_table is None else _PAGES
@@ -54,7 +49,7 @@ def cache(q: Any, k_cache: Any, v_cache: Any, block_table: Any) -> None:
             )
 
 
-_NARROW = "float8_e4m3fn, float8_e5m2, int8 or uint8 (four-bit integers, two a byte)"
+NARROW = "float8_e4m3fn, float8_e5m2, int8 or uint8 (four-bit integers, two a byte)"
 
 
 def _as_read(cache: Tensor) -> Tensor:
@@ -299,65 +294,3 @@ def combined(outputs: Any, lses: Any) -> None:
             raise TypeError(f"{name}: got {type(value).__name__}, need a tensor (parts, ...) or a list of tensors")
     if len(outputs) != len(lses):
         raise ValueError(f"lses: got {len(lses)} parts, need {len(outputs)} as outputs; each output has its lse")
-
-
-# PagedCache.
-
-
-def pool(sizes: dict[str, Any], dtype: Any) -> None:
-    for name, value in sizes.items():
-        _count(name, value, SMALLEST_PAGE if name == "page_size" else 1)
-    if dtype not in DTYPES + QUANTIZED:
-        raise TypeError(f"dtype: got {dtype}, need float16, bfloat16, float32, float64, {_NARROW}")
-    for name in ("headdim", "headdim_v"):
-        if dtype is INT4 and sizes[name] % 2:
-            raise ValueError(f"{name}: got {sizes[name]}, need an even number, for four-bit integers lie two in a byte")
-
-
-def _count(name: str, value: Any, least: int) -> None:
-    if not is_integer(value):
-        raise TypeError(f"{name}: got {type(value).__name__}, need an int; try int({name})")
-    if value < least:
-        raise ValueError(f"{name}: got {value}, need {least} or more")
-
-
-def tokens(value: Any) -> None:
-    _count("tokens", value, 0)
-
-
-def known_sequence(sequence: Any, known: Sequence[int] | Any) -> None:
-    if sequence not in known:
-        raise ValueError(
-            f"sequence: got {sequence!r}, need one that allocate or fork returned and that was not freed since"
-        )
-
-
-def each_once(sequences: Sequence[Any]) -> None:
-    if len(set(sequences)) < len(sequences):
-        raise ValueError(f"sequences: got {list(sequences)}, need each one once, for rows are added to it")
-
-
-def enough_pages(needed: int, free: int, total: int) -> None:
-    """Asked before anything changes."""
-    if needed > free:
-        raise OutOfPages(
-            f"pages: got {free} free of {total}, need {needed} more; nothing has changed; try freeing a sequence "
-            "first, or a cache with more pages"
-        )
-
-
-def table_width(width: int | None, longest: int) -> None:
-    if width is not None and width < longest:
-        raise ValueError(f"width: got {width}, need {longest}, the pages of the longest sequence; try None")
-
-
-def paged_rows(k: Any, v: Any, k_pages: Tensor, v_pages: Tensor) -> None:
-    """Rows for `PagedCache.append`; the pools are (layers, pages, page_size, heads_kv, d)."""
-    for name, value, pages in (("k", k, k_pages), ("v", v, v_pages)):
-        tensor(name, value)
-        if value.dtype != pages.dtype:
-            raise TypeError(f"{name}: got {value.dtype}, need {pages.dtype} as the cache; try {name}.to({pages.dtype})")
-        beside(name, value, pages, "the cache")
-        wanted = (len(pages), k.shape[1] if k.ndim == 4 else 0, *pages.shape[3:])
-        if shape_of(value) != wanted:
-            raise ValueError(f"{name}: got shape {shape_of(value)}, need (layers, tokens, heads_kv, d) = {wanted}")

@@ -146,6 +146,21 @@ def load_tile(
 
 
 @triton.jit
+def load_aside(source, i_tile, DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """What `load_tile` gives, for a product that takes its rows as columns: asked for that way round, the compiler lays
+    them out in shared memory as the product reads them."""
+    first_row = i_tile * TILE
+    o_rows = tl.arange(0, TILE)[None, :]
+    o_columns = tl.arange(0, BLOCK)[:, None]
+    stride = source.rows.row
+    pointers = source.tiles + first_row.to(tl.int64) * stride + o_rows * stride + o_columns
+    m_tile = (first_row + o_rows >= source.begin) & (first_row + o_rows < source.end)
+    if DIM != BLOCK:
+        m_tile &= o_columns < DIM
+    return tl.trans(tl.load(pointers, mask=m_tile, other=0.0))
+
+
+@triton.jit
 def store_rows(rows, i_batch, i_head, first, o_rows, end, b_rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
     pointers = row_pointers(rows, i_batch, i_head, first, o_rows, BLOCK)
     m_rows = (o_rows < end)[:, None] & (tl.arange(0, BLOCK) < DIM)[None, :]

@@ -9,7 +9,8 @@ class Tiles(NamedTuple):
     choice (0) is not the best: rows of a matrix instruction (`matrix_instr_nonkdim`), and waves a SIMD unit that
     registers are kept free for (`waves_per_eu`); into how many parts the columns of queries and keys are cut, which
     warps share, where one warp's registers do not hold them; and what only NVIDIA's is told, registers that a thread
-    may have (`maxnreg`), where it would spill a few to make room for one more program."""
+    may have (`maxnreg`), where it would spill a few to make room for one more program; whether rows that only a product
+    reads, which takes them as columns, are loaded that way round (keys forward, values for dQ)."""
 
     tile_q: int
     tile_kv: int
@@ -19,6 +20,7 @@ class Tiles(NamedTuple):
     waves: int = 0
     parts: int = 1
     registers: int = 0
+    aside: bool = False
 
     def options(self) -> dict[str, int]:
         """As Triton's compiler takes them."""
@@ -32,7 +34,7 @@ class Tiles(NamedTuple):
 
     def chosen(self) -> tuple[int, ...]:
         """Without what is left to the compiler, or not cut, at the end."""
-        chosen = tuple(self)
+        chosen = tuple(map(int, self))
         while len(chosen) > 4 and chosen[-1] == self._field_defaults[self._fields[len(chosen) - 1]]:
             chosen = chosen[:-1]
         return chosen
@@ -149,21 +151,22 @@ timed on none of them."""
 
 CDNA: dict[str, Rows] = {
     "half": (
-        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 1))),
-        (128, PortableConfig(Tiles(128, 64, 8, 2, 16), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 1))),
+        (64, PortableConfig(Tiles(128, 64, 8, 2, aside=True), Tiles(64, 64, 8, 2, aside=True), Tiles(32, 64, 8, 1))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2, 16, aside=True), Tiles(64, 32, 4, 2, aside=True),
+                             Tiles(32, 64, 4, 1))),
         (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2, 16), Tiles(16, 32, 4, 1))),
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 1))),
-        (128, PortableConfig(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 32, 4, 1))),
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2, aside=True), Tiles(32, 64, 4, 1))),
+        (128, PortableConfig(Tiles(64, 64, 4, 2, aside=True), Tiles(64, 32, 4, 2, aside=True), Tiles(16, 32, 4, 1))),
         (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1))),
         (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
     ),
     "single": HOPPER["single"],
-}
+}  # fmt: skip
 """gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill; timed on none of them.
-Products of 16 rows where a comparison by counts was made (docs/amd.md)."""
+Products of 16 rows, and rows loaded aside, where a comparison by counts was made (docs/amd.md)."""
 
 _QUARTERS, _EIGHTHS = Tiles(16, 16, 4, 1, parts=4), Tiles(16, 16, 8, 1, parts=8)
 
@@ -201,10 +204,15 @@ TABLES: dict[str, dict[str, Rows]] = {
 """By family of GPUs, then by kind."""
 
 SPILLS: dict[tuple[str, str, int], dict[str, int]] = {
+    # By Triton 3.6, for gfx942.
+    ("cdna", "forward_kernel", 64): {"mask_mod": 10},
     # In front of and behind the loops, for gfx1100 by Triton 3.9; the tile without is half the size.
     ("rdna", "forward_kernel", 64): {"fp8_mask_mod": 10},
     # By Triton 3.9 for gfx1100, in front of the loop, which loads 9; tiles without take half as many products more.
     ("rdna", "forward_kernel", 128): {"table": 20},
+    # By Triton 3.6, for sm_80 (bias: for sm_89 too), whose threads have no more registers; by Triton 3.9 none.
+    ("ampere", "bias_kernel", 128): {"bias": 10},
+    ("ampere", "forward_kernel", 128): {"mask_mod": 10},
     # By Triton 3.6, for sm_80; there is no loop.
     ("ampere", "append_kernel", 576): {"decode_many": 10},
     # Triton 3.6 converts e4m3 for gfx1100 by dozens of integer instructions a number; Triton 3.9 does not spill there.

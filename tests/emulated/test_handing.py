@@ -57,6 +57,17 @@ class Built:
         return "|".join(sanitize.functions_at(name, int(line)))
 
 
+def storing(ptx: str) -> set[str]:
+    """The functions of the package whose lines store to shared memory."""
+    found, place = set(), ("", "0")
+    for line in ptx.splitlines():
+        if ".loc" in line:
+            place = (re.findall(r"// (\S+\.py):(\d+)", line) or [place])[-1]
+        elif re.search(r"\bst\.shared", line):
+            found.update(sanitize.functions_at(place[0], int(place[1])))
+    return found
+
+
 @pytest.mark.parametrize("name", HANDED)
 def test_lanes_meet_before_one_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without bar.warp.sync the emulator complains; with it, as everywhere in these tests, it does not."""
@@ -87,6 +98,9 @@ def test_roles_are_handed_out_between_barriers(monkeypatch: pytest.MonkeyPatch) 
         assert {read - 3, read - 2, read - 1} & set(barriers)
         # One after the first write, one when a role begins and one when it ends, and so of each role.
         assert len(barriers) >= 2 + 2 * 3
+    # What is handed out beside a role, in findings about one: only one of these kernels does.
+    assert "hopper/schedule.write" in storing(built.ptx["forward_kernel"])
+    assert "hopper/schedule.write" not in storing(built.ptx["backward_kernel"])
 
 
 UNWRITTEN = 0xDB

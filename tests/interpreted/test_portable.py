@@ -65,6 +65,15 @@ def test_columns_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
 
 
+@pytest.mark.parametrize("name", ["varlen", "headdim_80"])
+def test_rows_loaded_aside(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys forward, values for dQ; the last rows of a tile may be another sequence's, the last columns nobody's."""
+    aside = portable.PortableConfig(*(tiles._replace(aside=True) for tiles in TILES[:3]))
+    monkeypatch.setattr(portable, "TABLES", {"hopper": dict.fromkeys(portable.KINDS, ((10**6, aside),))})
+    plan.choose.cache_clear()
+    conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
+
+
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 33, 64, 65])
 @pytest.mark.parametrize("shift", [-120.0, 120.0])
 def test_awkward_lengths_with_shifted_logits(length: int, shift: float) -> None:

@@ -28,6 +28,7 @@ from flashtile.kernels.places import (
 from flashtile.kernels.rules import alibi_distance, allowed, grad_scores, has_nan, kept, only_seen
 from flashtile.kernels.tiles import (
     dots,
+    load_aside,
     load_queries,
     load_rows,
     load_stats,
@@ -69,7 +70,10 @@ def query_sweep(
         i_next = tile_at(steps, i_step + 1, LISTS)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
         b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
-        b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma)
+        if META.aside:
+            b_v = load_aside(values, i_tile, META.headdim_v, TILE, META.block_dv)
+        else:
+            b_v = load_tile(values, i_tile, META.headdim_v, TILE, META.block_dv, META.tma)
         if GUARDED and MASKED == "always":
             b_k = only_seen(allowed(place, rules, o_rows, o_columns, META, MASK), b_k)
         m_kept = None

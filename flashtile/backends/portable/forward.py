@@ -15,6 +15,7 @@ from flashtile.kernels.rules import has_nan, kept, only, only_seen, ruled
 from flashtile.kernels.tiles import (
     columns_from,
     dots,
+    load_aside,
     load_queries,
     load_tile,
     open_keys,
@@ -78,7 +79,10 @@ def forward_sweep(
             b_pages = b_next
             b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page, META.whole)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
-        b_k = load_tile(keys, i_tile, DIM, TILE, BLOCK, META.tma, table, b_pages, META.page, META.whole)
+        if META.aside:
+            b_k = load_aside(keys, i_tile, DIM, TILE, BLOCK)
+        else:
+            b_k = load_tile(keys, i_tile, DIM, TILE, BLOCK, META.tma, table, b_pages, META.page, META.whole)
         if META.latent:
             b_v = b_k
         elif META.turned:
