@@ -95,7 +95,8 @@ class Tape:
 
     def play(self, tensors: Sequence[Tensor | None], addresses: Sequence[int]) -> None:
         """The same launches over other tensors of the same shapes, strides, dtypes and alignment."""
-        assert len(addresses) == self._count, (len(addresses), self._count)
+        if len(addresses) != self._count:
+            raise RuntimeError(f"a tape of {self._count} tensors is played over {len(addresses)}")
         index, ready = self._device.index, self._ready
         if ready is not None and not watched():
             stream = torch._C._cuda_getCurrentRawStream(index)
