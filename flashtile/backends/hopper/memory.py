@@ -71,6 +71,8 @@ def free_slot(FIRST: gl.constexpr, count, STAGES: gl.constexpr, META: gl.constex
 @gluon.jit
 def await_slot(FIRST: gl.constexpr, count, STAGES: gl.constexpr, META: gl.constexpr):
     """Until step `count` - `STAGES` is over, on all sides."""
+    # Else slots would share barriers with something else.
+    gl.static_assert(STAGES <= 4 and FIRST + STAGES <= 16)
     if count >= STAGES:
         await_all(FIRST + count % STAGES, slot_threads(META.consumers))
 
