@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from flashtile import reference
 from flashtile.bench import (
@@ -107,6 +108,31 @@ class TestCases:
         q, k, v, _ = cases.tensors(case)
         found = PEERS["flashtile_functions"].prepare(case)(q, k, v)
         torch.testing.assert_close(found, PEERS["flashtile"].prepare(case)(q, k, v), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("feature", ["causal", "window", "document", "causal document"])
+    def test_a_block_mask_made_in_pieces_is_the_whole(self, feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = Case(feature, seqlen=1900, heads=2, heads_kv=2, headdim=16)
+        mask_mod, _ = cases.functions(case)
+        assert mask_mod is not None
+        whole = peers.block_mask(mask_mod, case.seqlen, case.device)
+        rows: list[int] = []
+
+        def counted(function: Any, batch: None, heads: None, queries: int, keys: int, device: str) -> Any:
+            rows.append(queries)
+            return create_block_mask(function, batch, heads, queries, keys, device=device)
+
+        monkeypatch.setattr(peers, "create_block_mask", counted)
+        monkeypatch.setattr(peers, "WHOLE", 1024)
+        monkeypatch.setattr(peers, "ROWS", 512)
+        pieces = peers.block_mask(mask_mod, case.seqlen, case.device)
+        assert rows == [512, 512, 512, 364]
+        assert pieces.seq_lengths == whole.seq_lengths == (1900, 1900)
+        assert (pieces.BLOCK_SIZE, pieces.mask_mod) == (whole.BLOCK_SIZE, mask_mod)
+        for side in ("kv", "q", "full_kv", "full_q"):
+            for name in (f"{side}_num_blocks", f"{side}_indices"):
+                made, expected = getattr(pieces, name), getattr(whole, name)
+                torch.testing.assert_close(made, expected, rtol=0, atol=0)
+                assert (made.dtype, made.is_contiguous()) == (expected.dtype, expected.is_contiguous())
 
     def test_flops_of_plain_attention(self) -> None:
         case = Case(seqlen=100, heads=2, heads_kv=2, headdim=8)
