@@ -13,7 +13,9 @@ import torch
 import flashtile
 from flashtile import cli, plan
 from flashtile.bench import machine, show
-from flashtile.bench.suite import SUITES
+from flashtile.bench.suite import SUITES, usual
+from flashtile.cli import bench, demo
+from flashtile.demo import show as demo_show
 
 
 def test_importing_it_loads_neither_torch_nor_the_extra() -> None:
@@ -61,10 +63,37 @@ class TestDoctor:
         assert "rich is missing: pip install 'flashtile[cli]'" in text
 
 
+@pytest.fixture
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def _with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU, as far as defaults go; nothing may run there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("_no_gpu")
 class TestExplain:
     def explain(self, capsys: pytest.CaptureFixture[str], *options: str) -> str:
         assert cli.main(["explain", *options]) == 0
         return capsys.readouterr().out
+
+    @pytest.mark.parametrize(("options", "device"), [([], "cuda"), (["--device", "cpu"], "cpu")])
+    def test_the_gpu_by_default(self, options: list[str], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        _with_gpu(monkeypatch)
+        asked: list[str] = []
+        make = torch.empty
+
+        def empty(*shape: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+            asked.append(device)
+            return make(*shape, dtype=dtype)
+
+        monkeypatch.setattr(torch, "empty", empty)
+        monkeypatch.setattr(flashtile, "explain", lambda *tensors, **options: None)
+        assert cli.main(["explain", *options]) == 0
+        assert asked == [device] * 3
 
     def test_names_the_kernel_and_what_was_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "pytorch/aten_flash" in self.explain(capsys, "--causal")
@@ -135,6 +164,7 @@ def test_without_the_extra_one_line_says_how_to_get_it(
     assert capsys.readouterr().err == f"flashtile {command}: {said} not installed: pip install 'flashtile[cli]'\n"
 
 
+@pytest.mark.usefixtures("_no_gpu")
 class TestBench:
     def given(self, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[Any, ...]:
         """What reaches the suites."""
@@ -147,8 +177,29 @@ class TestBench:
         names, settings, folder = self.given(monkeypatch)
         assert names == ["dense", "masks", "memory", "error"]
         assert set(names) < set(SUITES)
+        assert (settings.device, settings.dtypes) == ("cpu", ("float32",))
         assert (settings.heads, settings.headdim, settings.seqlens) == (8, 64, (1024, 2048, 4096, 8192))
         assert folder == Path("benchmarks/results")
+
+    @pytest.mark.parametrize(
+        ("options", "device", "dtypes"),
+        [
+            ([], "cuda", ("bfloat16",)),
+            (["--dtype", "float16", "float32"], "cuda", ("float16", "float32")),
+            (["--device", "cuda:1"], "cuda:1", ("bfloat16",)),
+            (["--device", "cpu"], "cpu", ("float32",)),
+            (["--device", "cpu", "--dtype", "bfloat16"], "cpu", ("bfloat16",)),
+        ],
+    )
+    def test_the_gpu_by_default(
+        self, options: list[str], device: str, dtypes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _with_gpu(monkeypatch)
+        monkeypatch.setattr(bench, "need_device", lambda device: None)
+        names, settings, _ = self.given(monkeypatch, *options)
+        assert (settings.device, settings.dtypes) == (device, dtypes)
+        assert names == usual(device)
+        assert ("functions" in names) == device.startswith("cuda")
 
     def test_options_arrive(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         options = ["masks", "--heads", "4", "--heads-kv", "2", "--seqlen", "512", "256", "--dtype", "bfloat16"]
@@ -191,3 +242,22 @@ class TestBench:
 def test_a_wrong_demo_ends_with_2(capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
     assert cli.main(["demo", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "on"),
+    [
+        ([], ("cuda", "bfloat16")),
+        (["--device", "cpu"], ("cpu", "float32")),
+        (["--dtype", "float32"], ("cuda", "float32")),
+    ],
+)
+def test_the_demo_takes_the_gpu_by_default(
+    options: list[str], on: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_gpu(monkeypatch)
+    shown: list[demo_show.Demo] = []
+    monkeypatch.setattr(demo, "need_device", lambda device: None)
+    monkeypatch.setattr(demo_show, "run", lambda given: shown.append(given) or 0)
+    assert cli.main(["demo", *options]) == 0
+    assert (shown[0].training.device, shown[0].training.dtype) == on

@@ -16,6 +16,7 @@ from flashtile.bench.paper import drawing, experiment, kernels, page
 from flashtile.bench.paper.experiment import Figures, Pair, Row, Setting
 from flashtile.bench.paper.rows import ROWS
 from flashtile.bench.paper.worker import Worker, rehearse
+from flashtile.cli import bench
 from tests import conformance
 
 QUICK = Setting("cpu", torch.float32, quick=True, seconds=0.0)
@@ -299,13 +300,27 @@ class TestCommand:
         assert cli.main(["bench", "paper", "--rows", "nothing", "--quick"]) == 2
         assert "--rows: got 'nothing', need some of bert-training" in capsys.readouterr().err
 
-    def test_the_cpu(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_cpu(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert cli.main(["bench", "paper"]) == 2
         assert "paper: got the CPU, need a GPU for models of these sizes; try --device cuda" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [([], Setting("cuda", torch.bfloat16)), (["--dtype", "float16"], Setting("cuda", torch.float16))],
+    )
+    def test_the_gpu_by_default(self, options: list[str], expected: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings: list[Setting] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(bench, "need_device", lambda device: None)
+        monkeypatch.setattr(page, "run", lambda names, setting, *rest, **more: settings.append(setting) or 0)
+        assert cli.main(["bench", "paper", "--seconds", "4", *options]) == 0
+        assert settings == [expected]
+
     def test_quick(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folders = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs"), "--processes", "2"]
-        assert cli.main(["bench", "paper", "--quick", "--seconds", "0", "--rows", "fa2-forward", *folders]) == 0
+        options = ["--device", "cpu", "--quick", "--seconds", "0", "--rows", "fa2-forward", *folders]
+        assert cli.main(["bench", "paper", *options]) == 0
         assert "fa2-forward" in capsys.readouterr().out
         (record,) = (tmp_path / "results").glob("*/paper/rows.json")
         assert json.loads(record.read_text())["settings"]["quick"] is True

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from flashtile.cli import scaling
-from flashtile.cli.common import DTYPES, UsageError, add_command, need_device, need_extras
+from flashtile.cli.common import (
+    DTYPES,
+    USUAL_DEVICE,
+    USUAL_DTYPE,
+    UsageError,
+    add_command,
+    need_device,
+    need_extras,
+    usual_device,
+    usual_dtype,
+)
 
 
 def add_bench(commands: Any) -> None:
@@ -22,8 +32,8 @@ def add_bench(commands: Any) -> None:
     )
     command.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default %(default)s")
     command.add_argument("--docs", type=Path, default=Path("docs"), help="where report writes; default %(default)s")
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--dtype", nargs="+", choices=DTYPES[:3], default=["float32"])
+    command.add_argument("--device", help=USUAL_DEVICE)
+    command.add_argument("--dtype", nargs="+", choices=DTYPES[:3], help=USUAL_DTYPE)
     command.add_argument("--seqlen", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     for name, value in (("batch", 1), ("heads", 8), ("headdim", 64)):
         command.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
@@ -49,10 +59,12 @@ def _bench(given: argparse.Namespace) -> int:
             return show.write_report(given.results, given.docs)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    if given.suites == ["paper"]:
-        return _paper(given)
     if given.suites == ["scaling"]:
         return scaling.scaling(given)
+    given.device = given.device or usual_device()
+    given.dtype = given.dtype or [usual_dtype(given.device)]
+    if given.suites == ["paper"]:
+        return _paper(given)
     everyone = {**peers.PEERS, **decode.PEERS}
     for what, names, known in (("suite", given.suites, SUITES), ("--peers", given.peers or [], everyone)):
         unknown = [name for name in names if name not in known]

@@ -10,6 +10,10 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 EXTRAS = ("rich", "matplotlib")
 INSTALL = "pip install 'flashtile[cli]'"
 
+USUAL_DEVICE = "default: cuda if there is one, else cpu"
+USUAL_DTYPE = "default: bfloat16 on a GPU, float32 on the CPU"
+"""Help of the options that `usual_device` and `usual_dtype` stand in for."""
+
 
 class UsageError(Exception):
     """The call cannot be carried out as given; the message says what to do."""
@@ -31,6 +35,18 @@ def need_extras() -> None:
         raise UsageError(
             f"needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: {INSTALL}"
         )
+
+
+def usual_device() -> str:
+    """Where a command runs unless told: on the GPU that users of a machine with one mean."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usual_dtype(device: str) -> str:
+    """The dtype of a device unless told: what models are trained in there."""
+    return "float32" if device.split(":")[0] == "cpu" else "bfloat16"
 
 
 def need_device(device: str) -> None:

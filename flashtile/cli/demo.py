@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flashtile.cli.common import UsageError, add_command, need_device, need_extras
+from flashtile.cli.common import (
+    USUAL_DEVICE,
+    USUAL_DTYPE,
+    UsageError,
+    add_command,
+    need_device,
+    need_extras,
+    usual_device,
+    usual_dtype,
+)
 
 
 def add_demo(commands: Any) -> None:
@@ -16,10 +25,8 @@ def add_demo(commands: Any) -> None:
     command.add_argument(
         "--out", type=Path, default=Path("flashtile-demo"), help="folder of the plots; default %(default)s"
     )
-    command.add_argument("--device", help="default: cuda if there is one, else cpu")
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, float32 on the CPU"
-    )
+    command.add_argument("--device", help=USUAL_DEVICE)
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help=USUAL_DTYPE)
     command.add_argument("--steps", type=int, metavar="N", help="training steps of each run")
     command.add_argument("--quick", action="store_true", help="everything in seconds, to see that it works")
 
@@ -30,10 +37,9 @@ def _demo(given: argparse.Namespace) -> int:
 
     from flashtile.demo import show
 
-    device = given.device or show.best_device()
+    device = given.device or usual_device()
     need_device(device)
-    dtype = given.dtype or ("float32" if device == "cpu" else "bfloat16")
-    demo = show.Demo.on(device, dtype, given.out)
+    demo = show.Demo.on(device, given.dtype or usual_dtype(device), given.out)
     demo = demo.quick() if given.quick else demo
     if given.steps is not None:
         if given.steps < 1:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from flashtile.cli.common import DTYPES, UsageError, add_command
+from flashtile.cli.common import DTYPES, USUAL_DEVICE, UsageError, add_command, usual_device
 
 
 def add_explain(commands: Any) -> None:
@@ -15,8 +15,8 @@ def add_explain(commands: Any) -> None:
         command.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
     for name, other in (("seqlen-kv", "seqlen-q"), ("heads-kv", "heads"), ("headdim-v", "headdim")):
         command.add_argument(f"--{name}", type=int, metavar="N", help=f"default: {other}")
-    command.add_argument("--dtype", choices=DTYPES, default="float32")
-    command.add_argument("--device", default="cpu")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
+    command.add_argument("--device", help=USUAL_DEVICE)
     command.add_argument("--causal", action="store_true")
     command.add_argument("--window", nargs=2, type=_limit, metavar=("LEFT", "RIGHT"), help="keys, or none for no limit")
     command.add_argument("--documents", type=int, metavar="N", help="N packed documents of equal length")
@@ -43,7 +43,7 @@ def _explain(given: argparse.Namespace) -> int:
     if given.documents is not None and given.documents < 1:
         raise UsageError(f"--documents: got {given.documents}, need at least 1")
     keys, heads_kv = given.seqlen_kv or given.seqlen_q, given.heads_kv or given.heads
-    make = {"dtype": getattr(torch, given.dtype), "device": given.device}
+    make = {"dtype": getattr(torch, given.dtype), "device": given.device or usual_device()}
     try:
         # The tensors are only described, never read: their memory is not touched.
         q = torch.empty(given.batch, given.seqlen_q, given.heads, given.headdim, **make)

@@ -54,10 +54,6 @@ class Demo:
         return replace(self, training=training, scaling=replace(self.scaling, seqlens=(128, 256, 512), seconds=1.0))
 
 
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def run(demo: Demo, console: Console | None = None) -> int:
     """Shows everything; returns the exit code: 0 if the two loss curves lie on each other, 1 if not."""
     console = console or Console()
