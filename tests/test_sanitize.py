@@ -107,3 +107,33 @@ def test_functions_that_are_explained_exist() -> None:
             folder = "backends" if "/" in module else "kernels"
             line = _line(f"{folder}/{module}.py", function)
             assert name in sanitize.functions_at(f"{module.rpartition('/')[2]}.py", line)
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
+    monkeypatch.setattr("sys.argv", ["sanitize.py", *given])
+    return sanitize.main()
+
+
+def test_a_sanitizer_by_path_and_what_it_says_in_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sanitizer, told = tmp_path / "another", tmp_path / "told"
+    told.write_text(HEADER + _race(READ, WRITE) + _summary(1))
+    sanitizer.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "Version 1.2" && exit\necho "$@"; cat {told}; exit 1\n'
+    )
+    sanitizer.chmod(0o755)
+    logs = tmp_path / "new" / "logs"
+    given = ("--sanitizer", str(sanitizer), "--logs", str(logs), "--tool", "racecheck", "--select", "none")
+    assert _run(monkeypatch, *given, "--", "--kernel-name", "kns=some") == 0
+    command, _, said = (logs / "racecheck.log").read_text().partition("\n")
+    assert said == told.read_text()
+    assert command.index("--kernel-name kns=some --tool racecheck") < command.index("pytest") < command.index("-k none")
+    printed = capsys.readouterr().out
+    assert "compute-sanitizer 1.2" in printed
+    assert "racecheck: 1 findings, 1 told, 1 of them explained; 18 passed" in printed
+
+
+def test_no_sanitizer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(monkeypatch, "--sanitizer", "/nowhere/sanitizer") == 2
+    assert "there is no /nowhere/sanitizer here" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
     python tools/sanitize.py                      memcheck, racecheck and initcheck, one after the other
     python tools/sanitize.py --tool memcheck --select "causal or varlen"
+    python tools/sanitize.py --sanitizer /opt/other/compute-sanitizer --logs said -- --kernel-name kns=forward_kernel
 
 Each tool must find nothing that `EXPLAINED` does not name; what it names is counted and printed too. Kernels run tens
 of times slower under it, so that compiled ones should lie in Triton's folder before: `--warm` runs the tests once
@@ -10,8 +11,10 @@ and 2 where there is no compute-sanitizer.
 
 Take 2026.1 or newer, from CUDA 13.2 on. By NVIDIA's release notes initcheck sees what the copy engine writes
 (cp.async.bulk) from 2025.4 on, and racecheck tells races at mbarriers and at barriers of a warpgroup that are none
-before 2025.4 and 2026.1. PyPI's `nvidia-cuda-sanitizer-api` lacks `TreeLauncherSubreaper`, which starts programs: lay
-its `bin` and `lib` over a copy of the folder `compute-sanitizer` of a CUDA toolkit from 13.0 on, all in one folder.
+before 2025.4 and 2026.1. All of them need a driver from 580 on. PyPI's `nvidia-cuda-sanitizer-api` is whole in 13.4.92
+and 13.5.25 (2026.3, 2026.4): `pip install --target` it anywhere and name its `nvidia/cu13/bin/compute-sanitizer`. 13.1
+and 13.2 lack `TreeLauncherSubreaper`, which starts programs: lay their `bin` and `lib` over a copy of the folder
+`compute-sanitizer` of a CUDA toolkit from 13.0 on, all in one folder.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -94,13 +98,14 @@ def main() -> int:
     parser.add_argument("--select", default=SELECT, help="pytest's -k")
     parser.add_argument("--workers", type=int, default=0, help="processes of pytest; default: none but its own")
     parser.add_argument("--warm", action="store_true", help="compile the kernels first, without a tool")
+    parser.add_argument("--sanitizer", default="compute-sanitizer", metavar="PATH", help="default: the first one found")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="what each tool says goes there as it comes")
+    parser.add_argument("more", nargs="*", metavar="OPTION", help="compute-sanitizer's other options, after --")
     given = parser.parse_args()
     places = [*map(str, INSTALLED), os.environ.get("PATH", ""), *map(str, TOOLKITS)]
-    sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    sanitizer = shutil.which(given.sanitizer, path=os.pathsep.join(places))
     if sanitizer is None:
-        print(
-            "there is no compute-sanitizer here: it comes with NVIDIA's CUDA toolkit, not with PyTorch; nothing was run"
-        )
+        print(f"there is no {given.sanitizer} here: it comes with NVIDIA's CUDA toolkit, not with PyTorch")
         return 2
     version = subprocess.run([sanitizer, "--version"], stdout=subprocess.PIPE, text=True).stdout
     print(f"compute-sanitizer {' '.join(re.findall(r'Version (.+)', version))}", flush=True)
@@ -108,18 +113,25 @@ def main() -> int:
     tests = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-o", "addopts=", "-k", given.select, *TESTS]
     if given.warm and subprocess.run(tests, cwd=ROOT).returncode:
         return 1
-    return max([_run(sanitizer, tool, tests) for tool in given.tool or TOOLS])
+    with tempfile.TemporaryDirectory() as folder:
+        logs = given.logs or Path(folder)
+        logs.mkdir(parents=True, exist_ok=True)
+        begin = [sanitizer, *COMMON, *given.more]
+        return max([_run(tool, [*begin, "--tool", tool, *TOOLS[tool], *tests], logs) for tool in given.tool or TOOLS])
 
 
-def _run(sanitizer: str, tool: str, tests: list[str]) -> int:
+def _run(tool: str, command: list[str], logs: Path) -> int:
     # Every tensor is an allocation of its own, whose end the tool knows.
     own = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [sanitizer, "--tool", tool, *COMMON, *TOOLS[tool], *tests]
-    done = subprocess.run(command, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said, unexplained = report(tool, done.stdout)
+    log = logs / f"{tool}.log"
+    # A file has what was said until then, should the run be cut off.
+    with log.open("w") as file:
+        code = subprocess.run(command, cwd=ROOT, env=own, stdout=file, stderr=subprocess.STDOUT).returncode
+    told = log.read_text(errors="replace")
+    said, unexplained = report(tool, told)
     print(said, flush=True)
-    failed = done.returncode and (unexplained or not kinds(done.stdout))
-    return 1 if failed or not _passed(done.stdout) else 0
+    failed = code and (unexplained or not kinds(told))
+    return 1 if failed or not _passed(told) else 0
 
 
 def report(tool: str, said: str) -> tuple[str, int]:

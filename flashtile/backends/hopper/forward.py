@@ -6,68 +6,22 @@ persistent; the loader runs ahead into the next query tile.
 """
 
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import kept_at, only_kept
-from flashtile.backends.hopper.eight import factor_of, packed, query_unit, units_of, unpacked
+from flashtile.backends.hopper.eight import factor_of, query_unit, units_of
 from flashtile.backends.hopper.loading import loader, query_slot
 from flashtile.backends.hopper.memory import VALUES_FREED, free_slot, hand_over, new_barriers, pass_turn, take_turn
+from flashtile.backends.hopper.products import multiply_scores, multiply_values, narrowed
 from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
 from flashtile.kernels.places import number_pointers
 
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def multiply_scores(q_smem, k_smem, k_full, count, META: gl.constexpr):
-    """Starts q k^T with the keys of slot `count`, or dO v^T with values; nothing waits for the result yet."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    STAGES: gl.constexpr = k_smem.shape[0]
-    BLOCK: gl.constexpr = k_smem.shape[4]
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
-    slot = count % STAGES
-    mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
-    b_q = q_smem.reshape([ROWS, BLOCK])
-    b_k = k_smem.index(slot).reshape([TILE_KV, BLOCK])
-    b_zeros = gl.zeros([ROWS, TILE_KV], gl.float32, scores)
-    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def multiply_values(b_weights, b_out, v_smem, v_full, count, META: gl.constexpr):
-    """Starts out += p v with the values of slot `count`."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_DV: gl.constexpr = META.block_dv
-    slot = count % META.stages
-    mbarrier.wait(v_full.index(slot), (count // META.stages) & 1)
-    if META.eight:
-        b_v = v_smem.index(slot).reshape([BLOCK_DV, TILE_KV]).permute((1, 0))
-    else:
-        b_v = v_smem.index(slot).reshape([TILE_KV, BLOCK_DV])
-    return warpgroup_mma(as_left(b_weights, v_smem.dtype, META), b_v, b_out, is_async=True)
-
-
-@gluon.jit
-def narrowed(b_weights, dtype: gl.constexpr, META: gl.constexpr):
-    """Weights in the dtype of values; those of 8 bits in `eight.packed`."""
-    return packed(b_weights, dtype, META) if META.eight else b_weights.to(dtype)
-
-
-@gluon.jit
-def as_left(b_weights, dtype: gl.constexpr, META: gl.constexpr):
-    """Narrowed weights as the left side of their product with values, in the registers where they are."""
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.block_dv, META.depth])
-    left: gl.constexpr = gl.DotOperandLayout(0, output, META.depth // 8)
-    if META.eight:
-        b_left = unpacked(b_weights, dtype, left, META)
-    else:
-        b_left = gl.convert_layout(b_weights, left, assert_trivial=True)
-    return b_left
 
 
 @gluon.jit

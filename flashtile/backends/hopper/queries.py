@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at
-from flashtile.backends.hopper.forward import multiply_scores, rule, store_tile
+from flashtile.backends.hopper.forward import rule, store_tile
 from flashtile.backends.hopper.loading import loader
 from flashtile.backends.hopper.memory import (
     KEYS_FREED,
@@ -25,6 +25,7 @@ from flashtile.backends.hopper.memory import (
     new_barriers,
     without_nan,
 )
+from flashtile.backends.hopper.products import multiply_scores
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted

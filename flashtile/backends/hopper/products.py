@@ -1,0 +1,60 @@
+"""The products of 64 rows with a tile of keys or values, which run asynchronously, and their operands.
+
+Both are started once the tile is there and waited for elsewhere (`warpgroup_mma_wait`), so that work of other units
+fits between. The left side of scores lies in shared memory; weights are multiplied from the registers where they were
+computed, in the layout that these have already.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+
+from flashtile.backends.hopper.compat import gl, mbarrier
+from flashtile.backends.hopper.eight import packed, unpacked
+from flashtile.backends.hopper.softmax import ROWS
+
+
+@gluon.jit
+def multiply_scores(q_smem, k_smem, k_full, count, META: gl.constexpr):
+    """Starts q k^T with the keys of slot `count`, or dO v^T with values; nothing waits for the result yet."""
+    TILE_KV: gl.constexpr = META.tile_kv
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK: gl.constexpr = k_smem.shape[4]
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
+    slot = count % STAGES
+    mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
+    b_q = q_smem.reshape([ROWS, BLOCK])
+    b_k = k_smem.index(slot).reshape([TILE_KV, BLOCK])
+    b_zeros = gl.zeros([ROWS, TILE_KV], gl.float32, scores)
+    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def multiply_values(b_weights, b_out, v_smem, v_full, count, META: gl.constexpr):
+    """Starts out += p v with the values of slot `count`."""
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK_DV: gl.constexpr = META.block_dv
+    slot = count % META.stages
+    mbarrier.wait(v_full.index(slot), (count // META.stages) & 1)
+    if META.eight:
+        b_v = v_smem.index(slot).reshape([BLOCK_DV, TILE_KV]).permute((1, 0))
+    else:
+        b_v = v_smem.index(slot).reshape([TILE_KV, BLOCK_DV])
+    return warpgroup_mma(as_left(b_weights, v_smem.dtype, META), b_v, b_out, is_async=True)
+
+
+@gluon.jit
+def narrowed(b_weights, dtype: gl.constexpr, META: gl.constexpr):
+    """Weights in the dtype of values; those of 8 bits in `eight.packed`."""
+    return packed(b_weights, dtype, META) if META.eight else b_weights.to(dtype)
+
+
+@gluon.jit
+def as_left(b_weights, dtype: gl.constexpr, META: gl.constexpr):
+    """Narrowed weights as the left side of their product with values, in the registers where they are."""
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.block_dv, META.depth])
+    left: gl.constexpr = gl.DotOperandLayout(0, output, META.depth // 8)
+    if META.eight:
+        b_left = unpacked(b_weights, dtype, left, META)
+    else:
+        b_left = gl.convert_layout(b_weights, left, assert_trivial=True)
+    return b_left
