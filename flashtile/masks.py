@@ -119,16 +119,29 @@ def block(state: Tensor, block_size: tuple[int, int], inner: Mask | None = None)
 def custom(mask_mod: Callable[..., Any]) -> Mask:
     """Any FlexAttention `mask_mod(b, h, q_idx, kv_idx) -> bool`, captured tensors included.
 
-    The function is traced once; interval arithmetic over its graph finds the tiles that need not be visited.
+    The function is traced once; interval arithmetic over its graph finds the tiles that need not be visited. If it says
+    no more than how far a key may lie from a query (causal, a sliding window), it becomes that window, which is faster.
 
     Raises:
         TypeError, ValueError: the function does not return one boolean or cannot be traced.
     """
-    from flashtile import trace
+    from flashtile import bands, trace
 
     check.custom_value(mask_mod)
     lifted = trace.lift(mask_mod, "mask")
+    band = bands.band_of(lifted.key)
+    if band is not None:
+        return _band(*band)
     return Mask(f'["custom","{lifted.key}",{len(lifted.tensors)}]', lifted.tensors)
+
+
+def _band(low: int | None, high: int | None) -> Mask:
+    """Key minus query lies in [low, high], None: no limit; both counted from the first."""
+    if low is None and high == 0:
+        return causal("top_left")
+    if (low is None or -_NO_LIMIT < low <= 0) and (high is None or high >= 0):
+        return window(None if low is None else -low, high, "top_left")
+    return Mask(json.dumps(["band", low, high], separators=(",", ":")))
 
 
 def from_block_mask(block_mask: Any) -> Mask:

@@ -15,8 +15,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in the order of the imports: each may import its own room and those before it (README, "how it is laid out").
 ROOMS = {
     "words": {"problem", "facts", "forgetting", "queues", "contents", "check", "masks", "mask_nodes", "spans", "scores",
-              "captures", "glance", "recording", "scalar_graph", "trace", "interval_rules", "intervals", "dropout",
-              "region", "cut", "scaled"},
+              "captures", "glance", "recording", "scalar_graph", "trace", "interval_rules", "intervals", "bands",
+              "dropout", "region", "cut", "scaled"},
     "mathematics": {"state", "reference", "kvcache"},
     "triton": {"lower"},
     "kernels": {"kernels"},
