@@ -26,20 +26,35 @@ LARGEST = 2**27
 """Bytes beyond which kernels ask the mask instead."""
 
 
-def of(visits: Visits, tile: int, launch: Launch) -> Tensor | None:
-    """(slots, rows of a tile, lanes), int32, one slot for each place in the lists; None: too large.
+def of(visits: Visits, tile: int, rows: int, launch: Launch, may_wait: bool) -> Visits:
+    """The lists with bits, (slots, rows of a tile, lanes), int32: for each list as many slots as `places`. Without, if
+    they were too large.
 
-    tile: rows of a tile. launch: runs a kernel, as many programs, with what is said here of its arguments.
+    tile: rows of a tile; rows: of the mask. launch: runs a kernel, as many programs, with what is said here of its
+    arguments. may_wait: where there is no room for every place of the lists, the device may be asked how many need it.
     """
-    slots = visits.tiles.numel()
-    if slots * tile * LANES * 4 > LARGEST:
-        return None
-    bits = torch.empty((slots, tile, LANES), dtype=torch.int32, device=visits.tiles.device)
-    _batch, heads, tiles, length = visits.tiles.shape
+    batch, heads, tiles, length = visits.tiles.shape
+    lists = batch * heads * tiles
+    room = LARGEST // (tile * LANES * 4 * max(1, lists))
+    places = length
+    if places > room:
+        places = int(_needed(visits.counts, tile, rows).max()) if may_wait else length
+    if places > room:
+        return visits
+    bits = torch.empty((lists * places, tile, LANES), dtype=torch.int32, device=visits.tiles.device)
+    visits = visits._replace(places=odd(places))
     groups = tile // GROUP
-    given = {"bits": bits, "visits": visits, "shape": tuple(map(odd, (groups, length, tiles, heads)))}
-    launch(bits_kernel, slots * groups, given)
-    return bits
+    given = {"bits": bits, "visits": visits, "shape": tuple(map(odd, (groups, tiles, heads)))}
+    launch(bits_kernel, lists * places * groups, given)
+    return visits._replace(bits=bits)
+
+
+def _needed(counts: Tensor, tile: int, rows: int) -> Tensor:
+    """How many places of each list have bits, see `bits_kernel`."""
+    partial, full = counts.unbind(-1)
+    if rows % tile:
+        partial = torch.cat((partial[..., :-1], (partial + full)[..., -1:]), dim=-1)
+    return partial.clamp(min=1)
 
 
 @triton.jit
@@ -65,12 +80,12 @@ def bits_kernel(
     ROWS: tl.constexpr = 64
     TILE: tl.constexpr = META.tile_kv if KEYS else META.tile_q
     COLUMNS: tl.constexpr = META.tile_q if KEYS else META.tile_kv
-    groups, length, tiles, heads = shape
+    groups, tiles, heads = shape
     i_program = tl.program_id(0)
     i_group = i_program % number_of(groups)
     i_slot = i_program // number_of(groups)
-    n = i_slot % number_of(length)
-    row = i_slot // number_of(length)
+    n = i_slot % number_of(visits.places)
+    row = i_slot // number_of(visits.places)
     i_tile = row % number_of(tiles)
     i_pair = row // number_of(tiles)
     partial = tl.load(visits.counts + 2 * row)
@@ -81,7 +96,8 @@ def bits_kernel(
     if (n < partial) | (behind & (n < partial + full)) | ((n == 0) & (partial + full == 0)):
         first = i_tile * TILE + i_group * ROWS
         o_rows = (first + tl.arange(0, ROWS))[:, None]
-        o_columns = (tl.load(visits.tiles + i_slot) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        i_column = tl.load(visits.tiles + row.to(tl.int64) * number_of(visits.length) + n)
+        o_columns = (i_column * COLUMNS + tl.arange(0, COLUMNS))[None, :]
         place = Place(i_pair // number_of(heads), i_pair % number_of(heads), i_tile, 0, 0, seqlen_q, seqlen_k)
         if KEYS:
             m_tile = allowed(place, rules, o_columns, o_rows, META, MASK)

@@ -49,7 +49,10 @@ def of(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bool, 
 
     def made() -> Visits:
         lists = _lists(inputs, problem, tile_q, tile_kv, keys)
-        return lists._replace(bits=bits.of(lists, tile_kv if keys else tile_q, maker.launch)) if maker else lists
+        if maker is None:
+            return lists
+        tile, rows = (tile_kv, problem.seqlen_kv) if keys else (tile_q, problem.seqlen_q)
+        return bits.of(lists, tile, rows, maker.launch, may_wait=not capturing(device))
 
     if capturing(device):
         place = (device, *alone)

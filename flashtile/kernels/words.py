@@ -77,7 +77,7 @@ class Visits(NamedTuple):
     """Which tiles a tile meets, those that need the mask first: counts (batch, head, tile, 2), tiles (.., tile, n).
 
     order (batch, head, tile): the tiles, those that meet the most first. `length`, n, and the strides are `odd`.
-    bits: what the mask leaves of them (see `kernels.bits`), None: it is to be asked.
+    bits: what the mask leaves of the first `places` (`odd`) of a tile (see `kernels.bits`); None: it is to be asked.
     """
 
     counts: Any
@@ -86,6 +86,7 @@ class Visits(NamedTuple):
     length: Any
     batch: Any
     head: Any
+    places: Any = None
     bits: Any = None
 
 

@@ -132,6 +132,28 @@ def test_masks_too_large_for_bits_are_asked(name: str, monkeypatch: pytest.Monke
     assert device.complaints == []
 
 
+@pytest.mark.newest_triton
+def test_bits_of_the_places_that_need_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for those of all places: documents leave most tiles out, or uncut."""
+    monkeypatch.setattr(bits, "LARGEST", 4 * 3 * 128 * 16)
+    made: list[Any] = []
+    make = bits.of
+
+    def noted(*given: Any, **more: Any) -> Any:
+        made.append(make(*given, **more))
+        return made[-1]
+
+    monkeypatch.setattr(bits, "of", noted)
+    case = _case("few_places", dense(1, 450, 450, 1, 1, 64), "document")
+    with emulated(SWEEP[0]) as device:
+        conformance.check_case(case, torch.bfloat16, "hopper", "cpu")
+    assert device.complaints == []
+    assert len(made) == 2
+    for lists in made:
+        assert lists.places < lists.length
+        assert lists.bits.nbytes <= bits.LARGEST
+
+
 def test_bits_go_with_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept while the mask's tensors live, and in all no more than some bytes."""
     monkeypatch.setattr(visits, "_known", {})

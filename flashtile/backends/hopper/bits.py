@@ -30,7 +30,7 @@ def load_bits(visits, place, n, m_edge, TILE: gl.constexpr, COLUMNS: gl.constexp
     words: gl.constexpr = words_of(COLUMNS)
     o_rows = I_GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, words))
     o_words = o_rows[:, None] * 4 + gl.arange(0, 4, gl.SliceLayout(0, words))[None, :]
-    slot = (row_of(visits, place.batch, place.head) + place.tile) * number_of(visits.length) + n
+    slot = (row_of(visits, place.batch, place.head) + place.tile) * number_of(visits.places) + n
     return gl.load(visits.bits + slot * (TILE * 4) + o_words, mask=(o_words >= 0) & m_edge, other=0)
 
 
