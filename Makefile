@@ -63,7 +63,7 @@ fuzz: $(READY)
 
 # On an NVIDIA GPU: the kernels under compute-sanitizer, which CUDA's toolkit brings.
 sanitize: $(READY)
-	$(BIN)/python tools/sanitize.py --warm $(ARGS)
+	$(BIN)/python tools/sanitize.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

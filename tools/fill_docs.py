@@ -1,11 +1,12 @@
-"""Puts what was measured into README.md, docs/ladder/README.md and docs/amd.md, between their markers.
+"""Puts what was measured into README.md, docs/ladder/README.md, docs/amd.md and docs/robustness.md, between their
+markers.
 
     python tools/fill_docs.py            rewrite the pages
     python tools/fill_docs.py --check    fail if a page is not what the records say
 
 A section is what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Nothing there is typed by hand. README's
 section comes from the records of `flashtile bench`, the ladder's from that of `docs/ladder/run.py`, those about AMD's
-GPUs from those of `flashtile compile` and `tests/amd`.
+GPUs from those of `flashtile compile` and `tests/amd`, that about compute-sanitizer from those of `tools/sanitize.py`.
 """
 
 import argparse
@@ -22,12 +23,14 @@ from flashtile.bench.records import Record, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+ROBUSTNESS = ROOT / "benchmarks" / "robustness"
 
 sys.path.insert(0, str(ROOT / "docs" / "ladder"))
 sys.path.insert(0, str(ROOT / "tools"))
 
 from amd_tables import sections as amd  # noqa: E402
 from measure import PLACES, table  # noqa: E402
+from sanitizer_tables import sections as sanitizer  # noqa: E402
 
 
 def fill(text: str, sections: Mapping[str, str]) -> str:
@@ -144,7 +147,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     check = parser.parse_args().check
     stale = []
-    pages = {"README.md": bench(), "docs/ladder/README.md": ladder(), "docs/amd.md": amd(RESULTS / "amd")}
+    pages = {
+        "README.md": bench(),
+        "docs/ladder/README.md": ladder(),
+        "docs/amd.md": amd(RESULTS / "amd"),
+        "docs/robustness.md": sanitizer(ROBUSTNESS),
+    }
     for name, sections in pages.items():
         before = (ROOT / name).read_text()
         after = fill(before, sections)
