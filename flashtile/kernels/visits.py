@@ -103,5 +103,23 @@ def _lists(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bo
     counts = torch.stack(((state == PARTIAL).sum(-1), (state == FULL).sum(-1)), dim=-1).to(torch.int32).contiguous()
     batch, heads, rows, columns = listed.shape
     steps = (columns, heads * rows if batch > 1 else 0, rows if heads > 1 else 0)
-    order = counts.sum(-1).argsort(dim=-1, descending=True, stable=True).to(torch.int32).contiguous()
+    order = _heaviest_first(counts.sum(-1)).to(torch.int32).contiguous()
     return Visits(counts, listed, order, *map(odd, steps))
+
+
+_MANY = 256
+_NEIGHBOURS = 32
+"""Tiles of a head beyond which so many neighbours stay together: they meet the same tiles, which are in the cache then.
+Where there are fewer tiles, those of a head fit into it, and what runs last should be light."""
+_LONGEST = 2**24
+"""No list is so long."""
+
+
+def _heaviest_first(weights: Tensor) -> Tensor:
+    """The order of a head's tiles, by how many others each meets: (..., tiles)."""
+    tiles = weights.shape[-1]
+    if tiles > _MANY:
+        of_some = torch.nn.functional.pad(weights, (0, -tiles % _NEIGHBOURS)).unflatten(-1, (-1, _NEIGHBOURS)).sum(-1)
+        rank = of_some.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        weights = weights - _LONGEST * rank.repeat_interleave(_NEIGHBOURS, dim=-1)[..., :tiles]
+    return weights.argsort(dim=-1, descending=True, stable=True)
