@@ -29,9 +29,9 @@ TABLE = [
     ),
     Refusal(NONE, "activate_sdpa", "a PyTorch without", lambda: guests.has_flash_registry(SimpleNamespace())),
     Refusal(ValueError, "cache_seqlens", "None beside k, need the place", lambda: guests.needs_cache_seqlens(T)),
+    Refusal(ValueError, "k", "None beside cu_seqlens_k_new", lambda: guests.rows_for_offsets(None, T)),
+    Refusal(ValueError, "cache_seqlens", "None beside rotary_seqlens", lambda: guests.known_length(None)),
     Refusal(NONE, "qv", "Tensor, need None in flash_attn_with_kvcache", lambda: guests.not_beside_caches({"qv": T})),
-    Refusal(NONE, "cu_seqlens_q", "one without page_table", lambda: guests.packed_queries(None, T, {})),
-    Refusal(NONE, "k", "Tensor beside cu_seqlens_q, need None", lambda: guests.packed_queries(T, T, {"k": T})),
     Refusal(NONE, "dropout_p", "0.1 beside block_table, need 0", lambda: guests.no_paged_dropout(0.1)),
     Refusal(NONE, "block_table", "Tensor, need None: .* no paged", lambda: guests.no_paging(T, "block_table")),
     Refusal(NONE, "k_descale", "Tensor, need None: .* 8-bit", lambda: guests.no_descales({"k_descale": T})),
@@ -112,8 +112,9 @@ def test_what_is_sound_passes() -> None:
     guests.evoformer(T, T, T, [None, torch.zeros(1, 1, 4, 3, 3), torch.zeros(1, 2, 1, 1, 3)])
     guests.triangle(T, T, T, torch.zeros(1, 1, 3, 4, 4), torch.zeros(1, 2, 1, 1, 4))
     guests.no_later_key(T == 1)
-    guests.packed_queries(T, T, {"k": None})
     guests.no_paged_dropout(0.0)
+    guests.rows_for_offsets(T, T)
+    assert guests.known_length(3) == 3
     guests.page_size(32, 16, "x")
     guests.engine_layer("cross attention", True)
     guests.causal_batch(True)

@@ -141,7 +141,7 @@ def test_distributed_and_integrations_use_public_names() -> None:
     """bench, demo and cli may look inside; what others could have written uses what others can use. Calls over several
     processes have a door of their own, `parts`, formulas of other libraries' own autograd call `gradients`, and the
     errors of both kinds of users are in `check`."""
-    public = {"", "api", "masks", "reference", "state", "dropout", "fp8"}
+    public = {"", "api", "masks", "reference", "state", "dropout", "fp8", "kvcache"}
     doors = {
         "distributed": {"parts", "sharding", "check"},
         "integrations": {"check", "gradients", "request", "sharding"},

@@ -37,17 +37,18 @@ def not_beside_caches(given: Mapping[str, Any]) -> None:
             )
 
 
-def packed_queries(table: Any, lengths: Any, beside: Mapping[str, Any]) -> None:
-    """What goes with packed queries over a cache: pages, a tensor of lengths, and nothing new."""
-    if table is None or not isinstance(lengths, Tensor):
-        raise NotImplementedError(
-            "cu_seqlens_q: got one without page_table and a tensor cache_seqlens, need both; try flash_attn_varlen_func"
+def rows_for_offsets(k: Any, offsets: Any) -> None:
+    if k is None and offsets is not None:
+        raise ValueError("k: got None beside cu_seqlens_k_new, need the new keys that it cuts; try leaving it out")
+
+
+def known_length(length: int | Tensor | None) -> int | Tensor:
+    """Of a sequence whose rotary embedding begins elsewhere."""
+    if length is None:
+        raise ValueError(
+            "cache_seqlens: got None beside rotary_seqlens, need the place of new keys; try 0 for an empty cache"
         )
-    for name, value in beside.items():
-        if value is not None:
-            raise NotImplementedError(
-                f"{name}: got {type(value).__name__} beside cu_seqlens_q, need None; try one call a sequence"
-            )
+    return length
 
 
 def no_paged_dropout(dropout_p: float) -> None:

@@ -398,6 +398,61 @@ class TestCaches:
         for ours, wanted in zip(found[:2], expected[:2], strict=True):
             torch.testing.assert_close(ours, wanted)
 
+    @pytest.mark.parametrize("paged", [False, True])
+    @pytest.mark.parametrize("packed", ["queries", "keys", "both"])
+    def test_packed_beside_something_new(self, packed: str, paged: bool) -> None:
+        """As one call for each sequence: some have no query, or no new key, and positions of their own."""
+        counts = [3, 0, 2] if packed != "keys" else [3, 3, 3]
+        fresh = [2, 4, 0] if packed != "queries" else [2, 2, 2]
+        lengths, positions = torch.tensor([5, 9, 13], dtype=torch.int32), torch.tensor([8, 9, 2], dtype=torch.int32)
+        q, k, v = torch.randn(sum(counts), 4, 16), torch.randn(sum(fresh), 2, 16), torch.randn(sum(fresh), 2, 16)
+        caches = [torch.randn(3, 32, 2, 16) for _ in range(2)]
+        table = torch.tensor([[3, 0], [1, 5], [4, 2]], dtype=torch.int32)
+        angles = torch.rand(40, 4) * 6
+        given = [cache.clone() for cache in caches]
+        if paged:
+            for place, cache in enumerate(caches):
+                given[place] = torch.empty(6, 16, 2, 16)
+                given[place][table.flatten().long()] = cache.reshape(6, 16, 2, 16)
+        offsets_q, offsets_k = (torch.tensor([0, *each]).cumsum(0).int() for each in (counts, fresh))
+        found, lse, *_ = version3.flash_attn_with_kvcache(
+            q if packed != "keys" else q.view(3, 3, 4, 16),
+            *given,
+            *((k, v) if packed != "queries" else (k.view(3, 2, 2, 16), v.view(3, 2, 2, 16))),
+            rotary_cos=angles.cos(),
+            rotary_sin=angles.sin(),
+            cache_seqlens=lengths,
+            page_table=table if paged else None,
+            cu_seqlens_q=None if packed == "keys" else offsets_q,
+            cu_seqlens_k_new=None if packed == "queries" else offsets_k,
+            max_seqlen_q=3,
+            rotary_seqlens=positions,
+            causal=True,
+            return_softmax_lse=True,
+        )
+        found = found.reshape(-1, 4, 16)
+        lse = lse if packed != "keys" else lse.transpose(0, 1).flatten(1)
+        for i, (length, position) in enumerate(zip(lengths.tolist(), positions.tolist(), strict=True)):
+            rows = slice(int(offsets_q[i]), int(offsets_q[i + 1]))
+            its = slice(int(offsets_k[i]), int(offsets_k[i + 1]))
+            turned = _turned(k[its], angles[position : position + fresh[i]], True)
+            keys = torch.cat((caches[0][i, :length], turned))
+            values = torch.cat((caches[1][i, :length], v[its]))
+            if paged:
+                held = given[0][table[i].long()].flatten(0, 1)
+            else:
+                held = given[0][i]
+            torch.testing.assert_close(held[: len(keys)], keys)
+            if not counts[i]:
+                continue
+            # Causal queries sit at the end of the keys, and turn by their places from the first new row on.
+            asked = _turned(q[rows], angles[position : position + counts[i]], True)
+            out, wanted, _ = flash_attn.flash_attn_func(
+                asked[None], keys[None], values[None], causal=True, return_attn_probs=True
+            )
+            torch.testing.assert_close(found[rows], out[0])
+            torch.testing.assert_close(lse[:, rows], wanted[0])
+
     def test_options(self) -> None:
         """The whole cache, by default; each option means what it means elsewhere."""
         q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 20, 2, 16), torch.randn(2, 20, 2, 16)
@@ -494,15 +549,15 @@ Q = torch.randn(1, 4, 2, 8)
 OFFSETS = torch.tensor([0, 4], dtype=torch.int32)
 TABLE = torch.zeros(1, 1, dtype=torch.int32)
 ERRORS = {
-    "packed queries": (
-        lambda: version3.flash_attn_with_kvcache(Q[0], Q, Q, cu_seqlens_q=OFFSETS),
-        NotImplementedError,
-        "cu_seqlens_q: got one without page_table and a tensor cache_seqlens, need both",
-    ),
     "packed keys": (
-        lambda: version3.flash_attn_with_kvcache(Q, Q, Q, cu_seqlens_k_new=OFFSETS),
-        NotImplementedError,
-        "cu_seqlens_k_new: got Tensor, need None in flash_attn_with_kvcache; try one call a sequence",
+        lambda: version3.flash_attn_with_kvcache(Q, Q, Q, cu_seqlens_k_new=OFFSETS, cache_seqlens=0),
+        ValueError,
+        "k: got None beside cu_seqlens_k_new, need the new keys that it cuts",
+    ),
+    "rotary positions": (
+        lambda: version3.flash_attn_with_kvcache(Q, Q, Q, rotary_seqlens=OFFSETS[:1]),
+        ValueError,
+        "cache_seqlens: got None beside rotary_seqlens, need the place of new keys",
     ),
     "paging": (
         lambda: flash_attn.flash_attn_varlen_func(Q[0], Q, Q, OFFSETS, OFFSETS, 4, 4, 0.1, block_table=TABLE),

@@ -18,7 +18,7 @@ from torch import Tensor
 from flashtile import fp8, masks
 from flashtile.api import attention, attention_varlen
 from flashtile.check import guests as check
-from flashtile.integrations.flash_attn.cached import packed_over_pages, with_kvcache
+from flashtile.integrations.flash_attn.cached import Ragged, one_by_one, packed_over_pages, with_kvcache
 from flashtile.integrations.flash_attn.common import Maximum, Window, options
 from flashtile.state import State, merge
 
@@ -202,37 +202,46 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
 ) -> Any:
     """As in `version2`, with `page_table` for block_table; returns (out, lse, out_accum, lse_accum) with
-    return_softmax_lse, the last two empty. With cu_seqlens_q the queries are packed (total_q, heads, headdim), over
-    pages that hold all keys already; lse is (heads, total_q) then.
+    return_softmax_lse, the last two empty. With cu_seqlens_q the queries are packed (total_q, heads, headdim), and lse
+    is (heads, total_q); with cu_seqlens_k_new the new keys and values are. rotary_seqlens: the position of each
+    sequence's first new row, cache_seqlens by default. What is packed beside something new takes one call a sequence,
+    and the host reads the offsets.
 
     Raises:
-        NotImplementedError: qv, packed new keys, rotary_seqlens, descales or attention_chunk are given, or packed
-            queries beside new keys, a rotary embedding, a batch index, left padding or a cache without pages.
+        NotImplementedError: qv, descales or attention_chunk are given.
+        ValueError: cu_seqlens_k_new without k, or rotary_seqlens without cache_seqlens.
     """
     check.no_descales({"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
-    packed = {"cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
-    check.not_beside_caches({"qv": qv, **packed, "attention_chunk": attention_chunk or None})
-    if cu_seqlens_q is not None:
-        beside = {"k": k, "rotary_cos": rotary_cos, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
-        check.packed_queries(page_table, cache_seqlens, beside)
-        chosen = options(softmax_scale, causal, window_size, softcap)
-        where: Any = (cu_seqlens_q, cache_seqlens, page_table, 0.0, chosen)
+    check.not_beside_caches({"qv": qv, "attention_chunk": attention_chunk or None})
+    new = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    given = Ragged(cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens)
+    beside = (k, rotary_cos, cache_batch_idx, cache_leftpad)
+    over_pages = page_table is not None and isinstance(cache_seqlens, Tensor) and beside == (None,) * 4
+    scores: dict[str, Any] = {
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": None,
+    }
+    if over_pages and cu_seqlens_q is not None:
+        where: Any = (cu_seqlens_q, cache_seqlens, page_table, 0.0, options(**scores))
         state = packed_over_pages(q, k_cache, v_cache, *where)
+        return (*state, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else state.out
+    if given.any:
+        caches = (k_cache, v_cache, new, cache_seqlens, page_table, given, cache_batch_idx, cache_leftpad)
+        state = one_by_one(q, *caches, **scores, num_splits=num_splits, rotary_interleaved=rotary_interleaved)
         return (*state, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else state.out
     found = with_kvcache(
         q,
         k_cache,
         v_cache,
-        {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin},
+        new,
         cache_seqlens,
         page_table,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        None,
-        num_splits,
-        return_softmax_lse,
+        **scores,
+        num_splits=num_splits,
+        return_lse=return_softmax_lse,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
         rotary_interleaved=rotary_interleaved,
