@@ -28,15 +28,6 @@ def needs_cache_seqlens(k: Any) -> None:
         raise ValueError("cache_seqlens: got None beside k, need the place of the new keys; try 0 for an empty cache")
 
 
-def not_beside_caches(given: Mapping[str, Any]) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise NotImplementedError(
-                f"{name}: got {type(value).__name__}, need None in flash_attn_with_kvcache; try one call a sequence, "
-                "or flash_attn_func and flash_attn_varlen_func, which take more"
-            )
-
-
 def rows_for_offsets(k: Any, offsets: Any) -> None:
     if k is None and offsets is not None:
         raise ValueError("k: got None beside cu_seqlens_k_new, need the new keys that it cuts; try leaving it out")
@@ -69,16 +60,14 @@ def no_descales(descales: Mapping[str, Any]) -> None:
         if value is not None:
             raise NotImplementedError(
                 f"{name}: got {type(value).__name__}, need None: flashtile takes scales of 8-bit queries, keys and "
-                "values in flash_attn_func alone; try that, or bfloat16 tensors that are multiplied by them"
+                "values alone; try tensors that are multiplied by them"
             )
 
 
-def descales_of_heads(descales: Mapping[str, Any], packed: bool, absorbed: bool) -> None:
-    """Those of FlashAttention-3's 8-bit tensors."""
-    if absorbed:
+def absorbed_of_eight_bits(qv: Any) -> None:
+    """Of FlashAttention-3's 8-bit tensors."""
+    if qv is not None:
         raise NotImplementedError("qv: got one beside 8-bit tensors, need None; try bfloat16 tensors")
-    if packed:
-        no_descales(descales)
 
 
 def packed_heads(qkv: Any, num_heads_q: int | None) -> None:

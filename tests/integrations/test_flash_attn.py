@@ -453,6 +453,70 @@ class TestCaches:
             torch.testing.assert_close(found[rows], out[0])
             torch.testing.assert_close(lse[:, rows], wanted[0])
 
+    @pytest.mark.parametrize("paged", [False, True])
+    @pytest.mark.parametrize("what", ["chunk", "absorbed", "eight bits", "small pages"])
+    def test_what_is_gathered(self, what: str, paged: bool) -> None:
+        """New keys are written, and then as `flash_attn_func` over all keys of a sequence."""
+        lengths, heads = torch.tensor([3, 17], dtype=torch.int32), 2
+        dtype = torch.float8_e4m3fn if what == "eight bits" else torch.float32
+        q, k, v = (torch.randn(2, 4, n, 16).to(dtype) for n in (4, heads, heads))
+        caches = [torch.randn(2, 32, heads, 16).to(dtype) for _ in range(2)]
+        rows = 4 if what == "small pages" else 16
+        count = 64 // rows
+        table = torch.randperm(count, generator=torch.Generator().manual_seed(1)).int().view(2, -1)
+        given = [cache.clone() for cache in caches]
+        if paged:
+            given = [torch.empty(count, rows, heads, 16, dtype=dtype) for _ in caches]
+            for pages, cache in zip(given, caches, strict=True):
+                for place, page in enumerate(table.flatten().tolist()):
+                    pages[page] = cache.reshape(count, rows, heads, 16)[place]
+        more: dict[str, Any] = {"attention_chunk": 5} if what == "chunk" else {}
+        if what == "absorbed":
+            more = {"qv": torch.randn(2, 4, 4, 16)}
+        if what == "eight bits":
+            more = {f"{name}_descale": torch.rand(2, heads) + 0.5 for name in "qkv"}
+        found, lse, *_ = version3.flash_attn_with_kvcache(
+            q,
+            *given,
+            k,
+            v,
+            cache_seqlens=lengths,
+            page_table=table if paged else None,
+            causal=True,
+            return_softmax_lse=True,
+            **more,
+        )
+        for i, length in enumerate(lengths.tolist()):
+            here = slice(i, i + 1)
+            keys, values = (
+                torch.cat((cache[here, :length].float(), fresh[here].float()), dim=1).to(dtype)
+                for cache, fresh in zip(caches, (k, v), strict=True)
+            )
+            its = {name: each[here] if isinstance(each, Tensor) else each for name, each in more.items()}
+            out, wanted = version3.flash_attn_func(q[here], keys, values, causal=True, return_attn_probs=True, **its)
+            torch.testing.assert_close(found[i], out[0])
+            torch.testing.assert_close(lse[i], wanted[0])
+
+    def test_packed_sequences_with_scales_of_their_own(self) -> None:
+        counts, lengths = [5, 0, 3], [7, 4, 9]
+        offsets = [torch.tensor([0, *each]).cumsum(0).int() for each in (counts, lengths)]
+        q, k, v = (torch.randn(n, h, 16).to(torch.float8_e4m3fn) for n, h in ((8, 4), (20, 2), (20, 2)))
+        scales = {f"{name}_descale": torch.rand(3, 2) + 0.5 for name in "qkv"}
+        used = torch.tensor([6, 4, 9], dtype=torch.int32)
+        found, lse = version3.flash_attn_varlen_func(
+            q, k, v, *offsets, 5, 9, seqused_k=used, causal=True, return_attn_probs=True, **scales
+        )
+        assert found.dtype is torch.bfloat16
+        for i in (0, 2):
+            rows = slice(int(offsets[0][i]), int(offsets[0][i + 1]))
+            keys = slice(int(offsets[1][i]), int(offsets[1][i]) + int(used[i]))
+            its = {name: scale[i : i + 1] for name, scale in scales.items()}
+            out, wanted = version3.flash_attn_func(
+                q[None, rows], k[None, keys], v[None, keys], causal=True, return_attn_probs=True, **its
+            )
+            torch.testing.assert_close(found[rows], out[0])
+            torch.testing.assert_close(lse[:, rows], wanted[0])
+
     def test_options(self) -> None:
         """The whole cache, by default; each option means what it means elsewhere."""
         q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 20, 2, 16), torch.randn(2, 20, 2, 16)
@@ -574,7 +638,7 @@ ERRORS = {
     "scales": (
         lambda: version3.flash_attn_func(Q, Q, Q, v_descale=torch.ones(1, 2)),
         NotImplementedError,
-        "v_descale: got Tensor, need None: flashtile takes scales of 8-bit queries, keys and values in flash_attn_func",
+        "v_descale: got Tensor, need None: flashtile takes scales of 8-bit queries, keys and values alone",
     ),
     "8-bit tensors and qv": (
         lambda: version3.flash_attn_func(*[Q.to(torch.float8_e4m3fn)] * 3, qv=Q),

@@ -125,7 +125,7 @@ def one_by_one(
     out = q.new_zeros(*q.shape[:-1], v_cache.shape[-1])
     lse = torch.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -torch.inf, device=q.device)
     for i in range(len(q) if rows is None else len(rows) - 1):
-        queries = _of_sequence(q, rows, i)
+        queries = of_sequence(q, rows, i)
         # A sequence without queries may have new keys all the same.
         asked = queries if queries.shape[1] else q.new_zeros(1, 1, *q.shape[-2:])
         its = _new_of_sequence(new, fresh, i)
@@ -136,11 +136,12 @@ def one_by_one(
             asked, its = _turned_alone(asked, its, length, options)
         pages, where = _cache_of_sequence(i, table, batch_idx, leftpad, q.device)
         state = with_kvcache(asked, k_cache, v_cache, its, length, pages, **options, return_lse=True, **where)
-        _put(state, queries.shape[1], out, lse, rows, i)
+        if queries.shape[1]:
+            put(state, out, lse, rows, i)
     return State(out, lse)
 
 
-def _of_sequence(tensor: Tensor, offsets: list[int] | None, i: int) -> Tensor:
+def of_sequence(tensor: Tensor, offsets: list[int] | None, i: int) -> Tensor:
     """(1, rows, ..): those of a sequence."""
     return tensor[i : i + 1] if offsets is None else tensor[None, offsets[i] : offsets[i + 1]]
 
@@ -149,7 +150,7 @@ def _new_of_sequence(new: dict[str, Any], offsets: list[int] | None, i: int) -> 
     """Its new keys and values, None where it has none, and the rotary tables."""
     if new["k"] is None or new["v"] is None:
         return new
-    k, v = (_of_sequence(new[name], offsets, i) for name in "kv")
+    k, v = (of_sequence(new[name], offsets, i) for name in "kv")
     return {**new, "k": k, "v": v} if k.shape[1] else {**new, "k": None, "v": None}
 
 
@@ -191,10 +192,8 @@ def _turned_alone(
     return q, {**new, "rotary_cos": None, "rotary_sin": None}
 
 
-def _put(state: State, count: int, out: Tensor, lse: Tensor, offsets: list[int] | None, i: int) -> None:
+def put(state: State, out: Tensor, lse: Tensor, offsets: list[int] | None, i: int) -> None:
     """A sequence's results where they belong."""
-    if not count:
-        return
     if offsets is None:
         out[i], lse[i] = state.out[0], state.lse[0]
     else:

@@ -6,10 +6,11 @@ scale; q and k are joined with qv and v, a copy. `attention_chunk` n: a query se
 steers FlashAttention-3's scheduler (num_splits, pack_gqa, sm_margin,
 scheduler_metadata) is accepted and has no effect: flashtile plans by
 itself. 8-bit q, k and v give bfloat16; `q_descale`, `k_descale`, `v_descale`, float32 (batch, heads_kv), default 1, say
-what they stand for. Values are copied there; packed sequences share scales, so that those take no descales; caches take
-no 8-bit queries.
+what they stand for. Values are copied there. Packed sequences with descales, and caches under `attention_chunk`, beside
+`qv` or with 8-bit queries, take one call a sequence over gathered keys (`gathered`).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from flashtile import fp8, masks
 from flashtile.api import attention, attention_varlen
 from flashtile.check import guests as check
+from flashtile.check.caches import SMALLEST_PAGE
+from flashtile.integrations.flash_attn import gathered
 from flashtile.integrations.flash_attn.cached import Ragged, one_by_one, packed_over_pages, with_kvcache
 from flashtile.integrations.flash_attn.common import Maximum, Window, options
 from flashtile.state import State, merge
@@ -56,7 +59,7 @@ def _tensors(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, descales: dict[
     if q.dtype.itemsize > 1:
         check.no_descales(descales)
         return *_absorbed(q, k, v, qv), v
-    check.descales_of_heads(descales, packed=q.ndim == 3, absorbed=qv is not None)
+    check.absorbed_of_eight_bits(qv)
     heads = (*q.shape[:-3], k.shape[-2])
     scales = [torch.ones(heads, device=q.device) if scale is None else scale for scale in descales.values()]
     scales[0] = scales[0].repeat_interleave(q.shape[-2] // k.shape[-2], dim=-1)
@@ -90,6 +93,20 @@ def flash_attn_varlen_func(
 ) -> Any:
     """Packed q (total_q, heads, headdim), k (total_k, heads_kv, headdim), v; seqused_* (sequences,): rows in use."""
     descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    if q.dtype.itemsize == 1 and any(scale is not None for scale in descales.values()):
+        attend = partial(
+            flash_attn_func,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            qv=qv,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            return_attn_probs=True,
+        )
+        used = (seqused_q, seqused_k)
+        state = gathered.packed(q, k, v, (cu_seqlens_q, cu_seqlens_k), used, descales, attend)
+        return tuple(state) if return_attn_probs else state.out
     q, k, v = _tensors(q, k, v, qv, descales)
     found = attention_varlen(
         q,
@@ -205,14 +222,16 @@ def flash_attn_with_kvcache(
     return_softmax_lse, the last two empty. With cu_seqlens_q the queries are packed (total_q, heads, headdim), and lse
     is (heads, total_q); with cu_seqlens_k_new the new keys and values are. rotary_seqlens: the position of each
     sequence's first new row, cache_seqlens by default. What is packed beside something new takes one call a sequence,
-    and the host reads the offsets.
+    as do qv, attention_chunk, 8-bit queries and pages of fewer than 16 rows, and the host reads the offsets.
 
     Raises:
-        NotImplementedError: qv, descales or attention_chunk are given.
+        NotImplementedError: descales are given beside queries of 16 bits or more, or qv beside those of 8.
         ValueError: cu_seqlens_k_new without k, or rotary_seqlens without cache_seqlens.
     """
-    check.no_descales({"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
-    check.not_beside_caches({"qv": qv, "attention_chunk": attention_chunk or None})
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    eight = q.dtype.itemsize == 1
+    if not eight:
+        check.no_descales(descales)
     new = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
     given = Ragged(cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens)
     beside = (k, rotary_cos, cache_batch_idx, cache_leftpad)
@@ -224,6 +243,16 @@ def flash_attn_with_kvcache(
         "softcap": softcap,
         "alibi_slopes": None,
     }
+    small = page_table is not None and k_cache.shape[1] < SMALLEST_PAGE
+    if qv is not None or attention_chunk or eight or small:
+        check.rows_for_offsets(k, cu_seqlens_k_new)
+        moving = causal or bool(attention_chunk) or tuple(window_size) != (-1, -1)
+        rotary = gathered.Rotary(rotary_cos, rotary_sin, rotary_interleaved, moving)
+        cache = gathered.Cache(k_cache, v_cache, page_table, cache_batch_idx, cache_leftpad)
+        del scores["alibi_slopes"]
+        attend = partial(flash_attn_func, **scores, attention_chunk=attention_chunk, return_attn_probs=True)
+        state = gathered.over_cache(q, qv, cache, (k, v), rotary, cache_seqlens, given, descales, attend)
+        return (*state, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else state.out
     if over_pages and cu_seqlens_q is not None:
         where: Any = (cu_seqlens_q, cache_seqlens, page_table, 0.0, options(**scores))
         state = packed_over_pages(q, k_cache, v_cache, *where)
