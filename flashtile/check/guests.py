@@ -33,6 +33,16 @@ def rows_for_offsets(k: Any, offsets: Any) -> None:
         raise ValueError("k: got None beside cu_seqlens_k_new, need the new keys that it cuts; try leaving it out")
 
 
+def rows_that_fit(ends: Sequence[int], counts: Sequence[int], room: int) -> None:
+    """Keys that each sequence has and is to get, in a cache with so many rows for each."""
+    for i, (end, count) in enumerate(zip(ends, counts, strict=True)):
+        if not 0 <= end <= room - count:
+            raise ValueError(
+                f"cache_seqlens: got {end} for sequence {i} and {count} new keys, need at most {room} rows in all; try "
+                "a larger cache"
+            )
+
+
 def known_length(length: int | Tensor | None) -> int | Tensor:
     """Of a sequence whose rotary embedding begins elsewhere."""
     if length is None:

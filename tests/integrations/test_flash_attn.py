@@ -618,6 +618,11 @@ ERRORS = {
         ValueError,
         "k: got None beside cu_seqlens_k_new, need the new keys that it cuts",
     ),
+    "rows that do not fit": (
+        lambda: version3.flash_attn_with_kvcache(Q, Q, Q, Q, Q, cache_seqlens=1, attention_chunk=2),
+        ValueError,
+        "cache_seqlens: got 1 for sequence 0 and 4 new keys, need at most 4 rows in all",
+    ),
     "rotary positions": (
         lambda: version3.flash_attn_with_kvcache(Q, Q, Q, rotary_seqlens=OFFSETS[:1]),
         ValueError,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtile.check import guests as check
 from flashtile.integrations.flash_attn.cached import Ragged, of_sequence, put
 from flashtile.kvcache import turned
 from flashtile.state import State
@@ -74,14 +75,19 @@ def over_cache(
     """State(out, lse) over a cache, to which new keys and values are added."""
     rows = None if given.cu_seqlens_q is None else given.cu_seqlens_q.tolist()
     fresh = None if given.cu_seqlens_k_new is None else given.cu_seqlens_k_new.tolist()
+    entries = len(q) if rows is None else len(rows) - 1
     lengths = cache.room if lengths is None else lengths
+    ends = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * entries
+    # Before anything is written.
+    check.rows_that_fit(
+        ends, [0 if new[0] is None else of_sequence(new[0], fresh, i).shape[1] for i in range(entries)], cache.room
+    )
     out, lse = _room(q, cache.v)
-    for i in range(len(q) if rows is None else len(rows) - 1):
-        end = int(lengths[i]) if isinstance(lengths, Tensor) else lengths
+    for i, end in enumerate(ends):
         position = end if given.rotary is None else int(given.rotary[i])
-        end = _append(cache, i, end, position, new, fresh, rotary)
+        behind = _append(cache, i, end, position, new, fresh, rotary)
         begin = 0 if cache.leftpad is None else int(cache.leftpad[i])
-        where = cache.places(i, torch.arange(begin, end, device=q.device))
+        where = cache.places(i, torch.arange(begin, behind, device=q.device))
         keys, values = (_bits(each)[where][None].view(each.dtype) for each in (cache.k, cache.v))
         asked = rotary.turn(of_sequence(q, rows, i), position, rotary.moving)
         beside = {} if qv is None else {"qv": of_sequence(qv, rows, i)}
