@@ -31,7 +31,6 @@ TABLE = [
     Refusal(ValueError, "cache_seqlens", "None beside k, need the place", lambda: guests.needs_cache_seqlens(T)),
     Refusal(ValueError, "k", "None beside cu_seqlens_k_new", lambda: guests.rows_for_offsets(None, T)),
     Refusal(ValueError, "cache_seqlens", "9 for sequence 1", lambda: guests.rows_that_fit([8, 9], [4, 4], 12)),
-    Refusal(ValueError, "cache_seqlens", "None beside rotary_seqlens", lambda: guests.known_length(None)),
     Refusal(NONE, "dropout_p", "0.1 beside block_table, need 0", lambda: guests.no_paged_dropout(0.1)),
     Refusal(NONE, "block_table", "Tensor, need None: .* no paged", lambda: guests.no_paging(T, "block_table")),
     Refusal(NONE, "k_descale", "Tensor, need None: .* 8-bit", lambda: guests.no_descales({"k_descale": T})),
@@ -115,7 +114,6 @@ def test_what_is_sound_passes() -> None:
     guests.no_paged_dropout(0.0)
     guests.rows_for_offsets(T, T)
     guests.rows_that_fit([8, 0], [4, 4], 12)
-    assert guests.known_length(3) == 3
     guests.page_size(32, 16, "x")
     guests.engine_layer("cross attention", True)
     guests.causal_batch(True)

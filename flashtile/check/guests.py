@@ -43,15 +43,6 @@ def rows_that_fit(ends: Sequence[int], counts: Sequence[int], room: int) -> None
             )
 
 
-def known_length(length: int | Tensor | None) -> int | Tensor:
-    """Of a sequence whose rotary embedding begins elsewhere."""
-    if length is None:
-        raise ValueError(
-            "cache_seqlens: got None beside rotary_seqlens, need the place of new keys; try 0 for an empty cache"
-        )
-    return length
-
-
 def no_paged_dropout(dropout_p: float) -> None:
     if dropout_p:
         raise NotImplementedError(f"dropout_p: got {dropout_p} beside block_table, need 0; try gathering the pages")

@@ -37,8 +37,8 @@ def of(visits: Visits, tile: int, rows: int, launch: Launch, may_wait: bool) -> 
     lists = batch * heads * tiles
     room = LARGEST // (tile * LANES * 4 * max(1, lists))
     places = length
-    if places > room:
-        places = int(_needed(visits.counts, tile, rows).max()) if may_wait else length
+    if places > room and may_wait:
+        places = int(_needed(visits.counts, tile, rows).max())
     if places > room:
         return visits
     bits = torch.empty((lists * places, tile, LANES), dtype=torch.int32, device=visits.tiles.device)

@@ -623,11 +623,6 @@ ERRORS = {
         ValueError,
         "cache_seqlens: got 1 for sequence 0 and 4 new keys, need at most 4 rows in all",
     ),
-    "rotary positions": (
-        lambda: version3.flash_attn_with_kvcache(Q, Q, Q, rotary_seqlens=OFFSETS[:1]),
-        ValueError,
-        "cache_seqlens: got None beside rotary_seqlens, need the place of new keys",
-    ),
     "paging": (
         lambda: flash_attn.flash_attn_varlen_func(Q[0], Q, Q, OFFSETS, OFFSETS, 4, 4, 0.1, block_table=TABLE),
         NotImplementedError,

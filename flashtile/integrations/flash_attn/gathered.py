@@ -1,5 +1,6 @@
 """Sequence by sequence through `flash_attn_func`: what FlashAttention-3 takes and our calls over caches and packed
-sequences do not. Those are `attention_chunk`, `qv` and 8-bit queries over a KV cache, and scales of packed sequences.
+sequences do not. Over a KV cache those are packed new keys, packed queries beside something new, `rotary_seqlens`,
+`attention_chunk`, `qv`, 8-bit queries and small pages; of packed sequences, scales of 8 bits.
 
 New rows are written to the cache, then all keys of the sequence are put side by side. It is slow, and the host reads
 offsets and lengths.
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from flashtile.check import guests as check
-from flashtile.integrations.flash_attn.cached import Ragged, of_sequence, put
 from flashtile.kvcache import turned
 from flashtile.state import State
 
@@ -41,6 +41,19 @@ class Cache(NamedTuple):
             return torch.full_like(positions, entry), positions
         page = self.k.shape[1]
         return self.table[entry].long()[positions // page], positions % page
+
+
+class Ragged(NamedTuple):
+    """How many queries and new keys each sequence has, as offsets; None: as many as any other. rotary: from which
+    position on its new rows are turned, None: from that at which they are written."""
+
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k_new: Tensor | None
+    rotary: Tensor | None
+
+    @property
+    def any(self) -> bool:
+        return any(each is not None for each in self)
 
 
 class Rotary(NamedTuple):
@@ -72,27 +85,27 @@ def over_cache(
     descales: dict[str, Tensor | None],
     attend: Attend,
 ) -> State:
-    """State(out, lse) over a cache, to which new keys and values are added."""
-    rows = None if given.cu_seqlens_q is None else given.cu_seqlens_q.tolist()
-    fresh = None if given.cu_seqlens_k_new is None else given.cu_seqlens_k_new.tolist()
+    """State(out, lse) over a cache, to which new keys and values are added. As in flash-attn, there is no gradient."""
+    check.rows_for_offsets(new[0], given.cu_seqlens_k_new)
+    rows, fresh = (None if each is None else each.tolist() for each in given[:2])
     entries = len(q) if rows is None else len(rows) - 1
     lengths = cache.room if lengths is None else lengths
     ends = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * entries
+    counts = [0 if new[0] is None else _of_sequence(new[0], fresh, i).shape[1] for i in range(entries)]
     # Before anything is written.
-    check.rows_that_fit(
-        ends, [0 if new[0] is None else of_sequence(new[0], fresh, i).shape[1] for i in range(entries)], cache.room
-    )
+    check.rows_that_fit(ends, counts, cache.room)
     out, lse = _room(q, cache.v)
-    for i, end in enumerate(ends):
-        position = end if given.rotary is None else int(given.rotary[i])
-        behind = _append(cache, i, end, position, new, fresh, rotary)
-        begin = 0 if cache.leftpad is None else int(cache.leftpad[i])
-        where = cache.places(i, torch.arange(begin, behind, device=q.device))
-        keys, values = (_bits(each)[where][None].view(each.dtype) for each in (cache.k, cache.v))
-        asked = rotary.turn(of_sequence(q, rows, i), position, rotary.moving)
-        beside = {} if qv is None else {"qv": of_sequence(qv, rows, i)}
-        if asked.shape[1]:
-            put(State(*attend(asked, keys, values, **beside, **_of_entry(descales, i))), out, lse, rows, i)
+    with torch.no_grad():
+        for i, end in enumerate(ends):
+            position = end if given.rotary is None else int(given.rotary[i])
+            _append(cache, i, end, position, new, fresh, rotary)
+            begin = 0 if cache.leftpad is None else int(cache.leftpad[i])
+            where = cache.places(i, torch.arange(begin, end + counts[i], device=q.device))
+            keys, values = (_bits(each)[where][None].view(each.dtype) for each in (cache.k, cache.v))
+            asked = rotary.turn(_of_sequence(q, rows, i), position, rotary.moving)
+            beside = {} if qv is None else {"qv": _of_sequence(qv, rows, i)}
+            if asked.shape[1]:
+                _put(State(*attend(asked, keys, values, **beside, **_of_entry(descales, i))), out, lse, rows, i)
     return State(out, lse)
 
 
@@ -104,16 +117,29 @@ def _append(
     new: tuple[Tensor | None, Tensor | None],
     offsets: list[int] | None,
     rotary: Rotary,
-) -> int:
-    """Writes a sequence's new rows behind its `end`; returns where it ends then."""
+) -> None:
+    """Writes a sequence's new rows behind its `end`."""
     k, v = new
     if k is None or v is None:
-        return end
-    k, v = of_sequence(k, offsets, i), of_sequence(v, offsets, i)
+        return
+    k, v = _of_sequence(k, offsets, i), _of_sequence(v, offsets, i)
     where = cache.places(i, torch.arange(end, end + k.shape[1], device=k.device))
     for each, rows in ((cache.k, rotary.turn(k, position)), (cache.v, v)):
         _bits(each)[where] = _bits(rows.to(each.dtype).contiguous())[0]
-    return end + k.shape[1]
+
+
+def _of_sequence(tensor: Tensor, offsets: list[int] | None, i: int) -> Tensor:
+    """(1, rows, ..): those of a sequence."""
+    return tensor[i : i + 1] if offsets is None else tensor[None, offsets[i] : offsets[i + 1]]
+
+
+def _put(state: State, out: Tensor, lse: Tensor, offsets: list[int] | None, i: int) -> None:
+    """A sequence's results where they belong."""
+    if offsets is None:
+        out[i], lse[i] = state.out[0], state.lse[0]
+    else:
+        rows = slice(offsets[i], offsets[i + 1])
+        out[rows], lse[:, rows] = state.out[0], state.lse[0]
 
 
 def packed(

@@ -21,7 +21,7 @@ from flashtile.api import attention, attention_varlen
 from flashtile.check import guests as check
 from flashtile.check.caches import SMALLEST_PAGE
 from flashtile.integrations.flash_attn import gathered
-from flashtile.integrations.flash_attn.cached import Ragged, one_by_one, packed_over_pages, with_kvcache
+from flashtile.integrations.flash_attn.cached import packed_over_pages, with_kvcache
 from flashtile.integrations.flash_attn.common import Maximum, Window, options
 from flashtile.state import State, merge
 
@@ -226,56 +226,57 @@ def flash_attn_with_kvcache(
 
     Raises:
         NotImplementedError: descales are given beside queries of 16 bits or more, or qv beside those of 8.
-        ValueError: cu_seqlens_k_new without k, or rotary_seqlens without cache_seqlens.
+        ValueError: cu_seqlens_k_new without k, or keys that do not fit into the cache.
     """
     descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     eight = q.dtype.itemsize == 1
     if not eight:
         check.no_descales(descales)
-    new = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
-    given = Ragged(cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens)
+    given = gathered.Ragged(cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens)
     beside = (k, rotary_cos, cache_batch_idx, cache_leftpad)
     over_pages = page_table is not None and isinstance(cache_seqlens, Tensor) and beside == (None,) * 4
+    small = page_table is not None and k_cache.shape[1] < SMALLEST_PAGE
+    beyond = qv is not None or bool(attention_chunk) or eight or small
     scores: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "causal": causal,
         "window_size": window_size,
         "softcap": softcap,
-        "alibi_slopes": None,
     }
-    small = page_table is not None and k_cache.shape[1] < SMALLEST_PAGE
-    if qv is not None or attention_chunk or eight or small:
-        check.rows_for_offsets(k, cu_seqlens_k_new)
+    found: Any
+    if over_pages and cu_seqlens_q is not None and not beyond:
+        where: Any = (cu_seqlens_q, cache_seqlens, page_table, 0.0, options(**scores))
+        found = packed_over_pages(q, k_cache, v_cache, *where)
+    elif beyond or given.any:
         moving = causal or bool(attention_chunk) or tuple(window_size) != (-1, -1)
         rotary = gathered.Rotary(rotary_cos, rotary_sin, rotary_interleaved, moving)
         cache = gathered.Cache(k_cache, v_cache, page_table, cache_batch_idx, cache_leftpad)
-        del scores["alibi_slopes"]
         attend = partial(flash_attn_func, **scores, attention_chunk=attention_chunk, return_attn_probs=True)
-        state = gathered.over_cache(q, qv, cache, (k, v), rotary, cache_seqlens, given, descales, attend)
-        return (*state, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else state.out
-    if over_pages and cu_seqlens_q is not None:
-        where: Any = (cu_seqlens_q, cache_seqlens, page_table, 0.0, options(**scores))
-        state = packed_over_pages(q, k_cache, v_cache, *where)
-        return (*state, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else state.out
-    if given.any:
-        caches = (k_cache, v_cache, new, cache_seqlens, page_table, given, cache_batch_idx, cache_leftpad)
-        state = one_by_one(q, *caches, **scores, num_splits=num_splits, rotary_interleaved=rotary_interleaved)
-        return (*state, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else state.out
-    found = with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        new,
-        cache_seqlens,
-        page_table,
-        **scores,
-        num_splits=num_splits,
-        return_lse=return_softmax_lse,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        rotary_interleaved=rotary_interleaved,
-    )
-    return (*found, q.new_empty(0), q.new_empty(0)) if return_softmax_lse else found
+        found = gathered.over_cache(q, qv, cache, (k, v), rotary, cache_seqlens, given, descales, attend)
+    else:
+        return _with_lse(
+            with_kvcache(
+                q,
+                k_cache,
+                v_cache,
+                {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin},
+                cache_seqlens,
+                page_table,
+                **scores,
+                alibi_slopes=None,
+                num_splits=num_splits,
+                return_lse=return_softmax_lse,
+                cache_batch_idx=cache_batch_idx,
+                cache_leftpad=cache_leftpad,
+                rotary_interleaved=rotary_interleaved,
+            )
+        )
+    return _with_lse(found if return_softmax_lse else found.out)
+
+
+def _with_lse(found: State | Tensor) -> Any:
+    """As the function returns it: beside the log-sum-exp two accumulators, which are empty."""
+    return found if isinstance(found, Tensor) else (*found, found.out.new_empty(0), found.out.new_empty(0))
 
 
 def get_scheduler_metadata(
