@@ -243,3 +243,25 @@ def test_two_states_merge_in_long_loads(target: GPUTarget) -> None:
     if target.backend == "cuda":
         assert compiled.asm["ptx"].count("ld.global.v4.b32") == 4
         assert compiled.asm["ptx"].count("st.global.v4.b32") == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "headdim", "variant"),
+    [
+        ("gfx942", 64, "mask_mod"),
+        ("gfx1100", 64, "fp8_mask_mod"),
+        ("gfx1100", 128, "table"),
+        ("sm_80", 128, "mask_mod"),
+        ("sm_80", matrix.LATENT, "decode_many"),
+    ],
+)
+def test_calls_that_have_rows_of_their_own(target: str, headdim: int, variant: str) -> None:
+    """With the tiles of their neighbours these spill, by one Triton or the other."""
+    rows = report.compiled([Entry(target, headdim, "bfloat16", variant)], print)
+    assert [str(row) for row in rows if row.spills] == []
+
+
+def test_every_family_has_a_row_for_every_kind() -> None:
+    for family in portable.TABLES:
+        for kind in portable.KINDS:
+            assert portable.portable_config(portable.TABLES[family]["half"][-1][0], kind, family)

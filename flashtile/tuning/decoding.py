@@ -96,8 +96,8 @@ LATENT_REGISTERS = 168
 """A thread that it is compiled for; its warps trade them once it runs."""
 
 APPEND = (1, 2, 4)
-"""New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns do
-without the last."""
+"""New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns have
+programs of their own."""
 
 COMBINE = (4, 16, 32)
 """Parts that are joined at a time: the first that holds all. Of more than the last, `IN_TURN` at a time are.
@@ -174,7 +174,7 @@ def room_for(tiles: Tiles, row: int, narrow: bool, family: str) -> Room:
 
 def append_rows(rows: int, columns: int) -> int:
     """New rows of a program, from `APPEND`."""
-    fitting = APPEND if columns <= 512 else APPEND[:-1]
+    fitting = APPEND if columns <= 512 else APPEND[:1]
     return next((tile for tile in fitting if rows <= tile), fitting[-1])
 
 

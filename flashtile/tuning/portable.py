@@ -59,9 +59,13 @@ class PortableConfig(NamedTuple):
 Rows = tuple[tuple[int, PortableConfig], ...]
 """(head dimension, tiles): a row holds up to the head dimension named."""
 
-KINDS = ("half", "masked", "modified", "single", "eight")
+KINDS = ("half", "masked", "modified", "function", "single", "eight", "eight_masked")
 """16-bit inputs under windows; under other masks, or packed; with changed scores or dropout, which take registers too;
-float32 inputs; 8-bit ones, timed nowhere, of which the forward tiles alone are used."""
+with scores that a function changes; float32 inputs; 8-bit ones, timed nowhere, of which the forward tiles alone are
+used; and those under other masks than windows."""
+
+COARSER = {"masked": "modified", "function": "modified", "eight": "modified", "eight_masked": "eight"}
+"""Whose rows hold where a family has none of its own for a kind."""
 
 HOPPER: dict[str, Rows] = {
     "half": (
@@ -141,10 +145,15 @@ AMPERE: dict[str, Rows] = {
     ),
     "single": HOPPER["single"],
 }
-AMPERE["masked"] = AMPERE["eight"] = (
+AMPERE["eight"] = (
     *AMPERE["modified"][:2],
     (256, PortableConfig(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1))),
     *AMPERE["modified"][3:],
+)
+AMPERE["masked"] = (
+    AMPERE["eight"][0],
+    (128, AMPERE["eight"][1][1]._replace(forward=Tiles(64, 64, 8, 2))),
+    *AMPERE["eight"][2:],
 )
 """sm_80 to sm_89 and sm_120, whose smallest have 99 KB of shared memory. The largest tiles that do not spill there;
 timed on none of them."""
@@ -165,6 +174,10 @@ CDNA: dict[str, Rows] = {
     ),
     "single": HOPPER["single"],
 }  # fmt: skip
+CDNA["masked"] = (
+    (64, CDNA["modified"][0][1]._replace(forward=Tiles(128, 64, 8, 2, 16, aside=True))),
+    *CDNA["modified"][1:],
+)
 """gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill; timed on none of them.
 Products of 16 rows, and rows loaded aside, where a comparison by counts was made (docs/amd.md)."""
 
@@ -189,7 +202,16 @@ RDNA: dict[str, Rows] = {
     ),
     "single": HOPPER["single"],
 }
+RDNA["function"] = (
+    RDNA["modified"][0],
+    (128, RDNA["modified"][1][1]._replace(forward=Tiles(64, 32, 8, 1, aside=True))),
+    *RDNA["modified"][2:],
+)
 RDNA["eight"] = RDNA["masked"]
+RDNA["eight_masked"] = (
+    (64, RDNA["masked"][0][1]._replace(forward=Tiles(128, 32, 8, 1))),
+    *RDNA["masked"][1:],
+)
 """gfx1100, gfx1201: 64 KB of LDS. The largest tiles that do not spill on gfx1100, whose registers do not hold rows of
 128 columns whole for the backward pass, nor of 256 for the forward pass: there warps share the columns. Timed on none
 of them."""
@@ -204,17 +226,6 @@ TABLES: dict[str, dict[str, Rows]] = {
 """By family of GPUs, then by kind."""
 
 SPILLS: dict[tuple[str, str, int], dict[str, int]] = {
-    # By Triton 3.6, for gfx942.
-    ("cdna", "forward_kernel", 64): {"mask_mod": 10},
-    # In front of and behind the loops, for gfx1100 by Triton 3.9; the tile without is half the size.
-    ("rdna", "forward_kernel", 64): {"fp8_mask_mod": 10},
-    # By Triton 3.9 for gfx1100, in front of the loop, which loads 9; tiles without take half as many products more.
-    ("rdna", "forward_kernel", 128): {"table": 20},
-    # By Triton 3.6, for sm_80 (bias: for sm_89 too), whose threads have no more registers; by Triton 3.9 none.
-    ("ampere", "bias_kernel", 128): {"bias": 10},
-    ("ampere", "forward_kernel", 128): {"mask_mod": 10},
-    # By Triton 3.6, for sm_80; there is no loop.
-    ("ampere", "append_kernel", 576): {"decode_many": 10},
     # Triton 3.6 converts e4m3 for gfx1100 by dozens of integer instructions a number; Triton 3.9 does not spill there.
     ("rdna", "decode_kernel", 576): {"decode_fp8": 40},
 }
@@ -266,10 +277,11 @@ def spills_allowed(family: str, kernel: str, headdim: int, variant: str) -> int:
 
 
 def portable_config(headdim: int, kind: str, family: str = "hopper") -> PortableConfig:
-    """The tiles for heads of this many columns, the wider of keys and values. Where a family has no row of its own for
-    masks, those of changed scores hold."""
-    rows = TABLES[family].get(kind) or TABLES[family]["modified"]
-    return next(config for limit, config in rows if headdim <= limit)
+    """The tiles for heads of this many columns, the wider of keys and values."""
+    tables = TABLES[family]
+    while kind not in tables:
+        kind = COARSER[kind]
+    return next(config for limit, config in tables[kind] if headdim <= limit)
 
 
 def smaller(tiles: Tiles) -> Iterator[Tiles]:

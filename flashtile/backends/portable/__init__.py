@@ -141,12 +141,13 @@ def kind_of(problem: Problem) -> str:
     """Which rows of the tuning tables hold (see `KINDS`)."""
     if problem.dtype is torch.float32:
         return "single"
+    rest = region(problem.mask).rest
     if problem.scaled:
-        return "eight"
+        return "eight_masked" if rest else "eight"
     if set(problem.modified) - {"sinks"}:
-        return "modified"
+        return "function" if problem.score_mod else "modified"
     packed = problem.varlen and not problem.batch_invariant
-    return "masked" if packed or region(problem.mask).rest else "half"
+    return "masked" if packed or rest else "half"
 
 
 def family_of(arch: str) -> str:
