@@ -200,23 +200,32 @@ def visited(visits, place):
 
 
 @triton.jit
-def steps_of(visits, place, begin, full_begin, full_end, end, LISTS: tl.constexpr, PHASE: tl.constexpr):
-    """What a sweep walks. With LISTS that is, in PHASE 0, the tiles that need the mask, and in PHASE 1 the others."""
+def steps_of(
+    visits, place, begin, full_begin, full_end, end, LISTS: tl.constexpr, PHASE: tl.constexpr, GUARDED: tl.constexpr
+):
+    """What a sweep walks. Of lists that is, in PHASE 0, the tiles that need the mask, and in PHASE 1 the others, or
+    GUARDED all of them at once."""
     tiles = begin
     if LISTS:
         partial, every, tiles = visited(visits, place)
         begin = 0 if PHASE == 0 else partial
-        end = partial if PHASE == 0 else every
+        end = partial if PHASE == 0 and not GUARDED else every
     return Steps(tiles, begin, end, full_begin, full_end)
+
+
+@triton.constexpr_function
+def phases_of(lists, guarded):
+    """How many sweeps a walk has, see `steps_of`."""
+    return 2 if lists and not guarded else 1
 
 
 @triton.constexpr_function
 def masked_in(masked, phase, guarded):
     """Where a sweep evaluates the mask, by `Meta.masked`: of lists, those of phase 1 need none. GUARDED, see
     `forward_sweep`, asks the mask everywhere."""
-    if masked == "lists":
-        return "always" if phase == 0 else "never"
-    return "always" if guarded else masked
+    if guarded or (masked == "lists" and phase == 0):
+        return "always"
+    return "never" if masked == "lists" else masked
 
 
 @triton.jit

@@ -10,7 +10,8 @@ class Tiles(NamedTuple):
     registers are kept free for (`waves_per_eu`); into how many parts the columns of queries and keys are cut, which
     warps share, where one warp's registers do not hold them; and what only NVIDIA's is told, registers that a thread
     may have (`maxnreg`), where it would spill a few to make room for one more program; whether rows that only a product
-    reads, which takes them as columns, are loaded that way round (keys forward, values for dQ)."""
+    reads, which takes them as columns, are loaded that way round (keys forward, values for dQ); whether loops compute
+    again each time what never changes in them (`disable_licm`), in place of keeping it in registers."""
 
     tile_q: int
     tile_kv: int
@@ -21,6 +22,7 @@ class Tiles(NamedTuple):
     parts: int = 1
     registers: int = 0
     aside: bool = False
+    lean: bool = False
 
     def options(self) -> dict[str, int]:
         """As Triton's compiler takes them."""

@@ -18,6 +18,7 @@ from flashtile.kernels.places import (
     keys_of_tile,
     locate,
     masked_in,
+    phases_of,
     query_range,
     query_span,
     stats_pointers,
@@ -65,7 +66,7 @@ def query_sweep(
     STAGES: tl.constexpr = 1 if GUARDED else None
     LISTS: tl.constexpr = META.masked == "lists"
     i_next = tile_at(steps, steps.begin, LISTS)
-    for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
+    for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES, disable_licm=META.lean):
         i_tile = i_next
         i_next = tile_at(steps, i_step + 1, LISTS)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
@@ -104,8 +105,8 @@ def walk_keys_back(
     b_dq = tl.zeros([TILE, BLOCK_D], tl.float32)
     b_slope = tl.zeros([TILE], tl.float32)
     begin, full_begin, full_end, end = keys_of_tile(place, rules.window, META)
-    for PHASE in tl.static_range(2 if LISTS else 1):
-        steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
+    for PHASE in tl.static_range(phases_of(LISTS, GUARDED)):
+        steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE, GUARDED)
         b_dq, b_slope = query_sweep(
             b_dq, b_slope, b_q, b_grad_out, b_lse, b_delta, o_query, keys, values, place, rules, steps,
             META, SCORE, DERIVATIVE, MASK, masked_in(META.masked, PHASE, GUARDED), GUARDED,
@@ -155,7 +156,7 @@ def key_sweep(
     STAGES: tl.constexpr = 1 if GUARDED else None
     LISTS: tl.constexpr = META.masked == "lists"
     i_next = tile_at(steps, steps.begin, LISTS)
-    for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
+    for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES, disable_licm=META.lean):
         i_tile = i_next
         i_next = tile_at(steps, i_step + 1, LISTS)
         o_query = i_tile * TILE + tl.arange(0, TILE)
@@ -212,11 +213,11 @@ def walk_queries(
     begin, full_begin, full_end, end = query_span(
         rules.window, diagonal, first_key, last_key, shared.seqlen_q, META.tile_q
     )
-    for i_member in tl.range(0, META.group):
+    for i_member in tl.range(0, META.group, disable_licm=META.lean):
         place = with_head(shared, shared.head * META.group + i_member)
         queries, grads = open_queries(q, grad_out, place, begin_row, end_row, rules.window, META)
-        for PHASE in tl.static_range(2 if LISTS else 1):
-            steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
+        for PHASE in tl.static_range(phases_of(LISTS, GUARDED)):
+            steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE, GUARDED)
             b_dk, b_dv = key_sweep(
                 b_dk, b_dv, b_k, b_v, queries, grads, lse, delta, place, rules, steps,
                 META, SCORE, DERIVATIVE, MASK, masked_in(META.masked, PHASE, GUARDED), GUARDED,

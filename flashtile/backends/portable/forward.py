@@ -10,7 +10,7 @@ from flashtile.backends.portable.eight import (
     only_seen_turned,
     query_scales,
 )
-from flashtile.kernels.places import keys_of_tile, locate, masked_in, stats_pointers, steps_of, tile_at
+from flashtile.kernels.places import keys_of_tile, locate, masked_in, phases_of, stats_pointers, steps_of, tile_at
 from flashtile.kernels.rules import has_nan, kept, only, only_seen, ruled
 from flashtile.kernels.tiles import (
     columns_from,
@@ -69,7 +69,7 @@ def forward_sweep(
     b_unit = 1.0
     if META.scaled != "":
         b_q_scale = query_scales(scales, place, o_query, META)
-    for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES):
+    for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES, disable_licm=META.lean):
         i_tile = i_next
         i_next = tile_at(steps, i_step + 1, LISTS)
         table, b_pages = None, None
@@ -166,8 +166,8 @@ def walk_keys(
     b_out = tl.zeros([TILE, BLOCK_DV], tl.float32)
     b_max, b_sum = before_any_key(sinks, place.head, unit, TILE)
     begin, full_begin, full_end, end = keys_of_tile(place, rules.window, META)
-    for PHASE in tl.static_range(2 if LISTS else 1):
-        steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE)
+    for PHASE in tl.static_range(phases_of(LISTS, GUARDED)):
+        steps = steps_of(visits, place, begin, full_begin, full_end, end, LISTS, PHASE, GUARDED)
         b_out, b_max, b_sum = forward_sweep(
             b_out, b_max, b_sum, b_q, o_query, keys, values, place, rules, steps,
             META, SCORE, MASK, masked_in(META.masked, PHASE, GUARDED), GUARDED, scales=scales,

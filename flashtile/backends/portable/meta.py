@@ -33,6 +33,7 @@ class Meta:
     eight: what becomes of 8-bit inputs: "products" of them, or "halves", of 16 bits, before; "": they have more.
     scaled: which rows of them share a scale, see `Problem`; turned: values lie on their side; lowered: one over what
     weights of 8 bits are multiplied by, as there are few small numbers of 8 bits.
+    lean: what loops would compute alike each time is computed each time, and waits in no register for the next.
     """
 
     tile_q: int
@@ -67,6 +68,7 @@ class Meta:
     scaled: str
     turned: bool
     lowered: float
+    lean: bool
 
 
 @lru_cache(maxsize=4096)
@@ -122,6 +124,7 @@ def meta_of(
         scaled=problem.scaled,
         turned=bool(problem.scaled) and not problem.varlen,
         lowered=2.0**-LIFT if eight == "products" else 1.0,
+        lean=tiles.lean,
     )
 
 
