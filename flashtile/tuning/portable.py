@@ -211,7 +211,7 @@ RDNA["function"] = (
 )
 RDNA["eight"] = RDNA["masked"]
 RDNA["eight_masked"] = (
-    (64, RDNA["masked"][0][1]._replace(forward=Tiles(128, 32, 8, 1))),
+    (64, RDNA["masked"][0][1]._replace(forward=Tiles(128, 32, 8, 1, lean=True))),
     *RDNA["masked"][1:],
 )
 """gfx1100, gfx1201: 64 KB of LDS. The largest tiles that do not spill on gfx1100, whose registers do not hold rows of
