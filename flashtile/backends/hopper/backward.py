@@ -136,7 +136,7 @@ def clean(smem, place, first, row, META: gl.constexpr):
         if place.seqlen_k - first < ROWS:
             without_rows(b_rows, place.seqlen_k - first)
     if META.guarded:
-        without_nan(b_rows)
+        without_nan(smem, row, ROWS)
     if META.packed or META.guarded:
         # Triton would put one into every step of the loop that reads this memory.
         thread_barrier()
