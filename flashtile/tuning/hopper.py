@@ -94,8 +94,8 @@ class BackwardConfig(NamedTuple):
     """tile_q: queries of a tile; stages: query tiles in flight; tile_kv: keys that two math warpgroups share, 64 each,
     or 64 in all, of which one computes dK and the other dV.
 
-    queries: None, or the tiles of another kernel for dQ; otherwise dQ is added up here, in any order. apart: steps that
-    need the mask are walked in front of the others, by code of their own, unless a window has two ends.
+    queries: None, or the tiles of another kernel for dQ; otherwise dQ is added up here, in any order. apart: where
+    nothing but the end of the keys needs a mask, steps there have code of their own.
     """
 
     tile_q: int

@@ -88,7 +88,7 @@ def walk_rows(
     walk = rows_walk(place, rules.window, visits, META)
     _tiles, begin, full_begin, _full_end, end = walk
     if META.apart:
-        # Without a window's left end, all that need the mask come first.
+        # All or none do, see `rows_walk`.
         b_grads, count = walk_some(
             b_grads, begin, full_begin, count, walk, place, o_key, memory, barriers, rules, visits,
             META, SCORE, DERIVATIVE, MASK, I_GROUP, "all",

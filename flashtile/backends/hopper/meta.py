@@ -121,7 +121,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score) and (adds or for_dq),
         slope_gradient=problem.wanted.alibi_slopes and for_dq,
-        apart=isinstance(config, BackwardConfig) and config.apart and left is None,
+        apart=isinstance(config, BackwardConfig) and config.apart and (left, right) == (None, None) and not always,
         adds=adds,
         for_dq=for_dq,
         split=isinstance(config, BackwardConfig) and config.tile_kv == 64,
