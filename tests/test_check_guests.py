@@ -32,7 +32,7 @@ TABLE = [
     Refusal(ValueError, "k", "None beside cu_seqlens_k_new", lambda: guests.rows_for_offsets(None, T)),
     Refusal(ValueError, "cache_seqlens", "9 for sequence 1", lambda: guests.rows_that_fit([8, 9], [4, 4], 12)),
     Refusal(NONE, "dropout_p", "0.1 beside block_table, need 0", lambda: guests.no_paged_dropout(0.1)),
-    Refusal(NONE, "block_table", "Tensor, need None: .* no paged", lambda: guests.no_paging(T, "block_table")),
+    Refusal(NONE, "leftpad_k", "Tensor, need None: .* no left-padded", lambda: guests.no_left_padding(T)),
     Refusal(NONE, "k_descale", "Tensor, need None: .* 8-bit", lambda: guests.no_descales({"k_descale": T})),
     Refusal(NONE, "qv", "one beside 8-bit", lambda: guests.absorbed_of_eight_bits(T)),
     Refusal(ValueError, "qkv", r"shape \(1, 2, 3, 4\), need", lambda: guests.packed_heads(T[0][None, ..., 0], None)),

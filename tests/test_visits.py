@@ -9,23 +9,26 @@ import torch
 from flashtile.kernels import visits
 
 
-def test_few_tiles_come_heaviest_first() -> None:
-    weights = torch.randint(0, 50, (2, 3, visits._MANY), generator=torch.Generator().manual_seed(1))
-    order = visits._heaviest_first(weights)
-    assert torch.equal(weights.gather(-1, order), weights.sort(dim=-1, descending=True).values)
-
-
-@pytest.mark.parametrize("tiles", [visits._MANY + 1, 1024, 1000])
-def test_of_many_tiles_neighbours_stay_together(tiles: int) -> None:
+@pytest.mark.parametrize("tiles", [1, 7, 32, 33, 1000, 1024])
+def test_neighbours_stay_together_and_the_heaviest_come_first(tiles: int) -> None:
     weights = torch.randint(0, 50, (2, 3, tiles), generator=torch.Generator().manual_seed(1))
     order = visits._heaviest_first(weights)
     assert torch.equal(order.sort(dim=-1).values, torch.arange(tiles).expand(2, 3, -1))
-    some = -(-tiles // visits._NEIGHBOURS)
+    some = min(tiles, visits._NEIGHBOURS)
     for head, found in zip(weights.flatten(0, 1), order.flatten(0, 1), strict=True):
-        groups = [int(group) for group in (found // visits._NEIGHBOURS).unique_consecutive()]
-        assert sorted(groups) == list(range(some))
-        sums = [int(head[group * visits._NEIGHBOURS : (group + 1) * visits._NEIGHBOURS].sum()) for group in groups]
+        groups = [int(group) for group in (found // some).unique_consecutive()]
+        assert sorted(groups) == list(range(-(-tiles // some)))
+        sums = [int(head[group * some : (group + 1) * some].sum()) for group in groups]
         assert sums == sorted(sums, reverse=True)
         for group in groups:
-            of_group = head[found[found // visits._NEIGHBOURS == group]]
-            assert of_group.tolist() == sorted(of_group.tolist(), reverse=True)
+            numbers = found[found // some == group].tolist()
+            assert numbers in (sorted(numbers), sorted(numbers, reverse=True))
+
+
+@pytest.mark.parametrize("tiles", [10, 32, 100])
+def test_where_later_tiles_meet_more_they_come_first(tiles: int) -> None:
+    rising = torch.arange(1, tiles + 1)
+    order = visits._heaviest_first(torch.stack((rising, rising.flip(0))))
+    whole = tiles // visits._NEIGHBOURS * visits._NEIGHBOURS or tiles
+    assert order[0][order[0] < whole].tolist() == list(range(whole))[::-1]
+    assert order[1].tolist() == list(range(tiles))

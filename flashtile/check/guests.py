@@ -48,11 +48,11 @@ def no_paged_dropout(dropout_p: float) -> None:
         raise NotImplementedError(f"dropout_p: got {dropout_p} beside block_table, need 0; try gathering the pages")
 
 
-def no_paging(value: Any, name: str) -> None:
-    if value is not None:
+def no_left_padding(leftpad_k: Any) -> None:
+    if leftpad_k is not None:
         raise NotImplementedError(
-            f"{name}: got {type(value).__name__}, need None: flashtile takes no paged or left-padded keys and "
-            "values here; try gathering them into one tensor"
+            f"leftpad_k: got {type(leftpad_k).__name__}, need None: flashtile takes no left-padded keys and values "
+            "here; try gathering them into one tensor"
         )
 
 

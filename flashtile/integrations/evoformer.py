@@ -37,10 +37,11 @@ def evoformer_attention(q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor
     Raises:
         TypeError, ValueError: an argument is not as described.
 
-    With one batch entry nothing is copied; more run one after the other and are stacked. Unlike the original it takes
-    every dtype, head dimension and length that `attention` takes, and leaves the list of biases as it is. The bias of
-    keys beside one of pairs is captured by a function, whose kernel is built once for each of its shapes; within a
-    compiled function it must come from outside.
+    With one batch entry nothing is copied but a bias of pairs whose keys do not lie side by side, as projections leave
+    it; more entries run one after the other and are stacked. Unlike the original it takes every dtype, head dimension
+    and length that `attention` takes, and leaves the list of biases as it is. The bias of keys beside one of pairs is
+    captured by a function, whose kernel is built once for each of its shapes; within a compiled function it must come
+    from outside.
     """
     check.evoformer(q, k, v, biases)
     over_keys, over_pairs = _sorted(q, k, biases)
@@ -83,7 +84,7 @@ def triangle_attention(
             queries.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            bias=pairs,
+            bias=_side_by_side(pairs),
             mask=allowed,
             scale=scale,
         ).transpose(1, 2)
@@ -167,7 +168,15 @@ def _entries(tensor: Tensor, leading: Sequence[int]) -> list[Tensor]:
     return list(tensor.expand(*leading, *tensor.shape[-4:]).flatten(0, len(leading) - 1))
 
 
+def _side_by_side(bias: Tensor) -> Tensor:
+    """The bias with adjacent keys. A projection of pairs leaves heads there, whose loads fetch them all; every row of a
+    batch loads the whole bias, and a copy is made once."""
+    return bias if bias.stride(-1) <= 1 else bias.contiguous()
+
+
 def _entry(q: Tensor, k: Tensor, v: Tensor, over_keys: Tensor | None, over_pairs: Tensor | None) -> Tensor:
+    if over_pairs is not None:
+        over_pairs = _side_by_side(over_pairs)
     if over_keys is None or over_pairs is None:
         out: Tensor = attention(q, k, v, bias=over_keys if over_pairs is None else over_pairs)
     else:

@@ -107,19 +107,18 @@ def _lists(inputs: Inputs, problem: Problem, tile_q: int, tile_kv: int, keys: bo
     return Visits(counts, listed, order, *map(odd, steps))
 
 
-_MANY = 256
 _NEIGHBOURS = 32
-"""Tiles of a head beyond which so many neighbours stay together: they meet the same tiles, which are in the cache then.
-Where there are fewer tiles, those of a head fit into it, and what runs last should be light."""
-_LONGEST = 2**24
-"""No list is so long."""
+"""Tiles of a head that stay together: neighbours meet the same tiles, which are in the cache then."""
 
 
 def _heaviest_first(weights: Tensor) -> Tensor:
-    """The order of a head's tiles, by how many others each meets: (..., tiles)."""
+    """The order of a head's tiles, by how many others each meets: (..., tiles). The neighbours that meet most come
+    first; among themselves they keep their order, or the reverse, where the later ones meet more."""
     tiles = weights.shape[-1]
-    if tiles > _MANY:
-        of_some = torch.nn.functional.pad(weights, (0, -tiles % _NEIGHBOURS)).unflatten(-1, (-1, _NEIGHBOURS)).sum(-1)
-        rank = of_some.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        weights = weights - _LONGEST * rank.repeat_interleave(_NEIGHBOURS, dim=-1)[..., :tiles]
-    return weights.argsort(dim=-1, descending=True, stable=True)
+    some = max(1, min(tiles, _NEIGHBOURS))
+    groups = torch.nn.functional.pad(weights, (0, -tiles % some)).unflatten(-1, (-1, some))
+    rank = groups.sum(-1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    number = torch.arange(some, device=weights.device)
+    rising = (groups * (2 * number - (some - 1))).sum(-1, keepdim=True) > 0
+    place = torch.where(rising, some - 1 - number, number)
+    return (some * rank[..., None] + place).flatten(-2)[..., :tiles].argsort(dim=-1)

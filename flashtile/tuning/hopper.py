@@ -94,7 +94,8 @@ class BackwardConfig(NamedTuple):
     """tile_q: queries of a tile; stages: query tiles in flight; tile_kv: keys that two math warpgroups share, 64 each,
     or 64 in all, of which one computes dK and the other dV.
 
-    queries: None, or the tiles of another kernel for dQ; otherwise dQ is added up here, in any order.
+    queries: None, or the tiles of another kernel for dQ; otherwise dQ is added up here, in any order. apart: where
+    nothing but the end of the keys needs a mask, steps there have code of their own.
     """
 
     tile_q: int
@@ -102,6 +103,7 @@ class BackwardConfig(NamedTuple):
     tile_kv: int = 128
     consumers: int = 2
     queries: QueryConfig | None = None
+    apart: bool = False
 
 
 class BiasConfig(NamedTuple):
@@ -139,7 +141,7 @@ _WIDE_BACKWARD = (256, BackwardConfig(tile_q=64, stages=2, tile_kv=64, queries=Q
 
 BACKWARD: dict[str, tuple[tuple[int, BackwardConfig], ...]] = {
     "plain": (
-        (64, BackwardConfig(tile_q=128, stages=2)),
+        (64, BackwardConfig(tile_q=128, stages=2, apart=True)),
         (128, BackwardConfig(tile_q=64, stages=2)),
         _WIDE_BACKWARD,
     ),

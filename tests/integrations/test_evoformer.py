@@ -110,6 +110,27 @@ class TestOperator:
         assert tensors[3].shape == (1, HEADS, LENGTH, LENGTH)
         assert tensors[4].shape == (ROWS, LENGTH)
 
+    def test_a_projection_of_pairs_is_laid_out_by_keys(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Once for all rows; what is broadcast over keys is left as it is."""
+        seen: list[Tensor] = []
+        original = evoformer.attention
+
+        def spy(*inputs: Tensor, **options: Any) -> Any:
+            seen.append(options["bias"])
+            return original(*inputs, **options)
+
+        monkeypatch.setattr(evoformer, "attention", spy)
+        leaves = _leaves(1)
+        q, k, v, over_keys, over_pairs = leaves.values()
+        projected = over_pairs.movedim(-3, -1).contiguous().movedim(-1, -3)
+        broadcast = over_pairs[..., :1].expand_as(over_pairs)
+        out = evoformer_attention(q, k, v, [over_keys, projected])
+        torch.testing.assert_close(out, evoformer_attention(q, k, v, [over_keys, over_pairs]))
+        rows_first = [tensor.transpose(2, 3) for tensor in (q, k, v)]
+        triangle_attention(*rows_first, projected)
+        evoformer_attention(q, k, v, [broadcast])
+        assert [bias.stride(-1) for bias in seen] == [1, 1, 1, 0]
+
     @pytest.mark.parametrize("dims", [(1,), (1, 1)], ids=str)
     def test_gradients_of_one_entry_are_not_copied(self, dims: tuple[int, ...]) -> None:
         """All between the operator and its arguments are views, whose gradients are views too."""

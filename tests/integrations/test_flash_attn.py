@@ -328,6 +328,23 @@ class TestLowLevel:
         assert weights.shape == ((2, 4, 7, 7) if dropout_p else (0,))
         assert sums.shape == (4, 11)
 
+    @pytest.mark.parametrize("used", [None, torch.tensor([20, 3], dtype=torch.int32)], ids=["all", "used"])
+    def test_varlen_over_pages(self, used: Tensor | None) -> None:
+        """Where seqused_k says less than the offsets, it holds."""
+        q, k, v = (torch.randn(*shape) for shape in ((4, 4, 16), (4, 16, 2, 16), (4, 16, 2, 16)))
+        table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
+        offsets, lengths = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([20, 32], dtype=torch.int32)
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        out, lse, weights, _ = lowlevel._flash_attn_varlen_forward(
+            q, k, v, offsets, ends, 3, 32, 0.0, None, True, block_table=table, seqused_k=used
+        )
+        assert weights.shape == (0,)
+        for i, (first, last) in enumerate(((0, 1), (1, 4))):
+            keys, values = (x[table[i].long()].flatten(0, 1)[: (lengths if used is None else used)[i]] for x in (k, v))
+            expected, sums = reference.attention(q[None, first:last], keys[None], values[None], causal=True)
+            torch.testing.assert_close(out[None, first:last], expected.float())
+            torch.testing.assert_close(lse[None, :, first:last], sums.float())
+
 
 def _turned(rows: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     """Rotary embedding, written as a product of complex numbers: rows (seqlen, heads, headdim), angles of each row."""

@@ -28,6 +28,23 @@ def test_docs_hold_the_record(module: Any) -> None:
 
 
 @pytest.mark.parametrize("module", ["run"], indirect=True)
+def test_every_door_is_known(module: Any) -> None:
+    doors = importlib.import_module("doors")
+    assert {door for suite in module.SUITES.values() for door in (suite.door, suite.none)} <= set(doors.DOORS)
+
+
+@pytest.mark.parametrize("module", ["run"], indirect=True)
+def test_checkouts_lie_outside(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where pytest would find the settings of this repository."""
+    monkeypatch.setattr(sys, "argv", ["run.py", f"pytorch={ROOT / 'docs'}"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "need a checkout outside of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["run"], indirect=True)
 def test_outcomes_are_counted(module: Any) -> None:
     lines = [
         {"test": "a", "outcome": "passed", "kernels": 2, "why": ""},

@@ -1,5 +1,6 @@
 """How flashtile comes in the place of each library's attention. Without a GPU, "cuda" means the CPU."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -116,14 +117,17 @@ def _pytorch() -> None:
 
 
 def _diffusers() -> None:
-    """The dispatcher's default is flashtile's, and tests of backends get it in the place of those that they name."""
+    """The dispatcher's default is flashtile's, and tests of backends get it in the place of those that they name.
+    Models without a dispatcher, UNets among them, have its processor for their default."""
+    from diffusers.models import attention_processor
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-    import flashtile.integrations.diffusers  # noqa: F401
+    from flashtile.integrations.diffusers import TileAttnProcessor
 
     ours = AttentionBackendName("flashtile")
     _AttentionBackendRegistry.set_active_backend(ours)
     PARAMETERS["backend"] = [ours]
+    attention_processor.AttnProcessor2_0 = TileAttnProcessor
 
 
 def _evoformer() -> None:
@@ -142,7 +146,7 @@ def _evoformer() -> None:
     _module("unit.util", skip_on_arch=lambda least: None)
 
 
-DOORS: dict[str, Callable[[], None]] = {
+DOORS: dict[str, Callable[[], object]] = {
     "flash-attn": lambda: _flash_attn((8, 0)),
     "flash-attn-3": lambda: _flash_attn((9, 0)),
     "transformers": _transformers,
@@ -150,5 +154,7 @@ DOORS: dict[str, Callable[[], None]] = {
     "pytorch": _pytorch,
     "evoformer": _evoformer,
     "none": _for_transformers,
+    # The installed version is there before diffusers' tests put their checkout's sources first.
+    "no-diffusers": lambda: importlib.import_module("diffusers"),
 }
-"""What `--door` takes, "none" for no flashtile; called once, before tests are imported."""
+"""What `--door` takes, "none" and "no-..." for no flashtile; called once, before tests are imported."""

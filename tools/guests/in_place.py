@@ -113,7 +113,10 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A line of the outcome: that of the call, or of a setup that failed or was skipped."""
+    """A line of the outcome: that of the call, or of a setup that failed or was skipped. A subtest is part of its test,
+    and fails it."""
+    if isinstance(report, getattr(pytest, "SubtestReport", ())):
+        return
     path = _config.getoption("--outcomes")
     # Where tests are spread over processes, the one that hands them out writes.
     if path is None or hasattr(_config, "workerinput") or not (report.when == "call" or report.outcome != "passed"):

@@ -86,13 +86,41 @@ def walk_rows(
 ):  # fmt: skip
     """(gradients, steps so far) after the queries of one head."""
     walk = rows_walk(place, rules.window, visits, META)
-    _tiles, begin, full_begin, full_end, end = walk
+    _tiles, begin, full_begin, _full_end, end = walk
+    if META.apart:
+        # All or none do, see `rows_walk`.
+        b_grads, count = walk_some(
+            b_grads, begin, full_begin, count, walk, place, o_key, memory, barriers, rules, visits,
+            META, SCORE, DERIVATIVE, MASK, I_GROUP, "all",
+        )  # fmt: skip
+        b_grads, count = walk_some(
+            b_grads, full_begin, end, count, walk, place, o_key, memory, barriers, rules, visits,
+            META, SCORE, DERIVATIVE, MASK, I_GROUP, "none",
+        )  # fmt: skip
+    else:
+        b_grads, count = walk_some(
+            b_grads, begin, end, count, walk, place, o_key, memory, barriers, rules, visits,
+            META, SCORE, DERIVATIVE, MASK, I_GROUP, "some",
+        )  # fmt: skip
+    return b_grads, count
+
+
+@gluon.jit
+def walk_some(
+    b_grads, first, last, count, walk, place, o_key, memory, barriers, rules, visits,
+    META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+    EDGES: gl.constexpr,
+):  # fmt: skip
+    """(gradients, steps so far) after the steps [first, last); EDGES: "all", "some" or "none" of them need the mask."""
+    _tiles, _begin, full_begin, full_end, _end = walk
     # Read one step ahead; lists have room for that.
-    i_next = row_tile(walk, begin, META)
-    for n in range(begin, end):
+    i_next = row_tile(walk, first, META)
+    for n in range(first, last):
         i_row = i_next
         i_next = row_tile(walk, n + 1, META)
-        m_edge = (n < full_begin) | (n >= full_end)
+        m_edge: gl.constexpr = EDGES == "all"
+        if EDGES == "some":
+            m_edge = (n < full_begin) | (n >= full_end)
         if META.split and I_GROUP == 1:
             b_grads = key_step(b_grads, i_row, count, place, memory, barriers, rules, META, DERIVATIVE)
         elif META.split:
@@ -136,7 +164,7 @@ def clean(smem, place, first, row, META: gl.constexpr):
         if place.seqlen_k - first < ROWS:
             without_rows(b_rows, place.seqlen_k - first)
     if META.guarded:
-        without_nan(b_rows)
+        without_nan(smem, row, ROWS)
     if META.packed or META.guarded:
         # Triton would put one into every step of the loop that reads this memory.
         thread_barrier()

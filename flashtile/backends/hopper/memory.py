@@ -4,7 +4,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_store
+from flashtile.backends.hopper.compat import gl, mbarrier, tma_store, view_as
 from flashtile.backends.hopper.softmax import ROWS
 
 
@@ -131,25 +131,37 @@ def hand_over(
         tma_store(desc, [place.batch, first, place.head, FIRST], smem)
 
 
-@gluon.jit
-def all_numbers(smem):
-    """Whether shared memory holds finite numbers alone: times 0 they add up to 0, anything else to NaN."""
-    BLOCK: gl.constexpr = smem.shape[1]
-    b_zeros = smem.load(by_rows(BLOCK)).to(gl.float32) * 0.0
-    return gl.sum(b_zeros.reshape([smem.shape[0] * BLOCK]), 0) == 0.0
+@triton.constexpr_function
+def _exponents(dtype):
+    """(the bits of the exponents of two numbers of 16 bits, the lowest of each)."""
+    return (0x7F807F80, 0x00800080) if dtype == gl.bfloat16 else (0x7C007C00, 0x04000400)
+
+
+NO_SIGNS = gl.constexpr("{ .reg .b32 signs; prmt.b32 signs, $1, $1, 0xBB99; not.b32 $0, signs; }")
+"""All bits of each half whose sign is not set."""
 
 
 @gluon.jit
-def without_nan(smem):
-    """Puts zeros where rows of shared memory hold what is no number, for a weight of 0 does not stop that.
+def without_nan(smem, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Puts zeros where COUNT rows of a tile (.., rows, 1, columns), from FIRST on, hold what is no finite number, for a
+    weight of 0 does not stop that. Rows of queries that saw such a key need no care: their log-sum-exp or delta is NaN.
 
-    Rows of queries that saw such a key need no care: their log-sum-exp or delta is NaN.
+    Two numbers of 16 bits at a time: an exponent of ones that is added one carries into the sign. To look first and
+    write only if need be takes longer: warps must agree, and behind that ptxas keeps the addresses of products, which
+    lie in uniform registers otherwise, in those of threads, too few.
     """
-    BLOCK: gl.constexpr = smem.shape[1]
-    if not all_numbers(smem):
-        b_rows = smem.load(by_rows(BLOCK)).to(gl.float32)
-        smem.store(gl.where(b_rows - b_rows == 0.0, b_rows, 0.0).to(smem.dtype))
-        fence_async_shared()
+    TILE: gl.constexpr = smem.shape[smem.rank - 3]
+    BLOCK: gl.constexpr = smem.shape[smem.rank - 1]
+    EXPONENTS: gl.constexpr = _exponents(smem.dtype)
+    pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    rows = view_as(smem, gl.int32, [1, TILE, 1, BLOCK // 2], pairs).reshape([TILE, BLOCK // 2])
+    rows = rows.slice(FIRST, COUNT, dim=0)
+    b_pairs = rows.load(layout)
+    b_signs = (b_pairs & EXPONENTS[0]) + EXPONENTS[1]
+    b_finite = gl.inline_asm_elementwise(NO_SIGNS, "=r,r", [b_signs], dtype=gl.int32, is_pure=True, pack=1)
+    rows.store(b_pairs & b_finite)
+    fence_async_shared()
 
 
 @gluon.jit

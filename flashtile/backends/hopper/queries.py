@@ -34,17 +34,20 @@ from flashtile.kernels.rules import alibi_distance, grad_dots
 
 
 @gluon.jit
-def clear_hidden(b_k, b_v, i_tile, place, I_GROUP: gl.constexpr, META: gl.constexpr):
+def clear_hidden(k_smem, v_smem, i_tile, place, I_GROUP: gl.constexpr, META: gl.constexpr):
     """Puts zeros where keys and values hold what nobody sees but a product would: behind a packed sequence, and NaN.
     Each warpgroup does its half."""
+    TILE_KV: gl.constexpr = META.tile_kv
+    BLOCK_D: gl.constexpr = META.block_d
+    BLOCK_DV: gl.constexpr = META.block_dv
+    HALF: gl.constexpr = TILE_KV // 2
     if META.packed:
-        left = place.seqlen_k - i_tile * META.tile_kv
-        if left < META.tile_kv:
-            clear_half(b_k, b_v, left, I_GROUP)
+        left = place.seqlen_k - i_tile * TILE_KV
+        if left < TILE_KV:
+            clear_half(k_smem.reshape([TILE_KV, BLOCK_D]), v_smem.reshape([TILE_KV, BLOCK_DV]), left, I_GROUP)
     if META.guarded:
-        HALF: gl.constexpr = META.tile_kv // 2
-        without_nan(b_k.slice(I_GROUP * HALF, HALF, dim=0))
-        without_nan(b_v.slice(I_GROUP * HALF, HALF, dim=0))
+        without_nan(k_smem, I_GROUP * HALF, HALF)
+        without_nan(v_smem, I_GROUP * HALF, HALF)
         meet()
 
 
@@ -57,12 +60,7 @@ def start_products(i_tile, count, place, memory, barriers, I_GROUP: gl.constexpr
         slot, slot_v = count % k_smem.shape[0], count % v_smem.shape[0]
         mbarrier.wait(k_full.index(slot), (count // k_smem.shape[0]) & 1)
         mbarrier.wait(v_full.index(slot_v), (count // v_smem.shape[0]) & 1)
-        TILE_KV: gl.constexpr = META.tile_kv
-        BLOCK_D: gl.constexpr = META.block_d
-        BLOCK_DV: gl.constexpr = META.block_dv
-        b_k = k_smem.index(slot).reshape([TILE_KV, BLOCK_D])
-        b_v = v_smem.index(slot_v).reshape([TILE_KV, BLOCK_DV])
-        clear_hidden(b_k, b_v, i_tile, place, I_GROUP, META)
+        clear_hidden(k_smem.index(slot), v_smem.index(slot_v), i_tile, place, I_GROUP, META)
     score_token = multiply_scores(q_smem.index(I_GROUP), k_smem, k_full, count, META)
     weight_token = multiply_scores(do_smem.index(I_GROUP), v_smem, v_full, count, META)
     return score_token, weight_token

@@ -11,6 +11,7 @@ from torch import Tensor
 from flashtile.api import attention, attention_varlen
 from flashtile.check import guests as check
 from flashtile.gradients import gradients
+from flashtile.integrations.flash_attn.cached import packed_over_pages
 from flashtile.integrations.flash_attn.common import Maximum, draw_seed, options, weights, weights_varlen
 from flashtile.request import Packing
 
@@ -89,11 +90,15 @@ def _flash_attn_varlen_forward(
     zero_tensors: bool = False,
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, softmax_lse, S_dmask, rng_state). What no query or sequence owns is 0 with or without zero_tensors."""
-    check.no_paging(block_table, "block_table")
-    check.no_paging(leftpad_k, "leftpad_k")
+    """(out, softmax_lse, S_dmask, rng_state). What no query or sequence owns is 0 with or without zero_tensors. With
+    block_table k and v are pages, as in `flash_attn_varlen_func`."""
+    check.no_left_padding(leftpad_k)
     window = (window_size_left, window_size_right)
     chosen = options(softmax_scale, causal, window, softcap, alibi_slopes=alibi_slopes)
+    if block_table is not None:
+        lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
+        state = packed_over_pages(q, k, v, cu_seqlens_q, lengths, block_table, dropout_p, chosen)
+        return *state, q.new_empty(0), _state_of(None, q)
     chosen["seqused_k"] = seqused_k
     seed = draw_seed(q) if dropout_p else None
     packing, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
