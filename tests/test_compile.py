@@ -7,13 +7,16 @@ import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 
-from flashtile import cli
+from flashtile import cli, request
+from flashtile.backends.portable import kind_of
 from flashtile.compiling import build, matrix, report, usage
 from flashtile.compiling.build import Row
 from flashtile.compiling.matrix import Entry
 from flashtile.compiling.targets import TARGETS
 from flashtile.kernels import aot, merging
 from flashtile.kernels.words import odd
+from flashtile.problem import describe
+from flashtile.request import Arguments
 from flashtile.tuning import portable
 
 FIELDS = {
@@ -265,3 +268,34 @@ def test_every_family_has_a_row_for_every_kind() -> None:
     for family in portable.TABLES:
         for kind in portable.KINDS:
             assert portable.portable_config(portable.TABLES[family]["half"][-1][0], kind, family)
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [
+        *(("causal", "half"), ("varlen", "packed"), ("mask_mod", "masked"), ("dropout", "modified")),
+        *(("score_mod", "function"), ("table", "table")),
+    ],
+)
+def test_which_rows_hold_for_a_call(variant: str, kind: str) -> None:
+    inputs, options = matrix.call(Entry("sm_90a", 64, "bfloat16", variant))
+    assert kind_of(describe(inputs, options)) == kind
+
+
+def test_a_function_that_captures_a_number_has_no_table() -> None:
+    slope = torch.tensor(0.5)
+    q = torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16)
+    inputs, options = request.build(q, q, q, Arguments(score_mod=lambda score, b, h, q_idx, kv_idx: score * slope))
+    assert kind_of(describe(inputs, options)) == "function"
+
+
+@pytest.mark.parametrize(
+    ("headdim", "variant", "kernel"),
+    [(64, "table", "forward_kernel"), (128, "mask_mod", "forward_kernel"), (256, "bias", "bias_kernel")],
+)
+def test_rows_for_hopper_that_spill_nothing(headdim: int, variant: str, kernel: str) -> None:
+    """With the tiles of their neighbours these spill."""
+    entry = Entry("sm_90a", headdim, "bfloat16", variant)
+    rows = [row for row in build.rows(entry) if (row["backend"], row["kernel"]) == ("portable", kernel)]
+    assert [row["spills"] for row in rows] == [0]
+    assert portable.spills_allowed("hopper", kernel, headdim, variant) == 0

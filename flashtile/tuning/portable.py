@@ -46,12 +46,14 @@ class PortableConfig(NamedTuple):
     """Tiles of the forward kernel, and of the two backward kernels: query tiles outermost, key tiles outermost.
 
     value: tiles of a launch for dV alone, `key` then being for dK alone; None: one launch gives both.
+    bias: tiles of a bias's gradient; None: those of `query`.
     """
 
     forward: Tiles
     query: Tiles
     key: Tiles
     value: Tiles | None = None
+    bias: Tiles | None = None
 
     def passes_over_keys(self) -> dict[str, Tiles]:
         """What each launch of the second backward kernel gives, and its tiles."""
@@ -61,31 +63,43 @@ class PortableConfig(NamedTuple):
 Rows = tuple[tuple[int, PortableConfig], ...]
 """(head dimension, tiles): a row holds up to the head dimension named."""
 
-KINDS = ("half", "masked", "modified", "function", "single", "eight", "eight_masked")
-"""16-bit inputs under windows; under other masks, or packed; with changed scores or dropout, which take registers too;
-with scores that a function changes; float32 inputs; 8-bit ones, timed nowhere, of which the forward tiles alone are
-used; and those under other masks than windows."""
+KINDS = ("half", "packed", "masked", "modified", "function", "table", "single", "eight", "eight_masked")
+"""16-bit inputs under windows; the same packed; under other masks; with changed scores or dropout, which take registers
+too; with scores that a function changes; that one which reads tensors does; float32 inputs; 8-bit ones, timed nowhere,
+of which the forward tiles alone are used; and those under other masks than windows."""
 
-COARSER = {"masked": "modified", "function": "modified", "eight": "modified", "eight_masked": "eight"}
+COARSER = {
+    "packed": "masked",
+    "masked": "modified",
+    "function": "modified",
+    "table": "function",
+    "eight": "modified",
+    "eight_masked": "eight",
+}
 """Whose rows hold where a family has none of its own for a kind."""
 
 HOPPER: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 4))),
-        (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2))),
-        (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2))),
+        (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2, lean=True))),
+        (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 3, lean=True),
+                             Tiles(32, 128, 8, 2, lean=True), Tiles(64, 128, 8, 2, lean=True))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
     "masked": (
-        (64, PortableConfig(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3))),
-        (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3))),
-        (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2), Tiles(32, 64, 4, 2))),
+        (64, PortableConfig(Tiles(128, 64, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3, lean=True))),
+        (128, PortableConfig(Tiles(128, 64, 8, 3, lean=True), Tiles(64, 64, 4, 2, lean=True),
+                             Tiles(32, 64, 4, 3, lean=True))),
+        (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 3, lean=True), Tiles(32, 128, 8, 2),
+                             Tiles(32, 64, 4, 2, lean=True))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3))),
-        (128, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 3))),
-        (256, PortableConfig(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2))),
+        (64, PortableConfig(Tiles(128, 64, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3, lean=True))),
+        (128, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2, lean=True), Tiles(32, 64, 4, 3, lean=True))),
+        (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 2, lean=True),
+                             Tiles(32, 128, 8, 2, lean=True), Tiles(64, 128, 8, 2, lean=True),
+                             bias=Tiles(64, 32, 8, 2))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
     "single": (
@@ -100,8 +114,22 @@ HOPPER: dict[str, Rows] = {
         (256, PortableConfig(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
-}
-"""sm_90, 227 KB of shared memory. 16-bit rows of up to 256 columns were timed on an H100."""
+}  # fmt: skip
+HOPPER["packed"] = (
+    HOPPER["masked"][0],
+    (128, HOPPER["masked"][1][1]._replace(forward=Tiles(128, 128, 8, 3, lean=True))),
+    (256, HOPPER["masked"][2][1]._replace(key=Tiles(32, 128, 8, 2, lean=True))),
+    HOPPER["masked"][3],
+)
+HOPPER["table"] = (
+    (64, HOPPER["modified"][0][1]._replace(forward=Tiles(128, 32, 4, 3, lean=True),
+                                           key=Tiles(32, 64, 4, 3, lean=True))),
+    HOPPER["modified"][1],
+    (256, HOPPER["modified"][2][1]._replace(query=Tiles(128, 32, 8, 2), value=Tiles(64, 64, 8, 2, lean=True))),
+    HOPPER["modified"][3],
+)  # fmt: skip
+"""sm_90, 227 KB of shared memory. 16-bit rows of up to 256 columns were timed on an H100; so was what is `lean` (Triton
+3.6, lengths 1k and 8k), where it is no slower, or takes spills away for 2 % at most."""
 
 REGISTERS = 255
 """Registers that a thread of NVIDIA's can have."""
@@ -234,38 +262,15 @@ SPILLS: dict[tuple[str, str, int], dict[str, int]] = {
 """How many spilling instructions a kernel may have, by family, head dimension and variant of the call, where not 0."""
 
 HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
-    ("forward_kernel", 64): {"dropout": 110, "table": 100, "mask_mod": 80},
-    ("forward_kernel", 128): {"mask_mod": 90},
-    ("forward_kernel", 256): {"dropout": 10, "bias": 10, "table": 30, "mask_mod": 90},
+    ("forward_kernel", 64): {"dropout": 10, "mask_mod": 50},
+    ("forward_kernel", 256): {"table": 20, "mask_mod": 60},
     ("decode_kernel", 256): {"decode_many": 10},
     ("decode_kernel", 576): {"decode_some": 10, "decode_many": 10},
-    ("bias_kernel", 256): {"bias": 30},
-    ("query_kernel", 128): {"table": 40, "mask_mod": 10},
-    ("query_kernel", 256): {"dropout": 10, "score_mod": 60, "table": 50, "mask_mod": 110},
-    ("key_kernel", 64): {"dropout": 40, "softcap": 10, "score_mod": 50, "table": 150, "mask_mod": 30, "varlen": 110},
-    ("key_kernel", 128): {
-        "plain": 90,
-        "causal": 80,
-        "window": 90,
-        "dropout": 50,
-        "softcap": 30,
-        "score_mod": 60,
-        "table": 130,
-        "mask_mod": 50,
-        "varlen": 60,
-    },
-    ("key_kernel", 256): {
-        "plain": 50,
-        "causal": 30,
-        "window": 30,
-        "dropout": 90,
-        "bias": 20,
-        "softcap": 30,
-        "score_mod": 40,
-        "table": 140,
-        "mask_mod": 80,
-        "varlen": 50,
-    },
+    ("query_kernel", 128): {"table": 60},
+    ("query_kernel", 256): {"table": 50},
+    ("key_kernel", 64): {"dropout": 10, "bias": 10, "score_mod": 20, "mask_mod": 10},
+    ("key_kernel", 128): {"plain": 70, "causal": 30, "window": 40, "dropout": 10, "score_mod": 20, "table": 20},
+    ("key_kernel", 256): {"plain": 20, "dropout": 40, "bias": 30, "table": 20, "mask_mod": 50},
 }
 """The same on sm_90a by kernel, head dimension and variant of the call, rounded up to tens. An H100's timings chose the
 tiles: where smaller ones that spill less were timed beside them, those were slower. This keeps the numbers from

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import facts
+from flashtile import facts, trace
 from flashtile.backends import Decoder, Gradients, Kernel, Memory, Quantizer, compiled
 from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
@@ -145,9 +145,14 @@ def kind_of(problem: Problem) -> str:
     if problem.scaled:
         return "eight_masked" if rest else "eight"
     if set(problem.modified) - {"sinks"}:
-        return "function" if problem.score_mod else "modified"
+        return _kind_of_function(problem.score_mod) if problem.score_mod else "modified"
     packed = problem.varlen and not problem.batch_invariant
-    return "masked" if packed or rest else "half"
+    return "masked" if rest else "packed" if packed else "half"
+
+
+def _kind_of_function(score_mod: str) -> str:
+    """Whether it reads tensors; numbers that it captures are loaded once."""
+    return "table" if any(node.meta["val"].ndim for node in trace.graph(score_mod).captures) else "function"
 
 
 def family_of(arch: str) -> str:

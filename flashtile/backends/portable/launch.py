@@ -232,7 +232,7 @@ def backward(
     perform(launches, (*given, *written, *lists), memory, len(given))
     if grads.bias is not None and problem.batch:
         call = Call.of(machine, inputs, problem, totals)
-        _bias_gradient(call, config.query, _saved(inputs, grad_out, lse, delta), grads.bias)
+        _bias_gradient(call, config.bias or config.query, _saved(inputs, grad_out, lse, delta), grads.bias)
     if inputs.alibi_slopes is not None and grads.alibi_slopes is not None:
         grads.alibi_slopes += slope_gradient(slope, inputs.alibi_slopes, inputs.cu_seqlens_q)
     if inputs.sinks is not None and grads.sinks is not None:
