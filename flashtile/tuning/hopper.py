@@ -94,8 +94,8 @@ class BackwardConfig(NamedTuple):
     """tile_q: queries of a tile; stages: query tiles in flight; tile_kv: keys that two math warpgroups share, 64 each,
     or 64 in all, of which one computes dK and the other dV.
 
-    queries: None, or the tiles of another kernel for dQ; otherwise dQ is added up here, in any order. apart: where
-    nothing but the end of the keys needs a mask, steps there have code of their own.
+    queries: None, or the tiles of another kernel for dQ; otherwise dQ is added up here, in any order. apart: steps that
+    need the mask have code of their own, in front of the others, unless a window ends on the left.
     """
 
     tile_q: int
@@ -231,40 +231,36 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
     ("backward_kernel", 64): {
         "dropout": 10,
         "plain": 50,
-        "causal": 90,
-        "window": 90,
-        "bias": 10,
-        "softcap": 10,
-        "score_mod": 10,
-        "table": 20,
-        "mask_mod": 80,
-        "varlen": 100,
-        "deterministic": 20,
-    },
-    ("backward_kernel", 128): {
-        "dropout": 100,
-        "plain": 30,
-        "causal": 50,
+        "causal": 70,
         "window": 50,
-        "bias": 90,
-        "softcap": 180,
-        "score_mod": 150,
-        "table": 130,
+        "bias": 10,
         "mask_mod": 60,
-        "varlen": 80,
+        "varlen": 120,
         "deterministic": 10,
     },
+    ("backward_kernel", 128): {
+        "dropout": 30,
+        "plain": 10,
+        "causal": 20,
+        "window": 20,
+        "bias": 100,
+        "softcap": 100,
+        "score_mod": 70,
+        "table": 20,
+        "mask_mod": 20,
+        "varlen": 40,
+    },
     ("backward_kernel", 256): {
-        "dropout": 20,
-        "plain": 20,
+        "dropout": 10,
+        "plain": 10,
         "causal": 10,
         "window": 10,
         "bias": 10,
-        "softcap": 20,
+        "softcap": 10,
         "score_mod": 20,
-        "table": 30,
+        "table": 10,
         "mask_mod": 10,
-        "varlen": 30,
+        "varlen": 20,
         "deterministic": 10,
     },
     ("query_kernel", 128): {"deterministic": 10},

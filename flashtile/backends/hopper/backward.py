@@ -13,6 +13,7 @@ Where `split`, heads are so wide that a warpgroup has registers for dK or for dV
 P and dV and hands P to the second, which computes dS and dK.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.adding import adder, after_last, before_first
@@ -88,7 +89,7 @@ def walk_rows(
     walk = rows_walk(place, rules.window, visits, META)
     _tiles, begin, full_begin, _full_end, end = walk
     if META.apart:
-        # All or none do, see `rows_walk`.
+        # Unless a window ends on the left, those that need the mask come first.
         b_grads, count = walk_some(
             b_grads, begin, full_begin, count, walk, place, o_key, memory, barriers, rules, visits,
             META, SCORE, DERIVATIVE, MASK, I_GROUP, "all",
@@ -111,11 +112,15 @@ def walk_some(
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
     EDGES: gl.constexpr,
 ):  # fmt: skip
-    """(gradients, steps so far) after the steps [first, last); EDGES: "all", "some" or "none" of them need the mask."""
+    """(gradients, steps so far) after the steps [first, last); EDGES: "all", "some" or "none" of them need the mask.
+
+    `lean` loops compute again what never changes in them: LLVM would take it out of them into registers that are not
+    there, and ptxas spill it. Where a bias is read, more spills that way.
+    """
     _tiles, _begin, full_begin, full_end, _end = walk
     # Read one step ahead; lists have room for that.
     i_next = row_tile(walk, first, META)
-    for n in range(first, last):
+    for n in tl.range(first, last, disable_licm=META.lean):
         i_row = i_next
         i_next = row_tile(walk, n + 1, META)
         m_edge: gl.constexpr = EDGES == "all"
