@@ -52,6 +52,7 @@ def test_each_role_changes_its_own_tiles() -> None:
 def test_what_is_like_the_tiles_in_use_is_tried_first() -> None:
     ordered = tune.nearest_first((D, A, B), C)
     assert ordered == [C, B, A, D]
+    assert all(tiles.lean for tiles in tune.nearest_first((D, A, B), C._replace(lean=True)))
     base = PortableConfig(A, B, C)
     assert [tune.tiles_of(role, base) for role in tune.ROLES] == [A, B, C, C, C]
     assert tune.tiles_of("dv", base._replace(value=D)) == D

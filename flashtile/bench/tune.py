@@ -85,12 +85,14 @@ def tiles_of(role: str, config: PortableConfig) -> Tiles:
 
 
 def nearest_first(tried: Iterable[Tiles], base: Tiles) -> list[Tiles]:
-    """Those that differ least from the tiles that are in use, these first of all: by halvings and doublings."""
+    """Those that differ least from the tiles that are in use, these first of all: by halvings and doublings. All are as
+    `lean` as these."""
 
     def distance(tiles: Tiles) -> float:
         return sum(abs(math.log2(a / b)) for a, b in zip(tiles[:4], base[:4], strict=True))
 
-    return sorted({base, *tried}, key=lambda tiles: (distance(tiles), tiles))
+    alike = {base, *(tiles._replace(lean=base.lean) for tiles in tried)}
+    return sorted(alike, key=lambda tiles: (distance(tiles), tiles))
 
 
 def fastest(

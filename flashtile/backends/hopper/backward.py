@@ -13,6 +13,7 @@ Where `split`, heads are so wide that a warpgroup has registers for dK or for dV
 P and dV and hands P to the second, which computes dS and dK.
 """
 
+import triton
 import triton.language as tl
 from triton.experimental import gluon
 
@@ -80,28 +81,27 @@ def loader(
         await_slot(FREED, i, META.stages, META)
 
 
+@triton.constexpr_function
+def edges_in(apart, phase):
+    """Whether "all", "some" or "none" of the steps of a phase need the mask."""
+    return ("all", "none")[phase] if apart else "some"
+
+
 @gluon.jit
 def walk_rows(
     b_grads, count, place, o_key, memory, barriers, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(gradients, steps so far) after the queries of one head."""
+    """(gradients, steps so far) after the queries of one head. Walked apart, those that need the mask come first;
+    where a window ends on the left, some come last too, and none are walked apart."""
     walk = rows_walk(place, rules.window, visits, META)
     _tiles, begin, full_begin, _full_end, end = walk
-    if META.apart:
-        # Unless a window ends on the left, those that need the mask come first.
+    for PHASE in gl.static_range(2 if META.apart else 1):
+        first = begin if PHASE == 0 else full_begin
+        last = full_begin if META.apart and PHASE == 0 else end
         b_grads, count = walk_some(
-            b_grads, begin, full_begin, count, walk, place, o_key, memory, barriers, rules, visits,
-            META, SCORE, DERIVATIVE, MASK, I_GROUP, "all",
-        )  # fmt: skip
-        b_grads, count = walk_some(
-            b_grads, full_begin, end, count, walk, place, o_key, memory, barriers, rules, visits,
-            META, SCORE, DERIVATIVE, MASK, I_GROUP, "none",
-        )  # fmt: skip
-    else:
-        b_grads, count = walk_some(
-            b_grads, begin, end, count, walk, place, o_key, memory, barriers, rules, visits,
-            META, SCORE, DERIVATIVE, MASK, I_GROUP, "some",
+            b_grads, first, last, count, walk, place, o_key, memory, barriers, rules, visits,
+            META, SCORE, DERIVATIVE, MASK, I_GROUP, edges_in(META.apart, PHASE),
         )  # fmt: skip
     return b_grads, count
 
@@ -112,7 +112,7 @@ def walk_some(
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
     EDGES: gl.constexpr,
 ):  # fmt: skip
-    """(gradients, steps so far) after the steps [first, last); EDGES: "all", "some" or "none" of them need the mask.
+    """(gradients, steps so far) after the steps [first, last); EDGES: see `edges_in`.
 
     `lean` loops compute again what never changes in them: LLVM would take it out of them into registers that are not
     there, and ptxas spill it. Where a bias is read, more spills that way.
