@@ -63,6 +63,8 @@ def attention(
         block_mask: a FlexAttention BlockMask, made for these lengths.
         score_mod: a FlexAttention score_mod(score, b, h, q_idx, kv_idx); sees the score after all of the below.
         bias: added to the scaled scores; broadcasts to (batch, heads, seqlen_q, seqlen_kv); any float dtype, strides.
+            One of five dimensions, (batch / n, 1, heads, seqlen_q, seqlen_kv), is shared by n entries each, one after
+            the other: the bias of pairs of a batch of protein rows.
         alibi_slopes: (heads,) or (batch, heads); adds -slope * |distance from the diagonal| (Press et al. 2022).
         softcap: scores become softcap * tanh(score / softcap), before bias and slopes. 0 or None: off.
         sinks: (heads,), one logit a head that joins the softmax's denominator (and the lse) but has no value.

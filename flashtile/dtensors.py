@@ -61,7 +61,9 @@ def _roles(qkv: Sequence[Any], arguments: Arguments) -> list[str]:
     """What each dimension of the mesh deals out."""
     mesh = qkv[0].device_mesh
     mask = Mask("") if arguments.mask is None else mask_value(arguments.mask)
-    if arguments.score_mod is not None or arguments.block_mask is not None or arguments.dropout_p or _is_function(mask):
+    by_place = _is_function(mask) or arguments.block_mask is not None or arguments.score_mod is not None
+    shared_bias = arguments.bias is not None and arguments.bias.ndim == 5
+    if by_place or shared_bias or arguments.dropout_p:
         sharding_check.seed_of_all(arguments.dropout_p, arguments.seed)
         return [SAME] * mesh.ndim
     names = {0: BATCH, 2: HEADS}

@@ -59,6 +59,8 @@ def attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
+        if bias.ndim == 5:
+            bias = bias[:, 0].repeat_interleave(q.shape[0] // max(1, len(bias)), dim=0)
         scores = scores + bias.to(dtype)
     if alibi_slopes is not None:
         slopes = alibi_slopes.to(dtype).reshape(-1, q.shape[1], 1, 1)

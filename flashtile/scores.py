@@ -58,22 +58,36 @@ class Softcap:
 
 @dataclass
 class Bias:
-    """`bias` broadcasts to (batch, heads, seqlen_q, seqlen_kv); its gradient is summed tile by tile, in its shape."""
+    """`bias` broadcasts to (batch, heads, seqlen_q, seqlen_kv); its gradient is summed tile by tile, in its shape.
+
+    sharing: how many entries of the batch, one after the other, have one entry of the bias.
+    """
 
     bias: Tensor
     grad: Tensor | None
+    sharing: int = 1
 
     def _slices(self, tile: Tile) -> tuple[slice, ...]:
         sizes = self.bias.shape
-        return tuple(s if size > 1 else slice(0, 1) for s, size in zip(tile.slices, sizes, strict=True))
+        batch, *rest = (s if size > 1 else slice(0, 1) for s, size in zip(tile.slices, sizes, strict=True))
+        return slice(None) if self.sharing > 1 else batch, *rest
+
+    def _entries(self, tile: Tile) -> Tensor:
+        return tile.at.batch.flatten() // self.sharing
 
     def apply(self, score: Tensor, tile: Tile) -> Tensor:
-        return score + self.bias[self._slices(tile)].to(score.dtype)
+        part = self.bias[self._slices(tile)]
+        return score + (part[self._entries(tile)] if self.sharing > 1 else part).to(score.dtype)
 
     def backward(self, score: Tensor, grad: Tensor, tile: Tile) -> Tensor:
         if self.grad is not None:
             summed = [dim for dim, size in enumerate(self.bias.shape) if size == 1]
-            self.grad[self._slices(tile)] += grad.sum(summed, keepdim=True) if summed else grad
+            part = grad.sum(summed, keepdim=True) if summed else grad
+            total = self.grad[self._slices(tile)]
+            if self.sharing > 1:
+                total.index_add_(0, self._entries(tile), part)
+            else:
+                total += part
         return grad
 
 
@@ -181,8 +195,14 @@ def slope_gradient(values: Tensor, like: Tensor, offsets: Tensor | None) -> Tens
 
 
 def four_dimensions(tensor: Tensor) -> Tensor:
-    """A view with leading dimensions of size 1."""
-    return tensor.reshape((1,) * (4 - tensor.ndim) + tensor.shape)
+    """A view with leading dimensions of size 1; without the second of a bias's five, which is 1."""
+    return tensor.squeeze(1) if tensor.ndim == 5 else tensor.reshape((1,) * (4 - tensor.ndim) + tensor.shape)
+
+
+def sharing(bias: Tensor, batch: int) -> int:
+    """How many entries of a batch, one after the other, have one entry of a bias of four dimensions; 1 where all
+    share one entry."""
+    return batch // len(bias) if 1 < len(bias) < batch else 1
 
 
 def modifiers(inputs: Inputs, problem: Problem, grads: Grads | None = None) -> list[Modifier]:
@@ -192,8 +212,9 @@ def modifiers(inputs: Inputs, problem: Problem, grads: Grads | None = None) -> l
     if problem.softcap:
         chain.append(Softcap(problem.softcap))
     if inputs.bias is not None:
-        grad = None if grads.bias is None else grads.bias.view(four_dimensions(inputs.bias).shape)
-        chain.append(Bias(four_dimensions(inputs.bias), grad))
+        bias = four_dimensions(inputs.bias)
+        grad = None if grads.bias is None else grads.bias.view(bias.shape)
+        chain.append(Bias(bias, grad, sharing(bias, problem.batch)))
     if inputs.alibi_slopes is not None:
         slopes = inputs.alibi_slopes.to(problem.accumulator)
         shape = (-1, slopes.shape[-1], 1, 1)

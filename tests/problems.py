@@ -299,6 +299,20 @@ def _bias(*present: int) -> Feature:
     return Feature(lambda tensors, shape: {"bias": tensors["bias"]}, leaves=leaves)
 
 
+def _shared_bias(*present: int) -> Feature:
+    """Of five dimensions: two entries of twice the batch share one of the bias."""
+
+    def leaves(shape: Shape, draw: Draw) -> Tensors:
+        sizes = (size if full else 1 for size, full in zip(shape.scores[1:], present, strict=True))
+        return {"bias": draw.normal(shape.batch // 2, 1, *sizes)}
+
+    return Feature(
+        lambda tensors, shape: {"bias": tensors["bias"]},
+        leaves=leaves,
+        reshape=lambda shape: replace(shape, batch=2 * shape.batch),
+    )
+
+
 def _leaf(option: str, scale: float, per_batch: bool = False) -> Feature:
     def leaves(shape: Shape, draw: Draw) -> Tensors:
         sizes = (shape.batch, shape.heads) if per_batch else (shape.heads,)
@@ -344,6 +358,8 @@ FEATURES: dict[str, Feature] = {
     "bias_heads": _bias(0, 1, 1, 1),
     "bias_keys": _bias(1, 0, 0, 1),
     "bias_queries": _bias(0, 1, 1, 0),
+    "bias_shared": _shared_bias(1, 1, 1),
+    "bias_shared_keys": _shared_bias(1, 0, 1),
     "alibi": _leaf("alibi_slopes", 0.2),
     "alibi_batch": _leaf("alibi_slopes", 0.2, per_batch=True),
     "sinks": _leaf("sinks", 2.0),
@@ -421,6 +437,8 @@ CASES: tuple[Case, ...] = (
     Case("gqa", _SMALL, ("gqa", "causal")),
     Case("gqa_plain", _SMALL, ("gqa",), kernels=_ATEN, lse_grad=False),
     Case("mqa", _SMALL, ("mqa", "bias")),
+    Case("bias_shared", dense(2, 40, 70, 2, 1, 16), ("bias_shared", "causal")),
+    Case("bias_shared_keys", dense(2, 40, 70, 2, 2, 16), ("bias_shared_keys", "score_mod")),
     Case("group_of_seven", dense(1, 33, 65, 7, 1, 24), ("alibi", "sinks")),
     Case("decode", dense(3, 1, 257, 8, 2, 64), ("causal",), (torch.float32, *_HALVES)),
     Case("one_key", dense(2, 5, 1, 2, 2, 8), ("causal",)),

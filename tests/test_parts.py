@@ -15,7 +15,7 @@ PLAIN = [name for name in FEATURES if FEATURES[name].reshape(SHAPE) == SHAPE and
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN, "bias_shared"])
 def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
     call = make(name, SHAPE, (name,), dtype)
     oracle.compare(partwise.results(call, 3), call)

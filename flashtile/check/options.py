@@ -98,12 +98,26 @@ def bias(value: Any, q: Tensor, k: Tensor, varlen: bool) -> None:
     if value is None:
         return
     _float_beside_q("bias", value, q)
-    if value.ndim > 4:
+    if value.ndim == 5 and not varlen:
+        _shared_bias(value, q, k)
+    elif value.ndim > 4:
         raise ValueError(
             f"bias: got shape {shape_of(value)}, need at most 4 dimensions (batch, heads, seqlen_q, seqlen_kv)"
         )
-    if not varlen:
+    elif not varlen:
         broadcasts("bias", value, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), at_least=False)
+
+
+def _shared_bias(value: Tensor, q: Tensor, k: Tensor) -> None:
+    """One of five dimensions."""
+    (entries, one, *sizes), batch = shape_of(value), q.shape[0]
+    full = (q.shape[2], q.shape[1], k.shape[1])
+    divides = batch % entries == 0 if entries else batch == 0
+    if one != 1 or not divides or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=True)):
+        raise ValueError(
+            f"bias: got shape {shape_of(value)}, need one that broadcasts to (batch, heads, seqlen_q, seqlen_kv) = "
+            f"{(batch, *full)}, or (entries, 1, heads, seqlen_q, seqlen_kv) with entries that divide the batch"
+        )
 
 
 def alibi_slopes(value: Any, q: Tensor, batch: int) -> None:

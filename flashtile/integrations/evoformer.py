@@ -6,6 +6,7 @@ and 14), so that its state dicts load.
 
 Two biases are added to the scores, one over keys and one over pairs that all rows share. Neither is expanded: the pair
 bias goes in as `bias`, the other as a function of the score that reads it, and both get gradients in their own shapes.
+Batch entries and their rows are one dimension to the kernels, a view of the two.
 """
 
 import math
@@ -37,26 +38,24 @@ def evoformer_attention(q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor
     Raises:
         TypeError, ValueError: an argument is not as described.
 
-    With one batch entry nothing is copied but a bias of pairs whose keys do not lie side by side, as projections leave
-    it; more entries run one after the other and are stacked. Unlike the original it takes every dtype, head dimension
+    Nothing is copied but a bias of pairs whose keys do not lie side by side, as projections leave it: each row reads it
+    whole, and one copy takes less time than that. (With several batch entries, q, k and v in whose memory entries and
+    rows are no one dimension are copied too.) Unlike the original it takes every dtype, head dimension
     and length that `attention` takes, and leaves the list of biases as it is. The bias of keys beside one of pairs is
     captured by a function, whose kernel is built once for each of its shapes; within a compiled function it must come
     from outside.
     """
     check.evoformer(q, k, v, biases)
     over_keys, over_pairs = _sorted(q, k, biases)
-    leading = q.shape[:-4]
-    rows = [_entries(tensor, leading) for tensor in (q, k, v)]
-    of_keys, of_pairs = (
-        [None] * len(rows[0]) if bias is None else _entries(bias, leading) for bias in (over_keys, over_pairs)
-    )
-    outs = [_entry(*entry) for entry in zip(*rows, of_keys, of_pairs, strict=True)]
-    if len(outs) == 1:
-        return outs[0].reshape(*leading, *outs[0].shape)
-    if not outs:
-        # No batch entry: nothing to compute, and gradients of zero for whoever asks.
-        return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * sum(tensor.sum() for tensor in (q, k, v))
-    return torch.stack(outs).unflatten(0, leading)
+    rows = [tensor.flatten(0, -4) for tensor in (q, k, v)]
+    out: Tensor
+    if over_pairs is None:
+        out = attention(*rows, bias=None if over_keys is None else over_keys.flatten(0, -4))
+    elif over_keys is None:
+        out = attention(*rows, bias=_pairs(over_pairs))
+    else:
+        out = attention(*rows, bias=_pairs(over_pairs), score_mod=_adding(over_keys.flatten(0, -2)))
+    return out.unflatten(0, q.shape[:-3])
 
 
 DS4Sci_EvoformerAttention = evoformer_attention
@@ -77,20 +76,10 @@ def triangle_attention(
         (batch, rows, heads, seqlen, headdim), stored with the sequence before the heads.
     """
     check.triangle(q, k, v, bias, mask)
-    parts = [_entries(tensor, q.shape[:1]) for tensor in (q, k, v, bias)]
-    masks = [None] * len(q) if mask is None else _entries(mask, q.shape[:1])
-    outs = [
-        attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            bias=_side_by_side(pairs),
-            mask=allowed,
-            scale=scale,
-        ).transpose(1, 2)
-        for queries, keys, values, pairs, allowed in zip(*parts, masks, strict=True)
-    ]
-    return outs[0][None] if len(outs) == 1 else torch.stack(outs) if outs else torch.zeros_like(v)
+    rows = [tensor.transpose(2, 3).flatten(0, 1) for tensor in (q, k, v)]
+    allowed = None if mask is None else mask.flatten(0, 1)
+    out: Tensor = attention(*rows, bias=_pairs(bias), mask=allowed, scale=scale)
+    return out.unflatten(0, q.shape[:2]).transpose(2, 3)
 
 
 class GatedAttention(nn.Module):
@@ -161,28 +150,11 @@ def _sorted(q: Tensor, k: Tensor, biases: Sequence[Tensor | None]) -> tuple[Tens
     return over_keys, over_pairs
 
 
-def _entries(tensor: Tensor, leading: Sequence[int]) -> list[Tensor]:
-    """The (rows, ...) of every batch entry; a single one by a view, for a part's gradient is a copy of the whole's."""
-    if math.prod(leading) == 1:
-        return [tensor.reshape(tensor.shape[-4:])]
-    return list(tensor.expand(*leading, *tensor.shape[-4:]).flatten(0, len(leading) - 1))
-
-
-def _side_by_side(bias: Tensor) -> Tensor:
-    """The bias with adjacent keys. A projection of pairs leaves heads there, whose loads fetch them all; every row of a
-    batch loads the whole bias, and a copy is made once."""
-    return bias if bias.stride(-1) <= 1 else bias.contiguous()
-
-
-def _entry(q: Tensor, k: Tensor, v: Tensor, over_keys: Tensor | None, over_pairs: Tensor | None) -> Tensor:
-    if over_pairs is not None:
-        over_pairs = _side_by_side(over_pairs)
-    if over_keys is None or over_pairs is None:
-        out: Tensor = attention(q, k, v, bias=over_keys if over_pairs is None else over_pairs)
-    else:
-        table = over_keys.expand(q.shape[0], -1, -1, -1)[:, 0, 0]
-        out = attention(q, k, v, bias=over_pairs, score_mod=_adding(table))
-    return out
+def _pairs(bias: Tensor) -> Tensor:
+    """A bias of pairs as `attention` takes it, with adjacent keys: a projection of pairs leaves heads side by side, and
+    whoever loads one loads all."""
+    bias = bias if bias.stride(-1) <= 1 else bias.contiguous()
+    return bias.reshape(bias.shape[-4:]) if math.prod(bias.shape[:-4]) == 1 else bias.flatten(0, -5)
 
 
 def _adding(table: Tensor) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from flashtile.lower.rules import without_ones
 from flashtile.problem import Inputs, Problem
 from flashtile.queues import apart
 from flashtile.region import region
+from flashtile.scores import four_dimensions, sharing
 
 
 def rows_of(tensor: Tensor) -> Rows:
@@ -147,16 +148,19 @@ def _window(problem: Problem) -> Window:
 def _modifiers(inputs: Inputs, problem: Problem, *functions: Any) -> Modifiers:
     bias = inputs.bias
     strides: list[Any] = [None, None, None, None]
+    shared = None
     if bias is not None:
-        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+        bias = four_dimensions(bias)
         strides = [stride if size > 1 else 0 for stride, size in zip(bias.stride(), bias.shape, strict=True)]
         strides = [*without_ones(*strides)]
+        entries = sharing(bias, problem.batch)
+        shared = odd(entries) if entries > 1 else None
     slopes = inputs.alibi_slopes
     slopes_batch = None
     if slopes is not None:
         slopes = slopes.contiguous()
         (slopes_batch,) = without_ones(slopes.stride(0) if slopes.ndim == 2 and len(slopes) > 1 else 0)
-    return Modifiers(*(problem.softcap or None, bias, *strides, slopes, slopes_batch, *functions))
+    return Modifiers(*(problem.softcap or None, bias, *strides, shared, slopes, slopes_batch, *functions))
 
 
 def _dropout(inputs: Inputs, problem: Problem) -> Dropout | None:

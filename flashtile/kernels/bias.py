@@ -49,8 +49,9 @@ class Sums:
             grid_rows, grid_columns = (longest_q, 1) if sum_keys else (1, longest_k)
             partial = torch.zeros((problem.batch, problem.heads, grid_rows, grid_columns), device=total.device)
         else:
-            parts = parts_of(problem.batch // total.shape[0], count * total.shape[0] * total.shape[1])
-            partial = total if parts == 1 else torch.empty((parts, *total.shape[1:]), device=total.device)
+            entries = total.shape[0]
+            parts = parts_of(problem.batch // entries, count * entries * total.shape[1], entries > 1)
+            partial = total if parts == 1 else torch.empty((entries * parts, *total.shape[1:]), device=total.device)
         given = {
             "grad": grid_of(partial),
             "size": size_of(problem, partial.shape[1], count),
@@ -67,12 +68,15 @@ class Sums:
     def join(self) -> None:
         """Once the kernel has run."""
         if self.partial is not self.total:
-            self.total.add_(self.partial.sum_to_size(self.total.shape))
+            of_each = self.partial.unflatten(0, (self.total.shape[0], -1)).sum(1)
+            self.total.add_(of_each.sum_to_size(self.total.shape))
 
 
-def parts_of(sharing: int, programs: int) -> int:
-    """Into how many parts the entries that share a bias are cut, each with a sum and programs of its own."""
-    return max(1, min(sharing // LEAST, PROGRAMS // max(1, programs)))
+def parts_of(sharing: int, programs: int, alike: bool = False) -> int:
+    """Into how many parts the entries that share a bias are cut, each with a sum and programs of its own; `alike`: of
+    equal size, as parts that follow those of another entry of the bias must be."""
+    most = max(1, min(sharing // LEAST, PROGRAMS // max(1, programs)))
+    return next(parts for parts in range(most, 0, -1) if not alike or sharing % parts == 0)
 
 
 @triton.jit

@@ -55,7 +55,8 @@ def masked(b_scores, place, rules, o_query, o_key, META: tl.constexpr, MASK: tl.
 
 @triton.jit
 def bias_pointers(modifiers, place, o_query, o_key):
-    base = place.batch.to(tl.int64) * whole(modifiers.bias_batch) + place.head.to(tl.int64) * whole(modifiers.bias_head)
+    i_batch = place.batch if modifiers.bias_sharing is None else place.batch // number_of(modifiers.bias_sharing)
+    base = i_batch.to(tl.int64) * whole(modifiers.bias_batch) + place.head.to(tl.int64) * whole(modifiers.bias_head)
     tile = o_query.to(tl.int64) * whole(modifiers.bias_query) + o_key.to(tl.int64) * whole(modifiers.bias_key)
     return modifiers.bias + base + tile
 

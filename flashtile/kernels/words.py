@@ -93,7 +93,8 @@ class Visits(NamedTuple):
 class Modifiers(NamedTuple):
     """What changes scores: softcap; bias with strides (batch, head, query, key); slopes; arguments of functions.
 
-    Strides are as `whole` reads them. `score`, `mask`: what the functions of that name get, `totals`: where gradients
+    Strides are as `whole` reads them. bias_sharing: how many entries of the batch have one of the bias, `odd`; None: 1.
+    `score`, `mask`: what the functions of that name get, `totals`: where gradients
     of the first go (see `lower`).
     """
 
@@ -103,6 +104,7 @@ class Modifiers(NamedTuple):
     bias_head: Any
     bias_query: Any
     bias_key: Any
+    bias_sharing: Any
     slopes: Any
     slopes_batch: Any
     score: Any

@@ -116,6 +116,10 @@ CASES = [
         tables=(("bias", (ROWS, ALL)),),
     ),
     Case(
+        "bias_of_pairs", (2, 2), (ROWS, HEAD), (ROWS, HEAD), FULL, shapes=(("bias", (BATCH // 2, 1, HEADS, *PAIRS)),),
+        tables=(("bias", (ROWS, ALL)),),
+    ),
+    Case(
         "plain_tables", (2, 2), (ROWS, HEAD), (ROWS, HEAD), (2, 2, 2),
         shapes=(("alibi_slopes", (HEADS,)), ("sinks", (HEADS,))),
     ),

@@ -94,8 +94,11 @@ class TestOperator:
         leaves["over_keys"] = 1e9 * (kept.float() - 1)
         _compare(leaves, ("over_keys", "over_pairs"))
 
-    def test_neither_bias_is_expanded_and_nothing_is_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        leaves, seen = _leaves(1), []
+    @pytest.mark.parametrize("entries", [1, 3])
+    def test_neither_bias_is_expanded_and_nothing_is_copied(
+        self, entries: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        leaves, seen = _leaves(entries), []
         original = evoformer.attention
 
         def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -107,8 +110,8 @@ class TestOperator:
         (tensors,) = seen
         given = [leaves[name] for name in ("q", "k", "v", "over_pairs", "over_keys")]
         assert [tensor.data_ptr() for tensor in tensors] == [tensor.data_ptr() for tensor in given]
-        assert tensors[3].shape == (1, HEADS, LENGTH, LENGTH)
-        assert tensors[4].shape == (ROWS, LENGTH)
+        assert tensors[3].shape == ((1,) if entries == 1 else (entries, 1)) + (HEADS, LENGTH, LENGTH)
+        assert tensors[4].shape == (entries * ROWS, LENGTH)
 
     def test_a_projection_of_pairs_is_laid_out_by_keys(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Once for all rows; what is broadcast over keys is left as it is."""
@@ -131,8 +134,8 @@ class TestOperator:
         evoformer_attention(q, k, v, [broadcast])
         assert [bias.stride(-1) for bias in seen] == [1, 1, 1, 0]
 
-    @pytest.mark.parametrize("dims", [(1,), (1, 1)], ids=str)
-    def test_gradients_of_one_entry_are_not_copied(self, dims: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize("dims", [(1,), (1, 1), (2,), (2, 3)], ids=str)
+    def test_gradients_are_not_copied(self, dims: tuple[int, ...]) -> None:
         """All between the operator and its arguments are views, whose gradients are views too."""
         leaves = [leaf.requires_grad_(name != "over_keys") for name, leaf in _leaves(*dims).items()]
         out = evoformer_attention(*leaves[:3], leaves[3:])

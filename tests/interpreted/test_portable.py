@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flashtile
-from flashtile import plan
+from flashtile import plan, reference
 from flashtile.kernels import bias
 from flashtile.tuning import portable
 from tests import conformance, oracle, shifted
@@ -105,8 +105,28 @@ def test_a_bias_that_entries_share_in_parts(causal: bool, monkeypatch: pytest.Mo
     oracle.check(problem.call("cpu"), "portable")
 
 
-def test_a_bias_of_no_batch_entries() -> None:
-    oracle.check(make("no_batch_bias", dense(0, 5, 35, 2, 1, 16), ("bias", "softcap"), torch.float32), "portable")
+def test_a_bias_that_some_entries_share_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six entries for each of the bias, three of them summed up by some programs and three by others."""
+    monkeypatch.setattr(bias, "LEAST", 1)
+    monkeypatch.setattr(bias, "PROGRAMS", 48)
+    assert [bias.parts_of(6, programs, alike=True) for programs in (1, 10, 12, 24, 48)] == [6, 3, 3, 2, 1]
+    options = {"bias": torch.randn(2, 1, 2, 20, 39, requires_grad=True)}
+    q, k, v = (torch.randn(12, length, 2, 16, requires_grad=True) for length in (20, 39, 39))
+    leaves = [q, k, v, options["bias"]]
+    found = flashtile.attention(q, k, v, **options, backend="portable")
+    wanted = reference.attention(q, k, v, **options).out
+    weights = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), leaves),
+        torch.autograd.grad((wanted * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bias", "bias_shared"])
+def test_a_bias_of_no_batch_entries(name: str) -> None:
+    oracle.check(make("no_batch_bias", dense(0, 5, 35, 2, 1, 16), (name, "softcap"), torch.float32), "portable")
 
 
 def test_nan_beyond_the_end_stays_there() -> None:
