@@ -133,7 +133,8 @@ HOPPER["table"] = (
     HOPPER["modified"][3],
 )  # fmt: skip
 """sm_90, 227 KB of shared memory. 16-bit rows of up to 256 columns were timed on an H100; so was what is `lean` (Triton
-3.6, lengths 1k and 8k). None of up to 256 columns spills: where the fastest tiles did, the next ones that do not were taken."""
+3.6, lengths 1k and 8k). None of up to 256 columns spills: where the fastest tiles did, the next ones were
+taken that do not."""
 
 REGISTERS = 255
 """Registers that a thread of NVIDIA's can have."""
