@@ -47,7 +47,7 @@ NARROW: dict[str, dict[str, Rows]] = {
         "half": ((64, Tiles(16, 32, 4, 1)), (128, Tiles(16, 16, 4, 1, parts=4)),
                  (512, Tiles(16, 16, 8, 1, parts=8))),
         "narrow": ((64, Tiles(16, 32, 4, 1)), (128, Tiles(16, 16, 4, 1, parts=4)), (256, Tiles(16, 16, 8, 1, parts=8)),
-                   (512, Tiles(16, 16, 16, 1, parts=16))),
+                   (512, Tiles(16, 16, 16, 3, parts=16))),
         "single": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(16, 32, 4, 1)), (256, Tiles(16, 16, 4, 1)),
                    (512, Tiles(16, 16, 4, 1))),
     },
@@ -63,15 +63,16 @@ any number of smaller ones. The other families' rows are the largest that do not
 NARROW["blackwell"] = NARROW["hopper"]
 NARROW["rdna"]["narrow_paged"] = NARROW["rdna"]["narrow"]
 
-MANY = {
-    "hopper": Tiles(32, 32, 4, 2),
-    "blackwell": Tiles(32, 16, 8, 2, registers=REGISTERS),
-    "ampere": Tiles(32, 16, 8, 2, registers=REGISTERS),
-    "cdna": Tiles(32, 32, 8, 1, parts=8),
+MANY: dict[str, tuple[tuple[int, Tiles | None], ...]] = {
+    "hopper": ((128, None), (256, Tiles(128, 64, 8, 1, lean=True)), (512, Tiles(32, 32, 8, 2))),
+    "blackwell": ((256, None), (512, Tiles(32, 16, 8, 2, registers=REGISTERS))),
+    "ampere": ((256, None), (512, Tiles(32, 16, 8, 2, registers=REGISTERS))),
+    "cdna": ((256, None), (512, Tiles(32, 32, 8, 1, parts=8))),
 }
-"""For more rows than those of 16 bits and more than 256 columns serve, as in latent attention with all its heads. Tiles
-of 64 rows were faster on an H100, but their products read shared memory through the asynchronous proxy, and the code of
-Triton 3.9 has no fence before that: the emulator says so. Only Hopper's row was timed; the others do not spill."""
+"""For more rows of 16 bits than those serve, where the forward kernel's tiles (None) would not do: up to 256 columns
+they spill on Hopper, and above, as in latent attention with all its heads, they are too small. There tiles of 64 rows
+were faster on an H100, but their products read shared memory through the asynchronous proxy, and the code of Triton 3.9
+has no fence before that: the emulator says so. None of these spills."""
 
 LATENT = Tiles(64, 64, 12, 3)
 """Of Hopper's kernel for latent attention with many rows of queries; `stages` counts slots for tiles of keys."""
@@ -152,7 +153,8 @@ def decode_tiles(headdim: int, rows: int, cache: str, kind: str, family: str) ->
     for limit, tiles in tables.get(cache, tables["half"]):
         if headdim <= limit and rows <= tiles.tile_q:
             return tiles._replace(tile_q=max(16, 1 << (rows - 1).bit_length()))
-    wide = MANY.get(family) if cache != "single" and headdim > 256 else None
+    many = MANY.get(family, ()) if cache != "single" else ()
+    wide = next((tiles for limit, tiles in many if headdim <= limit), None)
     return wide or portable_config(headdim, kind, family).forward
 
 

@@ -81,24 +81,32 @@ COARSER = {
 HOPPER: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 4))),
-        (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2, lean=True))),
+        (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(32, 64, 4, 3, lean=True))),
         (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 3, lean=True),
-                             Tiles(32, 128, 8, 2, lean=True), Tiles(64, 128, 8, 2, lean=True))),
+                             Tiles(32, 128, 8, 1, lean=True), Tiles(64, 128, 8, 1, lean=True))),
+        (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+    ),
+    "packed": (
+        (64, PortableConfig(Tiles(128, 64, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3, lean=True))),
+        (128, PortableConfig(Tiles(128, 128, 8, 3, lean=True), Tiles(64, 64, 4, 2, lean=True),
+                             Tiles(32, 64, 4, 3, lean=True))),
+        (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 3, lean=True),
+                             Tiles(32, 128, 8, 2, lean=True), Tiles(32, 64, 4, 2, lean=True))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
     "masked": (
-        (64, PortableConfig(Tiles(128, 64, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3, lean=True))),
+        (64, PortableConfig(Tiles(128, 32, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2, lean=True))),
         (128, PortableConfig(Tiles(128, 64, 8, 3, lean=True), Tiles(64, 64, 4, 2, lean=True),
                              Tiles(32, 64, 4, 3, lean=True))),
-        (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 3, lean=True), Tiles(32, 128, 8, 2),
-                             Tiles(32, 64, 4, 2, lean=True))),
+        (256, PortableConfig(Tiles(128, 32, 8, 3, lean=True), Tiles(128, 32, 8, 3, lean=True),
+                             Tiles(16, 128, 8, 1, lean=True), Tiles(32, 64, 4, 1, lean=True))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 64, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3, lean=True))),
-        (128, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2, lean=True), Tiles(32, 64, 4, 3, lean=True))),
+        (64, PortableConfig(Tiles(128, 64, 8, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 1, lean=True))),
+        (128, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2, lean=True), Tiles(32, 64, 4, 1, lean=True))),
         (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 2, lean=True),
-                             Tiles(32, 128, 8, 2, lean=True), Tiles(64, 128, 8, 2, lean=True),
+                             Tiles(32, 128, 8, 1, lean=True), Tiles(32, 128, 8, 2, lean=True),
                              bias=Tiles(64, 32, 8, 2))),
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
@@ -115,21 +123,18 @@ HOPPER: dict[str, Rows] = {
         (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
     ),
 }  # fmt: skip
-HOPPER["packed"] = (
-    HOPPER["masked"][0],
-    (128, HOPPER["masked"][1][1]._replace(forward=Tiles(128, 128, 8, 3, lean=True))),
-    (256, HOPPER["masked"][2][1]._replace(key=Tiles(32, 128, 8, 2, lean=True))),
-    HOPPER["masked"][3],
-)
 HOPPER["table"] = (
     (64, HOPPER["modified"][0][1]._replace(forward=Tiles(128, 32, 4, 3, lean=True),
                                            key=Tiles(32, 64, 4, 3, lean=True))),
-    HOPPER["modified"][1],
-    (256, HOPPER["modified"][2][1]._replace(query=Tiles(128, 32, 8, 2), value=Tiles(64, 64, 8, 2, lean=True))),
+    (128, HOPPER["modified"][1][1]._replace(query=Tiles(64, 32, 4, 3, lean=True))),
+    (256, HOPPER["modified"][2][1]._replace(forward=Tiles(128, 32, 8, 3, lean=True),
+                                            query=Tiles(64, 64, 8, 2, lean=True),
+                                            value=Tiles(64, 64, 8, 2, lean=True))),
     HOPPER["modified"][3],
 )  # fmt: skip
 """sm_90, 227 KB of shared memory. 16-bit rows of up to 256 columns were timed on an H100; so was what is `lean` (Triton
-3.6, lengths 1k and 8k), where it is no slower, or takes spills away for 2 % at most."""
+3.6, lengths 1k and 8k). None of up to 256 columns spills: where the fastest tiles did, the next ones were
+taken that do not."""
 
 REGISTERS = 255
 """Registers that a thread of NVIDIA's can have."""
@@ -254,33 +259,6 @@ TABLES: dict[str, dict[str, Rows]] = {
     "rdna": RDNA,
 }
 """By family of GPUs, then by kind."""
-
-SPILLS: dict[tuple[str, str, int], dict[str, int]] = {
-    # Triton 3.6 converts e4m3 for gfx1100 by dozens of integer instructions a number; Triton 3.9 does not spill there.
-    ("rdna", "decode_kernel", 576): {"decode_fp8": 40},
-}
-"""How many spilling instructions a kernel may have, by family, head dimension and variant of the call, where not 0."""
-
-HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
-    ("forward_kernel", 64): {"dropout": 10, "mask_mod": 50},
-    ("forward_kernel", 256): {"table": 20, "mask_mod": 60},
-    ("decode_kernel", 256): {"decode_many": 10},
-    ("decode_kernel", 576): {"decode_some": 10, "decode_many": 10},
-    ("query_kernel", 128): {"table": 60},
-    ("query_kernel", 256): {"table": 50},
-    ("key_kernel", 64): {"dropout": 10, "bias": 10, "score_mod": 20, "mask_mod": 10},
-    ("key_kernel", 128): {"plain": 70, "causal": 30, "window": 40, "dropout": 10, "score_mod": 20, "table": 20},
-    ("key_kernel", 256): {"plain": 20, "dropout": 40, "bias": 30, "table": 20, "mask_mod": 50},
-}
-"""The same on sm_90a by kernel, head dimension and variant of the call, rounded up to tens. An H100's timings chose the
-tiles: where smaller ones that spill less were timed beside them, those were slower. This keeps the numbers from
-growing."""
-
-
-def spills_allowed(family: str, kernel: str, headdim: int, variant: str) -> int:
-    """The limit of a row, for `flashtile compile`."""
-    limits = HOPPER_SPILLS.get((kernel, headdim)) if family == "hopper" else SPILLS.get((family, kernel, headdim))
-    return (limits or {}).get(variant, 0)
 
 
 def portable_config(headdim: int, kind: str, family: str = "hopper") -> PortableConfig:
