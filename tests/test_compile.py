@@ -294,10 +294,8 @@ def test_a_function_that_captures_a_number_has_no_table() -> None:
     ("headdim", "variant", "kernel"),
     [
         *((64, variant, "forward_kernel") for variant in ("table", "mask_mod", "dropout")),
-        *((128, "mask_mod", "forward_kernel"), (256, "table", "forward_kernel"), (256, "bias", "bias_kernel")),
-        *((headdim, "table", "query_kernel") for headdim in (128, 256)),
-        *((64, "score_mod", "key_kernel"), (128, "plain", "key_kernel"), (128, "table", "key_kernel")),
-        *((256, variant, "key_kernel") for variant in ("plain", "dropout", "mask_mod")),
+        *((128, "mask_mod", "forward_kernel"), (256, "mask_mod", "forward_kernel"), (256, "bias", "bias_kernel")),
+        *((512, "plain", kernel) for kernel in ("forward_kernel", "query_kernel")),
         *((256, "decode_many", "decode_kernel"), (matrix.LATENT, "decode_some", "decode_kernel")),
     ],
 )

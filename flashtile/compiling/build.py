@@ -22,6 +22,7 @@ from flashtile.compiling.targets import TARGETS
 from flashtile.kernels import aot
 from flashtile.problem import describe, describe_cached
 from flashtile.tuning import hopper as hopper_tables
+from flashtile.tuning import portable as portable_tables
 from flashtile.tuning.portable import Tiles
 
 
@@ -126,6 +127,7 @@ def _portable_machine(entry: Entry, found: list[Row]) -> portable_launch.Machine
         given = dict(zip(names, arguments, strict=False)) | {key: options[key] for key in options if key in names}
         beside = {key: value for key, value in options.items() if key not in names}
         row = _named(entry, "portable", kernel, tiles.chosen())
+        row.spills_allowed = portable_tables.spills_allowed(target.family, row.kernel, row.headdim, row.variant)
         _measure(row, kernel, given, {**beside, **tiles.options()})
         if row.shared > target.shared and _smaller_left(tiles):
             # What the driver would say; the launch tries the next smaller tiles.

@@ -64,7 +64,7 @@ NARROW["blackwell"] = NARROW["hopper"]
 NARROW["rdna"]["narrow_paged"] = NARROW["rdna"]["narrow"]
 
 MANY: dict[str, tuple[tuple[int, Tiles | None], ...]] = {
-    "hopper": ((128, None), (256, Tiles(128, 64, 8, 1, lean=True)), (512, Tiles(32, 32, 8, 2))),
+    "hopper": ((128, None), (256, Tiles(128, 32, 8, 3, lean=True)), (512, Tiles(32, 64, 8, 2))),
     "blackwell": ((256, None), (512, Tiles(32, 16, 8, 2, registers=REGISTERS))),
     "ampere": ((256, None), (512, Tiles(32, 16, 8, 2, registers=REGISTERS))),
     "cdna": ((256, None), (512, Tiles(32, 32, 8, 1, parts=8))),

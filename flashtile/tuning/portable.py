@@ -78,13 +78,17 @@ COARSER = {
 }
 """Whose rows hold where a family has none of its own for a kind."""
 
+_WIDE = (512, PortableConfig(Tiles(64, 64, 8, 1, lean=True), Tiles(64, 32, 8, 1, lean=True),
+                             Tiles(32, 64, 8, 1, lean=True), Tiles(64, 64, 8, 1, lean=True)))  # fmt: skip
+_WIDE_ASKED = (512, _WIDE[1]._replace(forward=Tiles(64, 32, 8, 1, lean=True), bias=Tiles(16, 32, 8, 1, lean=True)))
+
 HOPPER: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 4))),
-        (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(32, 64, 4, 3, lean=True))),
+        (128, PortableConfig(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2, lean=True))),
         (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 3, lean=True),
-                             Tiles(32, 128, 8, 1, lean=True), Tiles(64, 128, 8, 1, lean=True))),
-        (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+                             Tiles(32, 128, 8, 2, lean=True), Tiles(64, 128, 8, 2, lean=True))),
+        _WIDE,
     ),
     "packed": (
         (64, PortableConfig(Tiles(128, 64, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3, lean=True))),
@@ -92,23 +96,23 @@ HOPPER: dict[str, Rows] = {
                              Tiles(32, 64, 4, 3, lean=True))),
         (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 3, lean=True),
                              Tiles(32, 128, 8, 2, lean=True), Tiles(32, 64, 4, 2, lean=True))),
-        (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+        _WIDE,
     ),
     "masked": (
-        (64, PortableConfig(Tiles(128, 32, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2, lean=True))),
+        (64, PortableConfig(Tiles(64, 64, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2, lean=True))),
         (128, PortableConfig(Tiles(128, 64, 8, 3, lean=True), Tiles(64, 64, 4, 2, lean=True),
                              Tiles(32, 64, 4, 3, lean=True))),
-        (256, PortableConfig(Tiles(128, 32, 8, 3, lean=True), Tiles(128, 32, 8, 3, lean=True),
-                             Tiles(16, 128, 8, 1, lean=True), Tiles(32, 64, 4, 1, lean=True))),
-        (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+        (256, PortableConfig(Tiles(128, 32, 8, 3, lean=True), Tiles(128, 32, 8, 3, lean=True), Tiles(32, 128, 8, 2),
+                             Tiles(32, 64, 4, 2, lean=True))),
+        _WIDE_ASKED,
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 64, 8, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 1, lean=True))),
-        (128, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2, lean=True), Tiles(32, 64, 4, 1, lean=True))),
+        (64, PortableConfig(Tiles(64, 64, 4, 3, lean=True), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3, lean=True))),
+        (128, PortableConfig(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2, lean=True), Tiles(32, 64, 4, 3, lean=True))),
         (256, PortableConfig(Tiles(128, 64, 8, 2, lean=True), Tiles(128, 32, 8, 2, lean=True),
-                             Tiles(32, 128, 8, 1, lean=True), Tiles(32, 128, 8, 2, lean=True),
+                             Tiles(32, 128, 8, 2, lean=True), Tiles(64, 128, 8, 2, lean=True),
                              bias=Tiles(64, 32, 8, 2))),
-        (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+        _WIDE_ASKED,
     ),
     "single": (
         (64, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1))),
@@ -126,18 +130,17 @@ HOPPER: dict[str, Rows] = {
 HOPPER["table"] = (
     (64, HOPPER["modified"][0][1]._replace(forward=Tiles(128, 32, 4, 3, lean=True),
                                            key=Tiles(32, 64, 4, 3, lean=True))),
-    (128, HOPPER["modified"][1][1]._replace(query=Tiles(64, 32, 4, 3, lean=True))),
-    (256, HOPPER["modified"][2][1]._replace(forward=Tiles(128, 32, 8, 3, lean=True),
-                                            query=Tiles(64, 64, 8, 2, lean=True),
-                                            value=Tiles(64, 64, 8, 2, lean=True))),
+    HOPPER["modified"][1],
+    (256, HOPPER["modified"][2][1]._replace(query=Tiles(128, 32, 8, 2), value=Tiles(64, 64, 8, 2, lean=True))),
     HOPPER["modified"][3],
 )  # fmt: skip
-"""sm_90, 227 KB of shared memory. 16-bit rows of up to 256 columns were timed on an H100; so was what is `lean` (Triton
-3.6, lengths 1k and 8k). None of up to 256 columns spills: where the fastest tiles did, the next ones were
-taken that do not."""
+"""sm_90, 227 KB of shared memory. 16-bit rows were timed on an H100, `lean` and not (Triton 3.6, lengths 1k and 8k):
+the fastest that do not spill, unless they take over a twentieth longer than one that does (docs/portable.md)."""
 
 REGISTERS = 255
 """Registers that a thread of NVIDIA's can have."""
+
+_WIDEST = (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)))
 
 BLACKWELL: dict[str, Rows] = {
     "half": (
@@ -145,21 +148,21 @@ BLACKWELL: dict[str, Rows] = {
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2, registers=REGISTERS), Tiles(32, 64, 8, 2))),
         (256, PortableConfig(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 64, 8, 1, registers=REGISTERS),
                              Tiles(64, 64, 8, 1, registers=REGISTERS))),
-        *HOPPER["half"][3:],
+        _WIDEST,
     ),
     "masked": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 2, registers=REGISTERS))),
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 4, 1))),
         (256, PortableConfig(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 1),
                              Tiles(64, 64, 8, 1, registers=REGISTERS))),
-        *HOPPER["masked"][3:],
+        _WIDEST,
     ),
     "modified": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 2, registers=REGISTERS))),
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 4, 1))),
         (256, PortableConfig(Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 1),
                              Tiles(64, 64, 8, 1, registers=REGISTERS))),
-        *HOPPER["modified"][3:],
+        _WIDEST,
     ),
     "single": HOPPER["single"],
 }  # fmt: skip
@@ -259,6 +262,28 @@ TABLES: dict[str, dict[str, Rows]] = {
     "rdna": RDNA,
 }
 """By family of GPUs, then by kind."""
+
+HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
+    ("forward_kernel", 256): {"table": 20},
+    ("forward_kernel", 512): {"mask_mod": 20},
+    ("query_kernel", 128): {"table": 60},
+    ("query_kernel", 256): {"table": 50},
+    ("query_kernel", 512): {"dropout": 20, "score_mod": 30, "table": 40, "mask_mod": 30},
+    ("key_kernel", 64): {"dropout": 10, "bias": 10, "score_mod": 20},
+    ("key_kernel", 128): {"plain": 70, "causal": 30, "window": 40, "dropout": 10, "score_mod": 20, "table": 20,
+                          "deterministic": 30},
+    ("key_kernel", 256): {"plain": 20, "dropout": 40, "bias": 30, "table": 20, "mask_mod": 50},
+    ("key_kernel", 512): {"plain": 30, "causal": 30, "window": 20, "dropout": 30, "bias": 20, "softcap": 20,
+                          "score_mod": 130, "table": 40, "mask_mod": 300, "varlen": 40, "deterministic": 30},
+}  # fmt: skip
+"""How many spilling instructions a kernel may have on sm_90a by kernel, head dimension and variant of the call, rounded
+up to tens; elsewhere, and where none is named, none. There, tiles that spill nothing took 1.1 to 3.7 times as long
+on an H100 (docs/portable.md). This keeps the numbers from growing."""
+
+
+def spills_allowed(family: str, kernel: str, headdim: int, variant: str) -> int:
+    """The limit of a row, for `flashtile compile`."""
+    return HOPPER_SPILLS.get((kernel, headdim), {}).get(variant, 0) if family == "hopper" else 0
 
 
 def portable_config(headdim: int, kind: str, family: str = "hopper") -> PortableConfig:
