@@ -53,6 +53,9 @@ def evoformer_attention(q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor
         out = attention(*rows, bias=None if over_keys is None else over_keys.flatten(0, -4))
     elif over_keys is None:
         out = attention(*rows, bias=_pairs(over_pairs))
+    elif not over_keys.numel():
+        # Nothing reads it, and a function of no entries cannot be traced; its gradient is as empty.
+        out = attention(*rows, bias=_pairs(over_pairs)) + 0 * over_keys.sum()
     else:
         out = attention(*rows, bias=_pairs(over_pairs), score_mod=_adding(over_keys.flatten(0, -2)))
     return out.unflatten(0, q.shape[:-3])

@@ -94,8 +94,7 @@ class Modifiers(NamedTuple):
     """What changes scores: softcap; bias with strides (batch, head, query, key); slopes; arguments of functions.
 
     Strides are as `whole` reads them. bias_sharing: how many entries of the batch have one of the bias, `odd`; None: 1.
-    `score`, `mask`: what the functions of that name get, `totals`: where gradients
-    of the first go (see `lower`).
+    `score`, `mask`: what the functions of that name get, `totals`: where gradients of the first go (see `lower`).
     """
 
     softcap: Any

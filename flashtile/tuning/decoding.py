@@ -72,7 +72,7 @@ MANY: dict[str, tuple[tuple[int, Tiles | None], ...]] = {
 """For more rows of 16 bits than those serve, where the forward kernel's tiles (None) would not do: up to 256 columns
 they spill on Hopper, and above, as in latent attention with all its heads, they are too small. There tiles of 64 rows
 were faster on an H100, but their products read shared memory through the asynchronous proxy, and the code of Triton 3.9
-has no fence before that: the emulator says so. None of these spills."""
+has no fence before that: the emulator says so. None of these spills; only Hopper's were timed."""
 
 LATENT = Tiles(64, 64, 12, 3)
 """Of Hopper's kernel for latent attention with many rows of queries; `stages` counts slots for tiles of keys."""

@@ -140,7 +140,7 @@ the fastest that do not spill, unless they take over a twentieth longer than one
 REGISTERS = 255
 """Registers that a thread of NVIDIA's can have."""
 
-_WIDEST = (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)))
+_WIDE_BLACKWELL = (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)))
 
 BLACKWELL: dict[str, Rows] = {
     "half": (
@@ -148,21 +148,21 @@ BLACKWELL: dict[str, Rows] = {
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2, registers=REGISTERS), Tiles(32, 64, 8, 2))),
         (256, PortableConfig(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 64, 8, 1, registers=REGISTERS),
                              Tiles(64, 64, 8, 1, registers=REGISTERS))),
-        _WIDEST,
+        _WIDE_BLACKWELL,
     ),
     "masked": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 2, registers=REGISTERS))),
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 4, 1))),
         (256, PortableConfig(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 1),
                              Tiles(64, 64, 8, 1, registers=REGISTERS))),
-        _WIDEST,
+        _WIDE_BLACKWELL,
     ),
     "modified": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 2, registers=REGISTERS))),
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 4, 1))),
         (256, PortableConfig(Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 1),
                              Tiles(64, 64, 8, 1, registers=REGISTERS))),
-        _WIDEST,
+        _WIDE_BLACKWELL,
     ),
     "single": HOPPER["single"],
 }  # fmt: skip

@@ -79,6 +79,13 @@ class TestOperator:
     def test_other_leading_dimensions(self, leading: tuple[int, ...]) -> None:
         _compare(_leaves(*leading), ("over_keys", "over_pairs"))
 
+    @pytest.mark.parametrize("leading", [(0,), (0, 2)], ids=str)
+    @pytest.mark.parametrize("order", BIASES, ids=str)
+    def test_no_batch_entries(self, order: tuple[str | None, ...], leading: tuple[int, ...]) -> None:
+        leaves = _leaves(*leading)
+        for found, name in zip(_run(evoformer_attention, leaves, order), ("out", *leaves), strict=False):
+            assert found.shape[: len(leading)] == leading, name
+
     def test_half_precision_and_other_keys(self) -> None:
         _compare(_leaves(1, keys=21, dtype=torch.bfloat16), ("over_keys", "over_pairs"))
 
