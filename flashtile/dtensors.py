@@ -3,8 +3,8 @@
 A dimension of the mesh that shards the batch or the heads of q, k or v goes on doing so, and everything else of the
 call is laid out to fit: tables are sharded along with what they are about, or whole on every device. A dimension that
 shards anything else, the sequence above all, is gathered first (`flashtile.distributed` keeps sequences apart). Where a
-device must know which entry or head it has (functions of scores and masks, dropout), all is gathered too, and every
-device of the mesh does the same.
+device must know which entry or head it has (functions of scores and masks, dropout, a bias that entries share), all is
+gathered too, and every device of the mesh does the same.
 """
 
 import json

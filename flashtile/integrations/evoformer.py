@@ -40,10 +40,9 @@ def evoformer_attention(q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor
 
     Nothing is copied but a bias of pairs whose keys do not lie side by side, as projections leave it: each row reads it
     whole, and one copy takes less time than that. (With several batch entries, q, k and v in whose memory entries and
-    rows are no one dimension are copied too.) Unlike the original it takes every dtype, head dimension
-    and length that `attention` takes, and leaves the list of biases as it is. The bias of keys beside one of pairs is
-    captured by a function, whose kernel is built once for each of its shapes; within a compiled function it must come
-    from outside.
+    rows are no one dimension are copied too.) Unlike the original it takes every dtype, head dimension and length that
+    `attention` takes, and leaves the list of biases as it is. The bias of keys beside one of pairs is captured by a
+    function, whose kernel is built once for each of its shapes; within a compiled function it must come from outside.
     """
     check.evoformer(q, k, v, biases)
     over_keys, over_pairs = _sorted(q, k, biases)
@@ -136,9 +135,18 @@ class TriangleAttention(nn.Module):
             x, mask = x.transpose(-2, -3), None if mask is None else mask.transpose(-1, -2)
         x = self.layer_norm(x)
         keys = None if mask is None else (_INFINITY * (mask.to(x.dtype) - 1))[..., None, None, :]
-        pairs = self.linear(x).movedim(-1, -3).unsqueeze(-4)
+        pairs = self._projected(x).unsqueeze(-4)
         out: Tensor = self.mha(x, x, [keys, pairs])
         return out if self.starting else out.transpose(-2, -3)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """`linear` with the heads in front: (..., heads, rows, columns), written so by the product itself. As a layer
+        applies it heads lie side by side, and `evoformer_attention` would copy them."""
+        *leading, rows, columns, size = x.shape
+        entries, heads = math.prod(leading), self.linear.out_features
+        weight = self.linear.weight.expand(entries, heads, size)
+        product = torch.bmm(weight, x.reshape(entries, rows * columns, size).transpose(1, 2))
+        return product.view(*leading, heads, rows, columns)
 
 
 def _sorted(q: Tensor, k: Tensor, biases: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:

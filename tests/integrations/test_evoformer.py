@@ -57,6 +57,17 @@ def _compare(leaves: Leaves, order: tuple[str | None, ...]) -> None:
         assert_close(*three, name)
 
 
+def _nodes(tensor: Tensor) -> set[str]:
+    """The names of all steps of autograd behind a tensor."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node.name() not in seen:
+            seen.add(node.name())
+            nodes += [following for following, _ in node.next_functions]
+    return seen
+
+
 BIASES = [
     (),
     ("over_keys",),
@@ -145,13 +156,7 @@ class TestOperator:
     def test_gradients_are_not_copied(self, dims: tuple[int, ...]) -> None:
         """All between the operator and its arguments are views, whose gradients are views too."""
         leaves = [leaf.requires_grad_(name != "over_keys") for name, leaf in _leaves(*dims).items()]
-        out = evoformer_attention(*leaves[:3], leaves[3:])
-        nodes, seen = [out.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            if node is not None and node.name() not in seen:
-                seen.add(node.name())
-                nodes += [following for following, _ in node.next_functions]
+        seen = _nodes(evoformer_attention(*leaves[:3], leaves[3:]))
         assert not seen & {"UnbindBackward0", "SelectBackward0", "StackBackward0", "CatBackward0"}, seen
 
     def test_the_list_stays_as_it_is(self) -> None:
@@ -271,6 +276,29 @@ class TestModules:
         module = TriangleAttention(10, HEADDIM, HEADS, starting)
         mask = (torch.rand(1, 11, 11) > 0.3).float()
         _compare_modules(module, _triangle, torch.randn(1, 11, 11, 10), mask)
+
+    @pytest.mark.parametrize("starting", [True, False])
+    @pytest.mark.parametrize("leading", [(), (1,), (2,), (2, 3), (0,)], ids=str)
+    def test_pairs_are_projected_with_heads_in_front(
+        self, leading: tuple[int, ...], starting: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As the layer would, and without a copy of anything on the way to the kernels."""
+        seen: list[Tensor] = []
+        original = evoformer.attention
+
+        def spy(*inputs: Tensor, **options: Any) -> Any:
+            seen.extend((*inputs, options["bias"]))
+            return original(*inputs, **options)
+
+        monkeypatch.setattr(evoformer, "attention", spy)
+        module, x = TriangleAttention(10, HEADDIM, HEADS, starting), torch.randn(*leading, 11, 11, 10)
+        out = module(x)
+        normed = module.layer_norm(x if starting else x.transpose(-2, -3))
+        wanted = module.linear(normed).movedim(-1, -3)
+        torch.testing.assert_close(seen[-1].reshape(wanted.shape), wanted)
+        assert out.shape == x.shape
+        assert all(tensor.is_contiguous() for tensor in seen)
+        assert not {"CloneBackward0", "CopyBackwards"} & _nodes(seen[-1])
 
     def test_names_are_openfolds(self) -> None:
         names = set(TriangleAttention(10, HEADDIM, HEADS).state_dict())
