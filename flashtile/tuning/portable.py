@@ -140,7 +140,9 @@ the fastest that do not spill, unless they take over a twentieth longer than one
 REGISTERS = 255
 """Registers that a thread of NVIDIA's can have."""
 
-_WIDE_BLACKWELL = (512, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)))
+_WIDE_BLACKWELL = (512, PortableConfig(Tiles(64, 32, 8, 1, lean=True), Tiles(64, 32, 8, 1, lean=True),
+                                       Tiles(32, 64, 8, 1, lean=True), Tiles(32, 64, 8, 1, lean=True),
+                                       bias=Tiles(16, 32, 8, 1, lean=True)))  # fmt: skip
 
 BLACKWELL: dict[str, Rows] = {
     "half": (
@@ -168,18 +170,23 @@ BLACKWELL: dict[str, Rows] = {
 }  # fmt: skip
 """sm_100, 227 KB of shared memory. The largest tiles that do not spill; timed on none."""
 
+_WIDE_AMPERE = (512, PortableConfig(Tiles(32, 32, 8, 1, lean=True), Tiles(32, 16, 8, 1, parts=4, lean=True),
+                                    Tiles(16, 32, 8, 1, parts=8), Tiles(16, 32, 8, 1, parts=4, lean=True)))  # fmt: skip
+_WIDE_AMPERE_ASKED = (512, _WIDE_AMPERE[1]._replace(query=Tiles(16, 16, 8, 1, parts=4, lean=True),
+                                                    bias=Tiles(16, 32, 8, 1, lean=True)))  # fmt: skip
+
 AMPERE: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2))),
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2))),
         (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1))),
-        (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
+        _WIDE_AMPERE,
     ),
     "modified": (
         (64, PortableConfig(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2, registers=REGISTERS), Tiles(32, 32, 4, 2))),
         (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))),
         (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, registers=REGISTERS), Tiles(32, 16, 8, 1))),
-        (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
+        _WIDE_AMPERE_ASKED,
     ),
     "single": HOPPER["single"],
 }
