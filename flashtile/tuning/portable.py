@@ -203,26 +203,34 @@ AMPERE["masked"] = (
 """sm_80 to sm_89 and sm_120, whose smallest have 99 KB of shared memory. The largest tiles that do not spill there;
 timed on none of them."""
 
+_WIDE_CDNA = (512, PortableConfig(Tiles(64, 32, 8, 1, parts=8, lean=True), Tiles(32, 32, 8, 1, parts=8),
+                                  Tiles(16, 32, 8, 1, parts=8)))  # fmt: skip
+_WIDE_CDNA_MODIFIED = (512, _WIDE_CDNA[1]._replace(forward=Tiles(32, 32, 8, 1, parts=8)))
+_WIDE_CDNA_ASKED = (512, PortableConfig(Tiles(32, 32, 8, 1, parts=8), Tiles(16, 32, 8, 1, parts=8),
+                                        Tiles(16, 16, 8, 1, parts=8)))  # fmt: skip
+
 CDNA: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(128, 64, 8, 2, aside=True), Tiles(64, 64, 8, 2, aside=True), Tiles(32, 64, 8, 1))),
         (128, PortableConfig(Tiles(128, 64, 8, 2, 16, aside=True), Tiles(64, 32, 4, 2, aside=True),
                              Tiles(32, 64, 4, 1))),
         (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2, 16), Tiles(16, 32, 4, 1))),
-        (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
+        _WIDE_CDNA,
     ),
     "modified": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2, aside=True), Tiles(32, 64, 4, 1))),
         (128, PortableConfig(Tiles(64, 64, 4, 2, aside=True), Tiles(64, 32, 4, 2, aside=True), Tiles(16, 32, 4, 1))),
         (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1))),
-        (512, PortableConfig(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1))),
+        _WIDE_CDNA_MODIFIED,
     ),
     "single": HOPPER["single"],
 }  # fmt: skip
 CDNA["masked"] = (
     (64, CDNA["modified"][0][1]._replace(forward=Tiles(128, 64, 8, 2, 16, aside=True))),
-    *CDNA["modified"][1:],
+    *CDNA["modified"][1:3],
+    _WIDE_CDNA_ASKED,
 )
+CDNA["function"] = (*CDNA["modified"][:3], _WIDE_CDNA_ASKED)
 """gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill; timed on none of them.
 Products of 16 rows, and rows loaded aside, where a comparison by counts was made (docs/amd.md)."""
 
