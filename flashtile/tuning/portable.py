@@ -235,23 +235,24 @@ CDNA["function"] = (*CDNA["modified"][:3], _WIDE_CDNA_ASKED)
 Products of 16 rows, and rows loaded aside, where a comparison by counts was made (docs/amd.md)."""
 
 _QUARTERS, _EIGHTHS = Tiles(16, 16, 4, 1, parts=4), Tiles(16, 16, 8, 1, parts=8)
+_SIXTEENTHS = Tiles(16, 16, 16, 1, parts=16)
 
 RDNA: dict[str, Rows] = {
     "half": (
         (64, PortableConfig(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 8, 1))),
         (128, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, parts=4), Tiles(16, 32, 8, 1, parts=8))),
         (256, PortableConfig(Tiles(16, 32, 8, 1, parts=8), Tiles(16, 32, 8, 1, parts=8), _EIGHTHS)),
-        (512, PortableConfig(_EIGHTHS, _EIGHTHS, _EIGHTHS)),
+        (512, PortableConfig(_SIXTEENTHS._replace(tile_q=32), _SIXTEENTHS._replace(tile_q=32), _SIXTEENTHS)),
     ),
     "masked": (
         (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 8, 1))),
         (128, PortableConfig(Tiles(32, 16, 8, 1, parts=4), _QUARTERS, _QUARTERS)),
-        (512, PortableConfig(_EIGHTHS, _EIGHTHS, _EIGHTHS)),
+        (512, PortableConfig(_SIXTEENTHS._replace(tile_q=32), _SIXTEENTHS, _SIXTEENTHS)),
     ),
     "modified": (
         (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 8, 1))),
         (128, PortableConfig(Tiles(64, 32, 8, 1), _QUARTERS, _QUARTERS)),
-        (512, PortableConfig(_EIGHTHS, _EIGHTHS, _EIGHTHS)),
+        (512, PortableConfig(_SIXTEENTHS._replace(tile_q=32), _SIXTEENTHS, _SIXTEENTHS)),
     ),
     "single": HOPPER["single"],
 }
