@@ -265,6 +265,22 @@ def test_calls_that_have_rows_of_their_own(target: str, headdim: int, variant: s
     assert [str(row) for row in rows if row.spills] == []
 
 
+@pytest.mark.parametrize(
+    ("target", "variant"),
+    [("sm_86", "mask_mod"), ("sm_120", "dropout"), ("sm_100", "bias"), ("gfx942", "table"), ("gfx1100", "dropout")],
+)
+def test_rows_of_512_columns(target: str, variant: str) -> None:
+    """They spill nothing, and fit with the table's tiles, no smaller ones."""
+    entry = Entry(target, 512, "bfloat16", variant)
+    inputs, options = matrix.call(entry)
+    config = portable.portable_config(512, kind_of(describe(inputs, options)), TARGETS[target].family)
+    rows = [row for row in build._portable(entry) if row.kernel != "delta_kernel"]
+    assert [str(row) for row in rows if row.broken or row.spills] == []
+    bias = [config.bias or config.query] if variant == "bias" else []
+    expected = [config.forward, config.query, *config.passes_over_keys().values(), *bias]
+    assert [row.tiles for row in rows] == [tiles.chosen() for tiles in expected]
+
+
 def test_every_family_has_a_row_for_every_kind() -> None:
     for family in portable.TABLES:
         for kind in portable.KINDS:

@@ -168,7 +168,8 @@ BLACKWELL: dict[str, Rows] = {
     ),
     "single": HOPPER["single"],
 }  # fmt: skip
-"""sm_100, 227 KB of shared memory. The largest tiles that do not spill; timed on none."""
+"""sm_100, 227 KB of shared memory. The largest tiles that do not spill; timed on none. Rows of 512 columns have 64 that
+accumulate: with 32 it is not `tcgen05` that multiplies, and with 128 they do not fit into tensor memory."""
 
 _WIDE_AMPERE = (512, PortableConfig(Tiles(32, 32, 8, 1, lean=True), Tiles(32, 16, 8, 1, parts=4, lean=True),
                                     Tiles(16, 32, 8, 1, parts=8), Tiles(16, 32, 8, 1, parts=4, lean=True)))  # fmt: skip
@@ -201,7 +202,7 @@ AMPERE["masked"] = (
     *AMPERE["eight"][2:],
 )
 """sm_80 to sm_89 and sm_120, whose smallest have 99 KB of shared memory. The largest tiles that do not spill there;
-timed on none of them."""
+timed on none of them. Backward, warps share rows of 512 columns."""
 
 _WIDE_CDNA = (512, PortableConfig(Tiles(64, 32, 8, 1, parts=8, lean=True), Tiles(32, 32, 8, 1, parts=8),
                                   Tiles(16, 32, 8, 1, parts=8)))  # fmt: skip
@@ -231,7 +232,8 @@ CDNA["masked"] = (
     _WIDE_CDNA_ASKED,
 )
 CDNA["function"] = (*CDNA["modified"][:3], _WIDE_CDNA_ASKED)
-"""gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill; timed on none of them.
+"""gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill; timed on none of them. Warps share rows of
+512 columns in half precision, which one does not hold.
 Products of 16 rows, and rows loaded aside, where a comparison by counts was made (docs/amd.md)."""
 
 _QUARTERS, _EIGHTHS = Tiles(16, 16, 4, 1, parts=4), Tiles(16, 16, 8, 1, parts=8)
@@ -267,8 +269,8 @@ RDNA["eight_masked"] = (
     *RDNA["masked"][1:],
 )
 """gfx1100, gfx1201: 64 KB of LDS. The largest tiles that do not spill on gfx1100, whose registers do not hold rows of
-128 columns whole for the backward pass, nor of 256 for the forward pass: there warps share the columns. Timed on none
-of them."""
+128 columns whole for the backward pass, nor of 256 for the forward pass: there warps share the columns, sixteen of them
+where there are 512. Timed on none of them."""
 
 TABLES: dict[str, dict[str, Rows]] = {
     "hopper": HOPPER,
