@@ -200,6 +200,28 @@ def load_stats(lse, delta, place, o_query, PACKED: tl.constexpr):
 
 
 @triton.jit
+def sum_of_parts(b_parts, PARTS: tl.constexpr):
+    """Sums over the last of three axes: parts of numbers, a power of two of them, each in other warps.
+
+    One half is added to the other until two parts are left. To split them the compiler gives all parts of a number to
+    one thread, through shared memory, once and without conflicts of banks. `tl.sum` would put the parts of a number
+    next to each other, where lanes side by side meet in few banks, and sums there again, for every warp to read them.
+    The last two are its own: what it gives keeps its layout, where scores over a quantised cache would else be laid
+    out as its rows are loaded, all columns to a thread.
+    """
+    b_sum = b_parts
+    for STEP in tl.static_range(1, doublings(PARTS)):
+        b_low, b_high = tl.split(b_sum.reshape(b_parts.shape[0], b_parts.shape[1], PARTS >> STEP, 2))
+        b_sum = b_low + b_high
+    return tl.sum(b_sum, 2)
+
+
+@triton.constexpr_function
+def doublings(count):
+    return count.bit_length() - 1
+
+
+@triton.jit
 def dots(b_rows, b_others, META: tl.constexpr):
     """Rows times the transposed others, both with all their columns. With META.parts the columns are cut into as many
     parts, each of which other warps multiply, where one warp's registers do not hold the operands whole."""
@@ -212,5 +234,6 @@ def dots(b_rows, b_others, META: tl.constexpr):
         b_left = b_rows.reshape(b_rows.shape[0], PARTS, COLUMNS // PARTS)
         b_right = b_others.reshape(b_others.shape[0], PARTS, COLUMNS // PARTS)
         b_each = tl.dot(tl.permute(b_left, (1, 0, 2)), tl.permute(b_right, (1, 2, 0)), input_precision=META.precision)
-        b_dots = tl.sum(b_each, 0)
+        # Columns in front: a thread holds neighbours of a row, and moves several of them at a time.
+        b_dots = tl.trans(sum_of_parts(tl.permute(b_each, (2, 1, 0)), PARTS))
     return b_dots

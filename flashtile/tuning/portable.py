@@ -9,9 +9,9 @@ class Tiles(NamedTuple):
     choice (0) is not the best: rows of a matrix instruction (`matrix_instr_nonkdim`), and waves a SIMD unit that
     registers are kept free for (`waves_per_eu`); into how many parts the columns of queries and keys are cut, which
     warps share, where one warp's registers do not hold them; and what only NVIDIA's is told, registers that a thread
-    may have (`maxnreg`), where it would spill a few to make room for one more program; whether rows that only a product
-    reads, which takes them as columns, are loaded that way round (keys forward, values for dQ); whether loops compute
-    again each time what never changes in them (`disable_licm`), in place of keeping it in registers."""
+    may have (`maxnreg`), where it would spill a few to make room for one more program; whether rows that a product
+    takes as columns are loaded that way round (keys forward, values for dQ, and its keys of up to 64 columns); whether
+    loops compute again each time what never changes in them (`disable_licm`), in place of keeping it in registers."""
 
     tile_q: int
     tile_kv: int

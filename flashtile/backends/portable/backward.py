@@ -64,13 +64,18 @@ def query_sweep(
     TILE: tl.constexpr = META.tile_kv
     o_rows = o_query[:, None]
     STAGES: tl.constexpr = 1 if GUARDED else None
+    # Of more columns warps would make some products twice; beside a function of scores there are no registers left.
+    KEYS_ASIDE: tl.constexpr = META.aside and META.block_d <= 64 and SCORE is None
     LISTS: tl.constexpr = META.masked == "lists"
     i_next = tile_at(steps, steps.begin, LISTS)
     for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES, disable_licm=META.lean):
         i_tile = i_next
         i_next = tile_at(steps, i_step + 1, LISTS)
         o_columns = (i_tile * TILE + tl.arange(0, TILE))[None, :]
-        b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
+        if KEYS_ASIDE:
+            b_k = load_aside(keys, i_tile, META.headdim, TILE, META.block_d)
+        else:
+            b_k = load_tile(keys, i_tile, META.headdim, TILE, META.block_d, META.tma)
         if META.aside:
             b_v = load_aside(values, i_tile, META.headdim_v, TILE, META.block_dv)
         else:

@@ -28,7 +28,7 @@ class Meta:
     held: numbers that an element of the cache holds: 2 of four bits.
     rest: columns of queries and keys behind the first `headdim`, a tile of their own (`block_rest`); 0: none.
     latent: values are the first `headdim` columns of the keys.
-    aside: rows that only a product reads, which takes them as columns, are loaded that way round (`load_aside`).
+    aside: rows that a product takes as columns are loaded that way round (`load_aside`), see `Tiles`.
     parts: into which the columns of queries and keys are cut, for warps to share (see `dots`).
     eight: what becomes of 8-bit inputs: "products" of them, or "halves", of 16 bits, before; "": they have more.
     scaled: which rows of them share a scale, see `Problem`; turned: values lie on their side; lowered: one over what
