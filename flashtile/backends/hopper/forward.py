@@ -29,7 +29,6 @@ from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import (
     ROWS,
     before_any_key,
-    first_maxima,
     online_softmax,
     rescaled,
     softmax_of_rows,
@@ -61,7 +60,7 @@ def rule(
 @gluon.jit
 def step(
     b_weights, b_out, softmax, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory, barriers,
-    rules, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+    rules, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr, EDGES: gl.constexpr,
 ):  # fmt: skip
     """A key tile: its scores and weights, while the weights of the tile before meet their values.
 
@@ -80,55 +79,35 @@ def step(
     b_scores = warpgroup_mma_wait(1, [score_token])
     if META.early:
         free_slot(KEYS_FREED, count, META.stages, META)
-    MASKED: gl.constexpr = META.asked
-    # A branch lets ptxas wait for the other product as soon as it is passed, so the maxima come first.
-    FORESEEN: gl.constexpr = META.foreseen and MASKED == "edges" and not META.modified
-    if FORESEEN:
-        b_top = maxima(b_scores, META)
+    MASKED: gl.constexpr = META.asked if EDGES is None else "always" if EDGES else "never"
     b_scores, _valid, _capped, _plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit, META, SCORE, MASK, MASKED
     )
-    if FORESEEN:
-        if m_edge:
-            b_top = maxima(b_scores, META)
-    else:
-        b_top = maxima(b_scores, META)
-    GUARDED: gl.constexpr = MASKED != "never" or META.modified
+    GUARDED: gl.constexpr = META.asked != "never" or META.modified
     factor = factor_of(rules, unit, META)
-    b_new, softmax = weights_of(b_scores, b_top, softmax, factor, GUARDED, META)
-    b_new = only_kept(b_new, b_kept)
-    if not META.eight:
-        b_low = narrowed(b_new, k_smem.dtype, META)
-    b_out = warpgroup_mma_wait(0, [out_token])
-    if META.eight:
-        # These go into the registers that the product has read; sooner, ptxas would make products wait for each other.
-        b_low = narrowed(b_new, k_smem.dtype, META)
-    if not META.early:
-        free_slot(KEYS_FREED, count, META.stages, META)
-    free_slot(VALUES_FREED, count - 1, META.stages, META)
-    if not META.rows:
-        b_rescale = softmax[2]
-        if META.scaled == "block":
-            b_rescale = b_rescale * change
-        b_out = b_out * gl.convert_layout(b_rescale, gl.SliceLayout(1, b_out.type.layout))[:, None]
-    return b_low, b_out, softmax
-
-
-@gluon.jit
-def maxima(b_scores, META: gl.constexpr):
-    """Of rows, or of the first row of each thread."""
-    return first_maxima(b_scores) if META.rows else gl.max(b_scores, 1)
-
-
-@gluon.jit
-def weights_of(b_scores, b_top, softmax, factor, MASKED: gl.constexpr, META: gl.constexpr):
-    """(weights, what the softmax is now), with the `maxima` of scores."""
     b_max, b_sum, _ = softmax
     if META.rows:
-        b_weights, b_max, b_sum, b_rescale = softmax_of_rows(b_scores, b_top, b_max, b_sum, factor, MASKED)
+        b_new, b_max, b_sum, b_rescale, b_out = softmax_of_rows(
+            b_scores, out_token, b_max, b_sum, factor, GUARDED, True
+        )
     else:
-        b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_top, b_max, b_sum, factor, MASKED, META.lift)
-    return b_weights, (b_max, b_sum, b_rescale)
+        b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, GUARDED, META.lift)
+    b_new = only_kept(b_new, b_kept)
+    LATE: gl.constexpr = META.eight or META.rows
+    if not LATE:
+        b_low = narrowed(b_new, k_smem.dtype, META)
+    if not META.rows:
+        b_out = warpgroup_mma_wait(0, [out_token])
+    if LATE:
+        # These go into the registers that the product has read; sooner, ptxas would make products wait for each other.
+        b_low = narrowed(b_new, k_smem.dtype, META)
+    # Of the step before, or by one word for these and the keys of this step.
+    free_slot(VALUES_FREED, count - 1 + META.values_late, META.stages, META)
+    if META.scaled == "block":
+        b_rescale = b_rescale * change
+    if not META.rows:
+        b_out = b_out * gl.convert_layout(b_rescale, gl.SliceLayout(1, b_out.type.layout))[:, None]
+    return b_low, b_out, (b_max, b_sum, b_rescale)
 
 
 @gluon.jit
@@ -152,20 +131,53 @@ def first_step(
     token = multiply_scores(q_smem, k_smem, k_full, count, META)
     b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(0, [token])
-    free_slot(KEYS_FREED, count, META.stages, META)
+    free_slot(KEYS_FREED if META.early else VALUES_FREED, count, META.stages, META)
     b_scores, _valid, _capped, _plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit, META, SCORE, MASK, "always"
     )
     ROW: gl.constexpr = gl.SliceLayout(1, scores)
     b_max, b_sum = before_any_key(sinks, place.head, ROW, META.lift)
-    if META.rows:
-        b_sum = sums_of_lanes(b_sum)
+    b_out = gl.zeros([ROWS, BLOCK_DV], gl.float32, output)
     b_ones = gl.full([ROWS], 1.0, gl.float32, ROW)
     factor = factor_of(rules, unit, META)
-    b_new, softmax = weights_of(b_scores, maxima(b_scores, META), (b_max, b_sum, b_ones), factor, True, META)
+    if META.rows:
+        b_sum = sums_of_lanes(b_sum)
+        b_new, b_max, b_sum, _rescale, b_out = softmax_of_rows(b_scores, b_out, b_max, b_sum, factor, True, False)
+    else:
+        b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_max, b_sum, factor, True, META.lift)
     b_weights = narrowed(only_kept(b_new, b_kept), k_smem.dtype, META)
-    # There is no output yet to be multiplied.
-    return b_weights, gl.zeros([ROWS, BLOCK_DV], gl.float32, output), (softmax[0], softmax[1], b_ones)
+    return b_weights, b_out, (b_max, b_sum, b_ones)
+
+
+@gluon.jit
+def walk_some(
+    state, begin, stop, given, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+    EDGES: gl.constexpr,
+):  # fmt: skip
+    """The state after steps [begin, stop), of which all or none need the mask, or some (EDGES None)."""
+    b_weights, b_out, softmax, i_next, scaling, count = state
+    walk, queries, place, o_query, first, memory, barriers, rules, visits, scales = given
+    unit, change, values, next_unit, next_values = scaling
+    _tiles, _first, full_begin, full_end, _steps = walk
+    for n in range(begin, stop):
+        i_tile = i_next
+        i_next = tile_of(walk, n + 1, META)
+        if META.scaled == "block":
+            unit = next_unit
+            change = values / next_values
+            values = next_values
+            next_unit, next_values = units_of(scales, queries, place, i_next, META)
+        if EDGES is None:
+            m_edge = (n < full_begin) | (n >= full_end)
+        else:
+            m_edge = EDGES
+        b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
+        b_weights, b_out, softmax = step(
+            b_weights, b_out, softmax, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory,
+            barriers, rules, META, SCORE, MASK, I_GROUP, EDGES,
+        )  # fmt: skip
+        count += 1
+    return (b_weights, b_out, softmax, i_next, (unit, change, values, next_unit, next_values), count)
 
 
 @gluon.jit
@@ -190,21 +202,17 @@ def walk_keys(
     # Read one step ahead; lists have room for that.
     i_next = tile_of(walk, 1, META)
     next_unit, next_values = units_of(scales, queries, place, i_next, META)
-    for n in range(1, steps):
-        i_tile = i_next
-        i_next = tile_of(walk, n + 1, META)
-        if META.scaled == "block":
-            unit = next_unit
-            change = values / next_values
-            values = next_values
-            next_unit, next_values = units_of(scales, queries, place, i_next, META)
-        m_edge = (n < full_begin) | (n >= full_end)
-        b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
-        b_weights, b_out, softmax = step(
-            b_weights, b_out, softmax, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory,
-            barriers, rules, META, SCORE, MASK, I_GROUP,
-        )  # fmt: skip
-        count += 1
+    scaling = (unit, change, values, next_unit, next_values)
+    state = (b_weights, b_out, softmax, i_next, scaling, count)
+    given = (walk, queries, place, o_query, first, memory, barriers, rules, visits, scales)
+    if META.rows and META.right and not META.left:
+        edges = gl.minimum(gl.maximum(full_begin, 1), steps)
+        state = walk_some(state, 1, edges, given, META, SCORE, MASK, I_GROUP, True)
+        state = walk_some(state, edges, steps, given, META, SCORE, MASK, I_GROUP, False)
+    else:
+        state = walk_some(state, 1, steps, given, META, SCORE, MASK, I_GROUP, None)
+    b_weights, b_out, softmax, _i_next, scaling, count = state
+    values = scaling[2]
     b_max, b_sum, _ = softmax
     if META.rows:
         b_sum = sums_of_rows(b_sum, b_max)
@@ -249,7 +257,8 @@ def consumer(
             b_inverse = b_inverse * rules.dropout.factor
         gl.store(number_pointers(lse, place, o_query), b_lse, mask=o_query < place.seqlen_q)
         b_out = warpgroup_mma_wait(0, [token])
-        free_slot(VALUES_FREED, count - 1, META.stages, META)
+        if META.early:
+            free_slot(VALUES_FREED, count - 1, META.stages, META)
         b_out = b_out * gl.convert_layout(b_inverse, gl.SliceLayout(1, output))[:, None]
         if META.careful:
             if any_nan(b_out):

@@ -133,6 +133,7 @@ def walk_keys(
         META, SCORE, DERIVATIVE, MASK, "always", 0,
     )  # fmt: skip
     b_dq = gl.zeros([ROWS, BLOCK_D], gl.float32, output)
+    free_slot(KEYS_FREED, count, META.stages, META)
     count += 1
     # Read one step ahead; lists have room for that.
     i_next = tile_of(walk, 1, META)
@@ -149,10 +150,9 @@ def walk_keys(
         )  # fmt: skip
         b_slope += b_more
         b_dq = warpgroup_mma_wait(0, [token])
-        free_slot(KEYS_FREED, count - 1, META.stages, META)
+        free_slot(KEYS_FREED, count, META.stages, META)
         count += 1
     b_dq = warpgroup_mma_wait(0, [multiply_keys(b_grad, b_dq, k_smem, count - 1, META)])
-    free_slot(KEYS_FREED, count - 1, META.stages, META)
     return b_dq, b_slope, count
 
 

@@ -2,6 +2,7 @@
 
 import triton
 from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from flashtile.backends.hopper.compat import gl
 
@@ -33,13 +34,13 @@ def before_any_key(sinks, i_head, layout: gl.constexpr, LIFT: gl.constexpr):
 
 
 @gluon.jit
-def online_softmax(b_scores, b_top, b_max, b_sum, factor, MASKED: gl.constexpr, LIFT: gl.constexpr):
+def online_softmax(b_scores, b_max, b_sum, factor, MASKED: gl.constexpr, LIFT: gl.constexpr):
     """(weights, raised maximum, new sum, what older sums are multiplied with); maxima in base 2, -inf: nothing seen.
 
-    b_top: the rows' maxima of `b_scores`. LIFT: weights and sums are 2^LIFT times what they stand for, where 8 bits
+    LIFT: weights and sums are 2^LIFT times what they stand for, where 8 bits
     hold few small numbers.
     """
-    b_raised = gl.maximum(b_max, b_top * factor)
+    b_raised = gl.maximum(b_max, gl.max(b_scores, 1) * factor)
     b_base = b_raised
     if MASKED:
         # A row that has seen nothing: -inf less -inf would be NaN.
@@ -72,13 +73,6 @@ def whole_rows(b_first, b_second, layout: gl.constexpr):
 
 
 @gluon.jit
-def first_maxima(b_scores):
-    """Those of the first of `row_halves`."""
-    b_first, _ = row_halves(b_scores)
-    return gl.max(b_first, 2)
-
-
-@gluon.jit
 def sums_of_lanes(b_sum):
     """Sums of rows in four parts, one for each thread of a row."""
     b_quarter = gl.convert_layout(b_sum, gl.SliceLayout(1, LANES), assert_trivial=True) * 0.25
@@ -93,11 +87,11 @@ def sums_of_rows(b_sums, b_max):
 
 
 @gluon.jit
-def softmax_of_half(b_scores, b_top, b_max, b_sums, factor, MASKED: gl.constexpr):
-    """`softmax_of_rows` of one of `row_halves`, whose maxima are `b_top`."""
+def softmax_of_half(b_scores, b_max, b_sums, factor, MASKED: gl.constexpr):
+    """`softmax_of_rows` of one of `row_halves`."""
     ROW: gl.constexpr = gl.SliceLayout(2, b_scores.type.layout)
     b_max = gl.convert_layout(b_max, ROW, assert_trivial=True)
-    b_top = b_top * factor
+    b_top = gl.max(b_scores, 2) * factor
     b_raised = gl.where(b_top > b_max + SPARE, b_top, b_max)
     b_base = b_raised
     if MASKED:
@@ -113,26 +107,27 @@ def softmax_of_half(b_scores, b_top, b_max, b_sums, factor, MASKED: gl.constexpr
 
 
 @gluon.jit
-def softmax_of_rows(b_scores, b_top, b_max, b_sums, factor, MASKED: gl.constexpr):
-    """(weights, maximum, sums of lanes, what older weights are multiplied with), as of `online_softmax`, for less work.
+def softmax_of_rows(b_scores, b_out, b_max, b_sums, factor, MASKED: gl.constexpr, WAITS: gl.constexpr):
+    """(weights, maximum, sums of lanes, what older weights are multiplied with), as of `online_softmax`, for less work;
+    and the output.
 
     The maxima of a thread's second row run under the exponentials of its first, and nothing is summed across threads.
     A maximum is raised where it has grown by more than `SPARE` alone: the softmax is the same with any number in its
-    place, and factors of 1 need no product (FlashAttention-4). b_top: None, or `first_maxima`.
+    place, and factors of 1 need no product (FlashAttention-4). If WAITS, the output is under way: it is waited for
+    between the rows, after which registers that its product read are free.
     """
     TILE: gl.constexpr = b_scores.type.layout
     ROW: gl.constexpr = b_max.type.layout
     b_scores1, b_scores2 = row_halves(b_scores)
     b_max1, b_max2 = row_halves(b_max)
     b_sums1, b_sums2 = row_halves(b_sums)
-    if b_top is None:
-        b_top = gl.max(b_scores1, 2)
-    b_weights1, b_max1, b_sums1, b_rescale1 = softmax_of_half(b_scores1, b_top, b_max1, b_sums1, factor, MASKED)
-    b_top = gl.max(b_scores2, 2)
-    b_weights2, b_max2, b_sums2, b_rescale2 = softmax_of_half(b_scores2, b_top, b_max2, b_sums2, factor, MASKED)
+    b_weights1, b_max1, b_sums1, b_rescale1 = softmax_of_half(b_scores1, b_max1, b_sums1, factor, MASKED)
+    if WAITS:
+        b_out = warpgroup_mma_wait(0, [b_out])
+    b_weights2, b_max2, b_sums2, b_rescale2 = softmax_of_half(b_scores2, b_max2, b_sums2, factor, MASKED)
     return (
         whole_rows(b_weights1, b_weights2, TILE), whole_rows(b_max1, b_max2, ROW),
-        whole_rows(b_sums1, b_sums2, LANES), whole_rows(b_rescale1, b_rescale2, ROW),
+        whole_rows(b_sums1, b_sums2, LANES), whole_rows(b_rescale1, b_rescale2, ROW), b_out,
     )  # fmt: skip
 
 
