@@ -10,8 +10,9 @@ class HopperConfig(NamedTuple):
     halves: the columns of outputs wider than 128 leave one half after the other, through memory for one of them. turns:
     the warpgroups start their products one after the other, so that the exponentials of one run under the products of
     the others. section: heads whose tiles are handed out together, heaviest first, so that they share the L2 cache.
-    query_stages: query tiles in flight. foreseen: a step takes the maxima of its scores before it is known whether they
-    need the mask, and again if they do.
+    query_stages: query tiles in flight. rows: a thread does its two rows one after the other, outputs are multiplied
+    where a maximum has grown by much alone (`softmax.softmax_of_rows`), and what a causal mask cuts has a loop of its
+    own. early: keys are freed as soon as they are multiplied, and not with values.
     """
 
     consumers: int
@@ -21,7 +22,8 @@ class HopperConfig(NamedTuple):
     turns: bool = False
     section: int = 16
     query_stages: int = 1
-    foreseen: bool = False
+    rows: bool = False
+    early: bool = False
 
     @property
     def tile_q(self) -> int:
@@ -48,16 +50,16 @@ _EIGHT_WIDE = (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers
 
 FORWARD: dict[str, tuple[Row, ...]] = {
     "full": (
-        Row(64, 1024, _SHORT),
-        Row(64, None, _THREE),
-        Row(128, None, _128._replace(query_stages=2)),
+        Row(64, 1024, _SHORT._replace(rows=True, early=True)),
+        Row(64, None, _THREE._replace(rows=True, early=True)),
+        Row(128, None, _128._replace(query_stages=2, rows=True, early=True)),
         Row(256, None, _256),
     ),
     "window": (
         Row(64, 2048, _SHORT),
         Row(64, None, _THREE),
-        Row(128, None, _128._replace(foreseen=True)),
-        Row(256, None, _256._replace(foreseen=True)),
+        Row(128, None, _128._replace(rows=True, early=True)),
+        Row(256, None, _256._replace(rows=True)),
     ),
     "cut": (Row(64, None, _TWO), Row(128, None, _128), Row(256, None, _256)),
     "dropout": (

@@ -194,7 +194,10 @@ FORWARDS = (
     HopperConfig(consumers=2, tile_kv=64, stages=3, section=1),
     HopperConfig(consumers=2, tile_kv=64, stages=2, halves=True),
     HopperConfig(consumers=3, tile_kv=128, stages=2),
-    HopperConfig(consumers=2, tile_kv=64, stages=2, query_stages=2, foreseen=True),
+    HopperConfig(consumers=2, tile_kv=64, stages=2, query_stages=2),
+    HopperConfig(consumers=2, tile_kv=64, stages=2, rows=True),
+    HopperConfig(consumers=3, tile_kv=64, stages=3, turns=True, rows=True, early=True),
+    HopperConfig(consumers=2, tile_kv=64, stages=1, query_stages=2, early=True),
 )
 BACKWARDS = (
     BackwardConfig(tile_q=128, stages=2),
@@ -217,6 +220,24 @@ def test_forward_tiles(config: HopperConfig, monkeypatch: pytest.MonkeyPatch) ->
             state = flashtile.attention(*leaves, causal=True, return_lse=True, backend="hopper")
         assert device.complaints == []
         oracle.compare({"out": state.out, "lse": state.lse}, call)
+
+
+@pytest.mark.parametrize("steps", [(21, 14, 7, 0, 0), (36, 27, 18, 9, 0), (30, 29, 15, 14, 7), (0, 20, 40, 60, 60)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_maxima_that_grow(causal: bool, steps: tuple[int, ...]) -> None:
+    """From tile to tile by less than is minded, by more, or by both; rows of one warp do not all grow alike."""
+    feature = Feature(lambda *_: {"causal": causal})
+    call = compose("growing", dense(1, 150, 300, 2, 1, 128), (feature,), torch.bfloat16)
+    with torch.no_grad():
+        # In base 2, of the default scale: a query of 1 in the first column sees what its key has there.
+        rise = torch.tensor(steps).repeat_interleave(64)[:300] * 128**0.5 / 1.4427
+        call.leaves["k"][..., 0] = rise.to(torch.bfloat16)[None, :, None]
+        call.leaves["q"][..., 0] = (torch.arange(150) % 3 / 2).to(torch.bfloat16)[None, :, None]
+        with emulated(SWEEP[0]) as device:
+            leaves = [call.leaves[name].detach() for name in "qkv"]
+            state = flashtile.attention(*leaves, causal=causal, return_lse=True, backend="hopper")
+    assert device.complaints == []
+    oracle.compare({"out": state.out, "lse": state.lse}, call)
 
 
 @pytest.mark.parametrize("config", BACKWARDS, ids=str)

@@ -143,8 +143,7 @@ def careful_output(
                 b_scores, True, o_query[:, None], o_key[None, :], place, rules, META, SCORE, MASK, "always"
             )
             factor = factor_of(rules, unit, META)
-            b_top = gl.max(b_scores, 1)
-            b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_top, b_max, b_sum, factor, True, 0)
+            b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, True, 0)
             b_kept = kept_at(rules, place, first, i_key, KEYS, False)
             b_weights = only_kept(b_weights, b_kept)
             b_left = gl.convert_layout((b_weights * values).to(half(v.pointer.dtype.element_ty)), LEFT)

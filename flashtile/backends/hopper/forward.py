@@ -14,11 +14,27 @@ from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import kept_at, only_kept
 from flashtile.backends.hopper.eight import factor_of, query_unit, units_of
 from flashtile.backends.hopper.loading import loader, query_slot
-from flashtile.backends.hopper.memory import VALUES_FREED, free_slot, hand_over, new_barriers, pass_turn, take_turn
+from flashtile.backends.hopper.memory import (
+    KEYS_FREED,
+    VALUES_FREED,
+    free_slot,
+    hand_over,
+    new_barriers,
+    pass_turn,
+    take_turn,
+)
 from flashtile.backends.hopper.products import multiply_scores, multiply_values, narrowed
 from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
-from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
+from flashtile.backends.hopper.softmax import (
+    ROWS,
+    before_any_key,
+    online_softmax,
+    rescaled,
+    softmax_of_rows,
+    sums_of_lanes,
+    sums_of_rows,
+)
 from flashtile.kernels.places import number_pointers
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -43,53 +59,61 @@ def rule(
 
 @gluon.jit
 def step(
-    b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory,
-    barriers, rules, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+    b_weights, b_out, softmax, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory, barriers,
+    rules, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr, EDGES: gl.constexpr,
 ):  # fmt: skip
     """A key tile: its scores and weights, while the weights of the tile before meet their values.
 
-    unit: of 8-bit products; change: the unit of the values before over that of this tile's.
+    softmax: (maxima, sums, what the output is still to be multiplied with); unit: of 8-bit products; change: the unit
+    of the values before over that of this tile's.
     """
-    BLOCK_DV: gl.constexpr = META.block_dv
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
     q_smem, k_smem, v_smem, _ = memory
     _, _, k_full, v_full = barriers
     if META.turns:
         take_turn(I_GROUP, META.consumers)
     score_token = multiply_scores(q_smem, k_smem, k_full, count, META)
-    out_token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
+    out_token = multiply_values(b_weights, outstanding(b_out, softmax, META), v_smem, v_full, count - 1, META)
     if META.turns:
         pass_turn(I_GROUP, META.consumers)
     b_kept = kept_at(rules, place, first, i_tile * META.tile_kv, META.tile_kv, False)
     b_scores = warpgroup_mma_wait(1, [score_token])
-    MASKED: gl.constexpr = META.asked
-    # A branch lets ptxas wait for the other product as soon as it is passed, so the maxima come first.
-    FORESEEN: gl.constexpr = META.foreseen and MASKED == "edges" and not META.modified
-    if FORESEEN:
-        b_top = gl.max(b_scores, 1)
+    if META.early:
+        free_slot(KEYS_FREED, count, META.stages, META)
+    MASKED: gl.constexpr = META.asked if EDGES is None else "always" if EDGES else "never"
     b_scores, _valid, _capped, _plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit, META, SCORE, MASK, MASKED
     )
-    if FORESEEN:
-        if m_edge:
-            b_top = gl.max(b_scores, 1)
-    else:
-        b_top = gl.max(b_scores, 1)
-    GUARDED: gl.constexpr = MASKED != "never" or META.modified
+    GUARDED: gl.constexpr = META.asked != "never" or META.modified
     factor = factor_of(rules, unit, META)
-    b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_top, b_max, b_sum, factor, GUARDED, META.lift)
+    b_max, b_sum, _ = softmax
+    if META.rows:
+        b_new, b_max, b_sum, b_rescale, b_out = softmax_of_rows(
+            b_scores, out_token, b_max, b_sum, factor, GUARDED, True
+        )
+    else:
+        b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, GUARDED, META.lift)
     b_new = only_kept(b_new, b_kept)
-    if META.scaled == "block":
-        b_rescale = b_rescale * change
-    if not META.eight:
+    LATE: gl.constexpr = META.eight or META.rows
+    if not LATE:
         b_low = narrowed(b_new, k_smem.dtype, META)
-    b_out = warpgroup_mma_wait(0, [out_token])
-    if META.eight:
+    if not META.rows:
+        b_out = warpgroup_mma_wait(0, [out_token])
+    if LATE:
         # These go into the registers that the product has read; sooner, ptxas would make products wait for each other.
         b_low = narrowed(b_new, k_smem.dtype, META)
-    free_slot(VALUES_FREED, count, META.stages, META)
-    b_out = b_out * gl.convert_layout(b_rescale, gl.SliceLayout(1, output))[:, None]
-    return b_low, b_out, b_max, b_sum
+    # Of the step before, or by one word for these and the keys of this step.
+    free_slot(VALUES_FREED, count - 1 + META.values_late, META.stages, META)
+    if META.scaled == "block":
+        b_rescale = b_rescale * change
+    if not META.rows:
+        b_out = b_out * gl.convert_layout(b_rescale, gl.SliceLayout(1, b_out.type.layout))[:, None]
+    return b_low, b_out, (b_max, b_sum, b_rescale)
+
+
+@gluon.jit
+def outstanding(b_out, softmax, META: gl.constexpr):
+    """An output, multiplied with what it is still to be multiplied with."""
+    return rescaled(b_out, softmax[2]) if META.rows else b_out
 
 
 @gluon.jit
@@ -97,7 +121,7 @@ def first_step(
     i_tile, m_edge, b_words, unit, count, place, o_query, first, memory, barriers, rules, sinks,
     META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """(weights, output, maximum, sum) after the first tile, whose scores have no other product to hide under."""
+    """(weights, output, softmax) after the first tile, whose scores have no other product to hide under."""
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_DV: gl.constexpr = META.block_dv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
@@ -107,16 +131,53 @@ def first_step(
     token = multiply_scores(q_smem, k_smem, k_full, count, META)
     b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(0, [token])
-    free_slot(VALUES_FREED, count, META.stages, META)
+    free_slot(KEYS_FREED if META.early else VALUES_FREED, count, META.stages, META)
     b_scores, _valid, _capped, _plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit, META, SCORE, MASK, "always"
     )
-    b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, scores), META.lift)
+    ROW: gl.constexpr = gl.SliceLayout(1, scores)
+    b_max, b_sum = before_any_key(sinks, place.head, ROW, META.lift)
+    b_out = gl.zeros([ROWS, BLOCK_DV], gl.float32, output)
+    b_ones = gl.full([ROWS], 1.0, gl.float32, ROW)
     factor = factor_of(rules, unit, META)
-    b_top = gl.max(b_scores, 1)
-    b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_top, b_max, b_sum, factor, True, META.lift)
+    if META.rows:
+        b_sum = sums_of_lanes(b_sum)
+        b_new, b_max, b_sum, _rescale, b_out = softmax_of_rows(b_scores, b_out, b_max, b_sum, factor, True, False)
+    else:
+        b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_max, b_sum, factor, True, META.lift)
     b_weights = narrowed(only_kept(b_new, b_kept), k_smem.dtype, META)
-    return b_weights, gl.zeros([ROWS, BLOCK_DV], gl.float32, output), b_max, b_sum
+    return b_weights, b_out, (b_max, b_sum, b_ones)
+
+
+@gluon.jit
+def walk_some(
+    state, begin, stop, given, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
+    EDGES: gl.constexpr,
+):  # fmt: skip
+    """The state after steps [begin, stop), of which all or none need the mask, or some (EDGES None)."""
+    b_weights, b_out, softmax, i_next, scaling, count = state
+    walk, queries, place, o_query, first, memory, barriers, rules, visits, scales = given
+    unit, change, values, next_unit, next_values = scaling
+    _tiles, _first, full_begin, full_end, _steps = walk
+    for n in range(begin, stop):
+        i_tile = i_next
+        i_next = tile_of(walk, n + 1, META)
+        if META.scaled == "block":
+            unit = next_unit
+            change = values / next_values
+            values = next_values
+            next_unit, next_values = units_of(scales, queries, place, i_next, META)
+        if EDGES is None:
+            m_edge = (n < full_begin) | (n >= full_end)
+        else:
+            m_edge = EDGES
+        b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
+        b_weights, b_out, softmax = step(
+            b_weights, b_out, softmax, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory,
+            barriers, rules, META, SCORE, MASK, I_GROUP, EDGES,
+        )  # fmt: skip
+        count += 1
+    return (b_weights, b_out, softmax, i_next, (unit, change, values, next_unit, next_values), count)
 
 
 @gluon.jit
@@ -133,7 +194,7 @@ def walk_keys(
     queries = query_unit(scales, place, first, META)
     unit, values = units_of(scales, queries, place, tile_of(walk, 0, META), META)
     change = 1.0
-    b_weights, b_out, b_max, b_sum = first_step(
+    b_weights, b_out, softmax = first_step(
         tile_of(walk, 0, META), m_first, b_first, unit, count, place, o_query, first, memory, barriers, rules, sinks,
         META, SCORE, MASK,
     )  # fmt: skip
@@ -141,22 +202,21 @@ def walk_keys(
     # Read one step ahead; lists have room for that.
     i_next = tile_of(walk, 1, META)
     next_unit, next_values = units_of(scales, queries, place, i_next, META)
-    for n in range(1, steps):
-        i_tile = i_next
-        i_next = tile_of(walk, n + 1, META)
-        if META.scaled == "block":
-            unit = next_unit
-            change = values / next_values
-            values = next_values
-            next_unit, next_values = units_of(scales, queries, place, i_next, META)
-        m_edge = (n < full_begin) | (n >= full_end)
-        b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
-        b_weights, b_out, b_max, b_sum = step(
-            b_weights, b_out, b_max, b_sum, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory,
-            barriers, rules, META, SCORE, MASK, I_GROUP,
-        )  # fmt: skip
-        count += 1
-    return b_weights, b_out, b_max, b_sum, values, count
+    scaling = (unit, change, values, next_unit, next_values)
+    state = (b_weights, b_out, softmax, i_next, scaling, count)
+    given = (walk, queries, place, o_query, first, memory, barriers, rules, visits, scales)
+    if META.rows and META.right and not META.left:
+        edges = gl.minimum(gl.maximum(full_begin, 1), steps)
+        state = walk_some(state, 1, edges, given, META, SCORE, MASK, I_GROUP, True)
+        state = walk_some(state, edges, steps, given, META, SCORE, MASK, I_GROUP, False)
+    else:
+        state = walk_some(state, 1, steps, given, META, SCORE, MASK, I_GROUP, None)
+    b_weights, b_out, softmax, _i_next, scaling, count = state
+    values = scaling[2]
+    b_max, b_sum, _ = softmax
+    if META.rows:
+        b_sum = sums_of_rows(b_sum, b_max)
+    return b_weights, outstanding(b_out, softmax, META), b_max, b_sum, values, count
 
 
 @gluon.jit
@@ -197,6 +257,8 @@ def consumer(
             b_inverse = b_inverse * rules.dropout.factor
         gl.store(number_pointers(lse, place, o_query), b_lse, mask=o_query < place.seqlen_q)
         b_out = warpgroup_mma_wait(0, [token])
+        if META.early:
+            free_slot(VALUES_FREED, count - 1, META.stages, META)
         b_out = b_out * gl.convert_layout(b_inverse, gl.SliceLayout(1, output))[:, None]
         if META.careful:
             if any_nan(b_out):

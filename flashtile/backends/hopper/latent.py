@@ -136,8 +136,7 @@ def scores(descs, memory, barriers, arriving, lse, call, k_scale, META: gl.const
         b_scores, _valid, _capped, _plain = ruled(
             b_scores, m_edge, o_query[:, None], o_key[None, :], place, rules, META, None, None, "edges"
         )
-        b_top = gl.max(b_scores, 1)
-        b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_top, b_max, b_sum, rules.factor, True, 0)
+        b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, True, 0)
         b_weights = b_weights.to(memory.weights.dtype)
         # Once the values of the tile before are multiplied, there is room for weights, and for another tile.
         slot, filled = slot_of(i_step - 1, META)

@@ -43,11 +43,10 @@ def loader(
         i_number = i_next
     end(mailbox, turn)
     # No barrier is left half full.
-    v_late: gl.constexpr = 0 if META.for_dq else 1
-    for i in range(count + v_late, count + META.stages_v):
+    for i in range(count + META.values_late, count + META.stages_v):
         await_slot(VALUES_FREED, i, META.stages_v, META)
-    if META.for_dq:
-        for i in range(count + 1, count + STAGES):
+    if META.for_dq or META.early:
+        for i in range(count + META.keys_late, count + STAGES):
             await_slot(KEYS_FREED, i, STAGES, META)
 
 
@@ -67,21 +66,19 @@ def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers
     k_desc, v_desc = descriptors[1], descriptors[2]
     k_smem, v_smem = memory[1], memory[2]
     k_full, v_full = barriers[2], barriers[3]
-    # Values are multiplied one step after their keys; for dQ keys are, once more, one step after their values.
-    v_late: gl.constexpr = 0 if META.for_dq else 1
     # Lists have room for that.
     i_after = tile_of(walk, n + 1, META)
     slot = count % k_smem.shape[0]
     slot_v = count % v_smem.shape[0]
     where = [place.batch * META.dense, place.first_k + i_tile * META.tile_kv, place.head // META.group, 0]
     # Otherwise they are free since the last values were.
-    if META.for_dq:
-        await_slot(KEYS_FREED, count + 1, META.stages, META)
+    if META.for_dq or META.early:
+        await_slot(KEYS_FREED, count + META.keys_late, META.stages, META)
     mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
     tma_load(k_desc, where, k_full.index(slot), k_smem.index(slot))
     if n == 0:
         load_queries(descriptors, memory, barriers, place, turn, META)
-    await_slot(VALUES_FREED, count + v_late, META.stages_v, META)
+    await_slot(VALUES_FREED, count + META.values_late, META.stages_v, META)
     mbarrier.expect(v_full.index(slot_v), v_desc.block_type.nbytes)
     if META.eight:
         where = [place.batch, place.head // META.group, 0, i_tile * META.tile_kv]

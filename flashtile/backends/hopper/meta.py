@@ -22,12 +22,12 @@ class Meta:
     sections: tiles of several heads are handed out together.
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
     halves: the columns of the output leave one half after the other. turns: warpgroups start their products one after
-    the other. query_stages, foreseen: see `HopperConfig`. guarded: what a mask hides, or a function that does not only
-    add, may hold NaN or have no finite gradient. careful: what lies beside what is seen may hold NaN. collects: this
-    kernel adds gradients of captured tensors. slope_gradient: and this one gives those of ALiBi's slopes. apart: see
-    `BackwardConfig`. lean: see `backward.walk_some`. adds: the kernel of keys adds up dQ. for_dq: this is the kernel of
-    dQ alone. split: two warpgroups share 64 keys. stages_v: slots for values, where they are not as many as those for
-    keys.
+    the other. query_stages, rows, early: see `HopperConfig`. guarded: what a mask hides, or a function that
+    does not only add, may hold NaN or have no finite gradient. careful: what lies beside what is seen may hold NaN.
+    collects: this kernel adds gradients of captured tensors. slope_gradient: and this one gives those of ALiBi's
+    slopes. apart: see `BackwardConfig`. lean: see `backward.walk_some`. adds: the kernel of keys adds up dQ. for_dq:
+    this is the kernel of dQ alone. split: two warpgroups share 64 keys. stages_v: slots for values, where they are not
+    as many as those for keys.
     eight: inputs have 8 bits; scaled: which rows of them share a scale, see `Problem`; lift: see `softmax`.
     parts: columns are never cut, see `kernels.tiles.dots`.
     """
@@ -57,7 +57,8 @@ class Meta:
     halves: bool
     turns: bool
     query_stages: int
-    foreseen: bool
+    rows: bool
+    early: bool
     guarded: bool
     careful: bool
     collects: bool
@@ -76,6 +77,17 @@ class Meta:
     def depth(self) -> int:
         """Terms that one instruction sums up."""
         return 32 if self.eight else 16
+
+    @property
+    def keys_late(self) -> int:
+        """Steps after their own at whose end keys are free: for dQ they are multiplied once more, with what the step
+        after made of their scores."""
+        return int(self.for_dq)
+
+    @property
+    def values_late(self) -> int:
+        """Likewise of values, which are multiplied one step after their keys; `early` has a word for each of both."""
+        return int(not self.for_dq and not self.early)
 
     @property
     def asked(self) -> str:
@@ -118,7 +130,8 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         halves=isinstance(config, HopperConfig) and config.halves and block(problem.headdim_v) > 128,
         turns=isinstance(config, HopperConfig) and config.turns,
         query_stages=config.query_stages if isinstance(config, HopperConfig) else 1,
-        foreseen=isinstance(config, HopperConfig) and config.foreseen,
+        rows=isinstance(config, HopperConfig) and config.rows,
+        early=isinstance(config, HopperConfig) and config.early,
         guarded=bool(rest) or (bool(problem.score_mod) and not lower.only_adds(problem.score_mod)),
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score) and (adds or for_dq),
