@@ -18,6 +18,7 @@ from tests.problems import CASES, Case, Shape, dense, make
 TILES = portable.PortableConfig(
     portable.Tiles(64, 32, 4, 1), portable.Tiles(64, 32, 4, 1), portable.Tiles(32, 64, 4, 1)
 )
+SHIPPED = portable.TABLES
 # What the kernels do not take, with the reason that a user is told.
 REFUSED = {"headdim_576_v_512": "it takes up to 512"}
 
@@ -63,6 +64,19 @@ def test_columns_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portable, "TABLES", {"hopper": dict.fromkeys(portable.KINDS, ((10**6, cut),))})
     plan.choose.cache_clear()
     conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
+
+
+@pytest.mark.parametrize("features", [("causal",), ("mask_mod",), ("bias", "dropout")], ids="-".join)
+@pytest.mark.parametrize("family", ["ampere", "cdna", "rdna"])
+def test_rows_of_512_columns(family: str, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped rows whose warps share the columns, in four, eight and sixteen parts."""
+    monkeypatch.setattr(portable, "TABLES", {"hopper": SHIPPED[family]})
+    plan.choose.cache_clear()
+    call = make("wide", dense(1, 20, 35, 2, 1, 512), features, torch.float16)
+    with conformance.watched() as ran:
+        oracle.check(call, "portable")
+    assert [(chosen.backend, chosen.kernel) for chosen in ran] == [("portable", "sweep")] * 2
+    assert all(tiles.parts > 1 for chosen in ran for tiles in (chosen.config.query, chosen.config.key))
 
 
 @pytest.mark.parametrize("name", ["varlen", "headdim_80"])
