@@ -38,9 +38,9 @@ _LARGEST = 512
 _LARGEST_KEY = 576
 """Over a KV cache: multi-head latent attention has 512 columns and 64 more with positions."""
 _SMALL = ("sm_86", "sm_89", "sm_120", "sm_121")
-"""GPUs of 99 KB of shared memory. Backward, the smallest tiles of float32 take 128 KB where heads have more columns than
-this on either side:"""
+"""GPUs of 99 KB of shared memory."""
 _LARGEST_SMALL = 256
+"""Columns there, of keys or of values, of a backward pass in float32: with more of both the smallest tiles take 128 KB."""
 
 
 def refuses(problem: Problem) -> str | None:
