@@ -8,6 +8,7 @@ import torch
 
 import flashtile
 from flashtile import plan, reference
+from flashtile.backends import portable as backend
 from flashtile.kernels import bias
 from flashtile.tuning import portable
 from tests import conformance, oracle, shifted
@@ -77,6 +78,15 @@ def test_rows_of_512_columns(family: str, features: tuple[str, ...], monkeypatch
         oracle.check(call, "portable")
     assert [(chosen.backend, chosen.kernel) for chosen in ran] == [("portable", "sweep")] * 2
     assert all(tiles.parts > 1 for chosen in ran for tiles in (chosen.config.query, chosen.config.key))
+
+
+def test_a_backward_pass_that_exceeds_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass fits, and leaves to PyTorch what it needs; dropout is the same in both."""
+    monkeypatch.setattr(backend, "_SMALL", ("",))
+    plan.choose.cache_clear()
+    with conformance.watched() as ran:
+        oracle.check(make("wide", dense(1, 20, 35, 2, 1, 512), ("causal", "dropout"), torch.float32))
+    assert [chosen.backend for chosen in ran] == ["portable", "pytorch"]
 
 
 @pytest.mark.parametrize("name", ["varlen", "headdim_80"])

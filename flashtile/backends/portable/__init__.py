@@ -40,7 +40,7 @@ _LARGEST_KEY = 576
 _SMALL = ("sm_86", "sm_89", "sm_120", "sm_121")
 """GPUs of 99 KB of shared memory."""
 _LARGEST_SMALL = 256
-"""Columns there, of keys or of values, of a backward pass in float32: with more of both the smallest tiles take 128 KB."""
+"""Columns there, of keys or values, of a backward pass in float32: of more of both the smallest tiles take 128 KB."""
 
 
 def refuses(problem: Problem) -> str | None:
