@@ -83,7 +83,7 @@ def test_nvidia_gpus(pretend: Pretend, gpu: str, family: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_wide_float32(pretend: Pretend, target: str) -> None:
-    """Where shared memory is small, the backward pass is refused before anything runs, and PyTorch's runs."""
+    """Where shared memory is small, the backward pass is refused before any launch, and PyTorch's runs."""
     arch = target.removesuffix("a") if target.startswith("sm_") else target
     pretend(arch, **({"cuda": "12.8"} if arch.startswith("sm_") else {"hip": "6.4.43482"}))
     wide = _problem(arch=arch, headdim=512, headdim_v=257, backward=True)
