@@ -15,6 +15,7 @@ import torch
 import flashtile
 from flashtile import facts, plan
 from flashtile.backends import hopper, portable
+from flashtile.compiling.targets import TARGETS
 from flashtile.problem import Inputs, Options, Problem, describe
 
 Pretend = Callable[..., None]
@@ -78,6 +79,22 @@ def test_nvidia_gpus(pretend: Pretend, gpu: str, family: str) -> None:
     assert facts.architectures() == [gpu]
     assert portable.family_of(gpu) == family
     assert plan.choose(_problem(arch=gpu)).backend == ("hopper" if gpu == "sm_90" else "portable")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_wide_float32(pretend: Pretend, target: str) -> None:
+    """Where shared memory is small, the backward pass is refused before any launch, and PyTorch's runs."""
+    arch = target.removesuffix("a") if target.startswith("sm_") else target
+    pretend(arch, **({"cuda": "12.8"} if arch.startswith("sm_") else {"hip": "6.4.43482"}))
+    wide = _problem(arch=arch, headdim=512, headdim_v=257, backward=True)
+    wide = replace(wide, dtype=torch.float32, out_dtype=torch.float32)
+    small = TARGETS[target].shared == 99 * 1024
+    assert plan.choose(wide).backend == ("pytorch" if small else "portable")
+    for fits in (replace(wide, backward=False), replace(wide, headdim_v=256), replace(wide, dtype=torch.bfloat16)):
+        assert plan.choose(fits).backend == "portable"
+    if small:
+        with pytest.raises(NotImplementedError, match="backward pass of more than 256 columns in float32 exceeds"):
+            plan.choose(wide, "portable")
 
 
 def test_gpus_of_two_kinds(pretend: Pretend) -> None:

@@ -84,6 +84,8 @@ SHIPPED = (
     _case("headdim_128_varlen_dropout", packed((70, 20), (60, 90), 1, 1, 128), "dropout", "causal", dtype=BRAIN),
     _case("headdim_192_v_128", dense(1, 50, 40, 1, 1, 192, 128), "causal", dtype=BRAIN),
     _case("headdim_256_mask_mod", dense(1, 40, 50, 1, 1, 256), "mask_mod", dtype=BRAIN),
+    _case("headdim_512", dense(1, 20, 35, 1, 1, 512), "causal"),
+    _case("headdim_512_mask_mod", dense(1, 20, 35, 1, 1, 512), "mask_mod", dtype=BRAIN),
 )
 BARRIERS = (
     _case("barriers", WIDE, "causal"),

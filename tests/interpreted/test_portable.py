@@ -8,6 +8,7 @@ import torch
 
 import flashtile
 from flashtile import plan, reference
+from flashtile.backends import portable as backend
 from flashtile.kernels import bias
 from flashtile.tuning import portable
 from tests import conformance, oracle, shifted
@@ -18,6 +19,7 @@ from tests.problems import CASES, Case, Shape, dense, make
 TILES = portable.PortableConfig(
     portable.Tiles(64, 32, 4, 1), portable.Tiles(64, 32, 4, 1), portable.Tiles(32, 64, 4, 1)
 )
+SHIPPED = portable.TABLES
 # What the kernels do not take, with the reason that a user is told.
 REFUSED = {"headdim_576_v_512": "it takes up to 512"}
 
@@ -63,6 +65,28 @@ def test_columns_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portable, "TABLES", {"hopper": dict.fromkeys(portable.KINDS, ((10**6, cut),))})
     plan.choose.cache_clear()
     conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
+
+
+@pytest.mark.parametrize("features", [("causal",), ("mask_mod",), ("bias", "dropout")], ids="-".join)
+@pytest.mark.parametrize("family", ["ampere", "cdna", "rdna"])
+def test_rows_of_512_columns(family: str, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped rows whose warps share the columns, in four, eight and sixteen parts."""
+    monkeypatch.setattr(portable, "TABLES", {"hopper": SHIPPED[family]})
+    plan.choose.cache_clear()
+    call = make("wide", dense(1, 20, 35, 2, 1, 512), features, torch.float16)
+    with conformance.watched() as ran:
+        oracle.check(call, "portable")
+    assert [(chosen.backend, chosen.kernel) for chosen in ran] == [("portable", "sweep")] * 2
+    assert all(tiles.parts > 1 for chosen in ran for tiles in (chosen.config.query, chosen.config.key))
+
+
+def test_a_backward_pass_that_exceeds_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass fits, and leaves to PyTorch what it needs; dropout is the same in both."""
+    monkeypatch.setattr(backend, "_SMALL", ("",))
+    plan.choose.cache_clear()
+    with conformance.watched() as ran:
+        oracle.check(make("wide", dense(1, 20, 35, 2, 1, 512), ("causal", "dropout"), torch.float32))
+    assert [chosen.backend for chosen in ran] == ["portable", "pytorch"]
 
 
 @pytest.mark.parametrize("name", ["varlen", "headdim_80"])

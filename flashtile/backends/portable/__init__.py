@@ -37,6 +37,10 @@ _FNUZ = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 _LARGEST = 512
 _LARGEST_KEY = 576
 """Over a KV cache: multi-head latent attention has 512 columns and 64 more with positions."""
+_SMALL = ("sm_86", "sm_89", "sm_120", "sm_121")
+"""GPUs of 99 KB of shared memory."""
+_LARGEST_SMALL = 256
+"""Columns there, of keys or values, of a backward pass in float32: of more of both the smallest tiles take 128 KB."""
 
 
 def refuses(problem: Problem) -> str | None:
@@ -63,6 +67,9 @@ def refuses_halves(problem: Problem) -> str | None:
 def _refuses_shape(problem: Problem) -> str | None:
     if max(problem.headdim, problem.headdim_v) > _LARGEST:
         return f"headdim {problem.headdim} and headdim_v {problem.headdim_v}: it takes up to {_LARGEST}"
+    exact = problem.backward and problem.dtype is torch.float32
+    if exact and problem.arch in _SMALL and min(problem.headdim, problem.headdim_v) > _LARGEST_SMALL:
+        return f"the backward pass of more than {_LARGEST_SMALL} columns in float32 exceeds the GPU's shared memory"
     return _refuses_numbers(problem)
 
 
