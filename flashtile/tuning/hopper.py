@@ -74,7 +74,8 @@ FORWARD: dict[str, tuple[Row, ...]] = {
 """By what the scores meet: nothing, a causal mask or another window, anything, or dropout, whose random numbers take
 registers, whatever else there is; then all but the last with 8-bit inputs, whose tiles of keys hold no more than the
 128 that share a scale. The first row that fits counts. Those without a mask and with a window were timed on an H100, at
-1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k; those of dropout were chosen by spills alone."""
+1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k; those of dropout were chosen by spills alone; where
+`rows` and `early` pay was timed on an H200."""
 
 
 class QueryConfig(NamedTuple):
