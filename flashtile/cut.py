@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from flashtile import mask_nodes, trace
-from flashtile.mask_nodes import At
 from flashtile.masks import Mask
+from flashtile.predicates import Expression, predicate, read, token_of
 from flashtile.queues import apart
 from flashtile.scores import four_dimensions
-from flashtile.spans import FULL, PARTIAL
 
-Expression = list[Any]
 ALL = '["full"]'
 _FARTHEST = 2**28
 """Beyond all offsets of parts that fit into memory."""
@@ -107,7 +105,7 @@ def same_for_all_heads(token: str) -> bool:
     """Whether a mask never asks which head it is for."""
     kind, *rest = json.loads(token)
     if kind in ("and", "or"):
-        return all(same_for_all_heads(_token(each)) for each in rest)
+        return all(same_for_all_heads(token_of(each)) for each in rest)
     return kind in ("full", "causal", "window", "band", "chunk", "prefix", "document")
 
 
@@ -116,7 +114,7 @@ def _cut(expression: Expression, tensors: Sequence[Tensor], part: Part, device: 
     if kind in ("and", "or"):
         return _cut_pair(kind, rest, tensors, part, device)
     if kind == "full" or (part.all_tokens and kind in ("causal", "window", "chunk", "prefix", "document")):
-        return Mask(_token(expression), tuple(tensors))
+        return Mask(token_of(expression), tuple(tensors))
     if kind in ("causal", "window"):
         left, right, alignment = (-1, 0, rest[0]) if kind == "causal" else rest
         return _cut_window(left, right, part, part.diagonal(alignment))
@@ -140,7 +138,7 @@ def _cut(expression: Expression, tensors: Sequence[Tensor], part: Part, device: 
 def _cut_pair(
     kind: str, pair: Sequence[Expression], tensors: Sequence[Tensor], part: Part, device: torch.device
 ) -> Mask | None:
-    split = mask_nodes.parse(_token(pair[0])).arity
+    split = mask_nodes.parse(token_of(pair[0])).arity
     left = _cut(pair[0], tensors[:split], part, device)
     right = _cut(pair[1], tensors[split:], part, device)
     if kind == "and":
@@ -150,10 +148,6 @@ def _cut_pair(
     if left is None or right is None:
         return left or right
     return Mask(ALL) if ALL in (left.token, right.token) else left | right
-
-
-def _token(expression: Expression) -> str:
-    return json.dumps(expression, separators=(",", ":"))
 
 
 def _columns(ids: Tensor, first: int, count: int) -> Tensor:
@@ -173,7 +167,7 @@ def _cut_window(left: int, right: int, part: Part, diagonal: int) -> Mask | None
         return Mask(ALL)
     if low is None and high in (part.keys - part.queries, 0):
         return Mask('["causal","bottom_right"]' if high == part.keys - part.queries else '["causal","top_left"]')
-    return Mask(_token(["band", low, high]))
+    return Mask(token_of(["band", low, high]))
 
 
 def _cut_chunk(size: int, part: Part, diagonal: int, device: torch.device) -> Mask | None:
@@ -238,50 +232,15 @@ def _bounded(origin: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _predicate(expression: Expression, tensors: Sequence[Tensor], b: Any, h: Any, q: Any, k: Any, shift: Any) -> Any:
-    """What a mask says of one (query, key), in steps that can be traced."""
-    kind, *rest = expression
-    if kind in ("and", "or"):
-        split = mask_nodes.parse(_token(rest[0])).arity
-        left = _predicate(rest[0], tensors[:split], b, h, q, k, shift)
-        right = _predicate(rest[1], tensors[split:], b, h, q, k, shift)
-        return left & right if kind == "and" else left | right
-    if kind == "full":
-        return k == k
-    if kind in ("document", "dense", "prefix"):
-        return _looked_up(kind, rest, tensors, b, h, q, k)
-    if kind == "block":
-        block_q, block_kv, inner = rest
-        state = _read(tensors[0], b, h, q // block_q, k // block_kv)
-        return (state == FULL) | ((state == PARTIAL) & _predicate(inner, tensors[1:], b, h, q, k, shift))
-    if kind == "custom":
-        return trace.graph(rest[0]).forward.forward(b, h, q, k, *tensors)
-    return mask_nodes.parse(_token(expression)).allows(At(b, h, q, k, shift), tensors)
-
-
-def _looked_up(kind: str, rest: Sequence[Any], tensors: Sequence[Tensor], b: Any, h: Any, q: Any, k: Any) -> Any:
-    if kind == "document":
-        return _read(tensors[0], b, q) == _read(tensors[1], b, k)
-    if kind == "dense":
-        return _read(tensors[0], b, h, q, k) != 0
-    return k < (_read(tensors[0], b) if rest[0] < 0 else rest[0])
-
-
-def _read(table: Tensor, *at: Any) -> Any:
-    """One element, `at` its last indices; dimensions of size 1 are read at 0."""
-    places = at[len(at) - table.ndim :]
-    return table[tuple(0 * place if size == 1 else place for place, size in zip(places, table.shape, strict=True))]
-
-
 def _composed_mask(expression: Expression, tensors: Sequence[Tensor], part: Part, device: torch.device) -> Mask:
     """Any mask as a function of shifted indices."""
     origin = _origin(part, device)
 
     def allowed(given: Sequence[Tensor], b: Any, h: Any, q: Any, k: Any) -> Any:
         head, query, key, shift = _bounded(given[:4])
-        return _predicate(expression, given[4:], b, h + head, q + query, k + key, shift)
+        return predicate(expression, given[4:], b, h + head, q + query, k + key, shift)
 
-    lifted = trace.compose(f"part {_token(expression)}", "mask", allowed, (*origin, *tensors))
+    lifted = trace.compose(f"part {token_of(expression)}", "mask", allowed, (*origin, *tensors))
     return Mask(f'["custom","{lifted.key}",{len(lifted.tensors)}]', lifted.tensors)
 
 
@@ -297,7 +256,7 @@ def packed_mask(mask: Mask, where: Tables, part: Part, device: torch.device) -> 
         sequence = sequence_q[q]
         inside = sequence == sequence_k[k]
         at = sequence.clamp(min=0)
-        seen = _predicate(expression, rest, at, h + head, place_q[q], place_k[k], shift[at])
+        seen = predicate(expression, rest, at, h + head, place_q[q], place_k[k], shift[at])
         return inside & seen
 
     lifted = trace.compose(f"packed {mask.token}", "mask", allowed, (*origin, *listed, *mask.tensors))
@@ -348,7 +307,7 @@ def packed_score(
         h, at = h + head, sequence_q[q + query].clamp(min=0)
         q, k = place_q[q + query], place_k[k + key_]
         if bias is not None:
-            score = score + _read(rest.pop(0), at, h, q, k).to(score.dtype)
+            score = score + read(rest.pop(0), at, h, q, k).to(score.dtype)
         if slopes is not None:
             diagonal = q if top_left else q + shift[at]
             score = score - _slope(rest.pop(0), at, h, score) * (diagonal - k).abs().to(score.dtype)
@@ -360,7 +319,7 @@ def packed_score(
 
 
 def _slope(slopes: Tensor, b: Any, h: Any, score: Any) -> Any:
-    return _read(slopes, b, h).to(score.dtype)
+    return read(slopes, b, h).to(score.dtype)
 
 
 def _apply(key: str, score: Any, b: Any, h: Any, q: Any, k: Any, tensors: Sequence[Tensor]) -> Any:
@@ -377,5 +336,5 @@ def windows_only(token: str) -> bool:
     """Whether a mask is a conjunction of windows, or everything."""
     kind, *rest = json.loads(token)
     if kind == "and":
-        return all(windows_only(_token(part)) for part in rest)
+        return all(windows_only(token_of(part)) for part in rest)
     return kind in ("full", "causal", "window")

@@ -10,6 +10,7 @@ from flashtile import cut, masks, trace
 from flashtile.cut import Part
 from flashtile.mask_nodes import At, parse
 from flashtile.masks import Mask
+from flashtile.predicates import token_of
 from flashtile.spans import FULL, MASKED, Tiling
 
 BATCH, HEADS, ROWS, KEYS = 2, 3, 30, 40
@@ -98,7 +99,7 @@ def test_a_part_of_a_mask_allows_what_the_whole_allows_there(name: str, part: st
 )
 def test_a_band_visits_all_that_it_allows(limits: tuple[int | None, int | None]) -> None:
     """Outside of the spans nothing is visible, in their full part everything."""
-    mask = Mask(cut._token(["band", *limits]))
+    mask = Mask(token_of(["band", *limits]))
     allowed = _allowed(mask, (1, 1, ROWS, KEYS))[0, 0]
     tiling = Tiling(ROWS, KEYS, 4, 8)
     state = parse(mask.token).lower(tiling, ()).to_layout(tiling).state[0, 0]

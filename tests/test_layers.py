@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
     "words": {"problem", "facts", "forgetting", "queues", "contents", "check", "masks", "mask_nodes", "spans", "scores",
               "captures", "glance", "recording", "scalar_graph", "trace", "interval_rules", "intervals", "bands",
-              "dropout", "region", "cut", "scaled"},
+              "dropout", "region", "predicates", "cut", "scaled"},
     "mathematics": {"state", "reference", "kvcache"},
     "triton": {"lower"},
     "kernels": {"kernels"},

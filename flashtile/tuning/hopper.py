@@ -10,9 +10,10 @@ class HopperConfig(NamedTuple):
     halves: the columns of outputs wider than 128 leave one half after the other, through memory for one of them. turns:
     the warpgroups start their products one after the other, so that the exponentials of one run under the products of
     the others. section: heads whose tiles are handed out together, heaviest first, so that they share the L2 cache.
-    query_stages: query tiles in flight. rows: a thread does its two rows one after the other, outputs are multiplied
-    where a maximum has grown by much alone (`softmax.softmax_of_rows`), and what a causal mask cuts has a loop of its
-    own. early: keys are freed as soon as they are multiplied, and not with values.
+    query_stages: query tiles in flight. rows: a thread does its two rows one after the other, and outputs are
+    multiplied where a maximum has grown by much alone (`softmax.softmax_of_rows`). early: keys are freed once they are
+    multiplied, and not with values. apart: steps that need the mask have a loop of their own, in front of the
+    others, unless a window ends on the left.
     """
 
     consumers: int
@@ -24,6 +25,7 @@ class HopperConfig(NamedTuple):
     query_stages: int = 1
     rows: bool = False
     early: bool = False
+    apart: bool = False
 
     @property
     def tile_q(self) -> int:
@@ -58,8 +60,8 @@ FORWARD: dict[str, tuple[Row, ...]] = {
     "window": (
         Row(64, 2048, _SHORT),
         Row(64, None, _THREE),
-        Row(128, None, _128._replace(rows=True, early=True)),
-        Row(256, None, _256._replace(rows=True)),
+        Row(128, None, _128._replace(rows=True, early=True, apart=True)),
+        Row(256, None, _256._replace(rows=True, apart=True)),
     ),
     "cut": (Row(64, None, _TWO), Row(128, None, _128), Row(256, None, _256)),
     "dropout": (

@@ -13,7 +13,6 @@ Where `split`, heads are so wide that a warpgroup has registers for dK or for dV
 P and dV and hands P to the second, which computes dS and dK.
 """
 
-import triton
 import triton.language as tl
 from triton.experimental import gluon
 
@@ -29,7 +28,7 @@ from flashtile.backends.hopper.memory import (
     without_nan,
     without_rows,
 )
-from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, key_tile, row_tile, rows_walk
+from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, edges_in, key_tile, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
 from flashtile.backends.hopper.steps import key_step, step, value_step
@@ -79,12 +78,6 @@ def loader(
     # No barrier is left half full.
     for i in range(count, count + META.stages):
         await_slot(FREED, i, META.stages, META)
-
-
-@triton.constexpr_function
-def edges_in(apart, phase):
-    """Whether "all", "some" or "none" of the steps of a phase need the mask."""
-    return ("all", "none")[phase] if apart else "some"
 
 
 @gluon.jit

@@ -79,21 +79,3 @@ def packed(b_weights, dtype: gl.constexpr, META: gl.constexpr):
     return gl.inline_asm_elementwise(
         _converts(dtype), "=r,r,r,r,r", [b_0, b_1, b_2, b_3], dtype=gl.int32, is_pure=True, pack=1
     )
-
-
-@gluon.jit
-def unpacked(b_packed, dtype: gl.constexpr, layout: gl.constexpr, META: gl.constexpr):
-    """(64, TILE) weights from those `packed`, in a layout where four of a register follow each other; no instruction is
-    left of it."""
-    b_pairs = gl.join(b_packed, b_packed)
-    b_fours = gl.join(b_pairs, b_pairs).reshape([ROWS, META.tile_kv])
-    b_fours = gl.convert_layout(b_fours, layout, assert_trivial=True)
-    if dtype == gl.float8e4nv:
-        b_weights = gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r,r,r", [b_fours], dtype=gl.float8e4nv, is_pure=False, pack=4
-        )
-    else:
-        b_weights = gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r,r,r", [b_fours], dtype=gl.float8e5, is_pure=False, pack=4
-        )
-    return b_weights

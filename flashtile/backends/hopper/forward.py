@@ -1,8 +1,7 @@
 """The forward kernel: one warp loads, two or three warpgroups multiply (FlashAttention-3, Shah et al. 2024).
 
-Each math warpgroup owns 64 rows of the query tile. The scores of one key tile are computed while the weights of the
-tile before are multiplied with their values, so that the tensor cores work under the exponentials. Programs are
-persistent; the loader runs ahead into the next query tile.
+Each math warpgroup owns 64 rows of the query tile, and walks over its keys (`forward_steps`). Programs are persistent;
+the loader runs ahead into the next query tile.
 """
 
 from triton.experimental import gluon
@@ -11,173 +10,16 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.care import any_nan, careful_output
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
-from flashtile.backends.hopper.dropped import kept_at, only_kept
-from flashtile.backends.hopper.eight import factor_of, query_unit, units_of
+from flashtile.backends.hopper.eight import query_unit, units_of
+from flashtile.backends.hopper.forward_steps import first_step, outstanding, step
 from flashtile.backends.hopper.loading import loader, query_slot
-from flashtile.backends.hopper.memory import (
-    KEYS_FREED,
-    VALUES_FREED,
-    free_slot,
-    hand_over,
-    new_barriers,
-    pass_turn,
-    take_turn,
-)
-from flashtile.backends.hopper.products import multiply_scores, multiply_values, narrowed
-from flashtile.backends.hopper.ruling import ruled_tile
-from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
-from flashtile.backends.hopper.softmax import (
-    ROWS,
-    before_any_key,
-    online_softmax,
-    rescaled,
-    softmax_of_rows,
-    sums_of_lanes,
-    sums_of_rows,
-)
+from flashtile.backends.hopper.memory import VALUES_FREED, free_slot, hand_over, new_barriers, pass_turn, take_turn
+from flashtile.backends.hopper.products import multiply_values
+from flashtile.backends.hopper.schedule import edges_in, hear, tile_of, walk_of
+from flashtile.backends.hopper.softmax import ROWS, sums_of_rows
 from flashtile.kernels.places import number_pointers
 
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def rule(
-    b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit,
-    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """What `ruled_tile` says. first: of `o_query`; unit: of 8-bit products, what nothing modifies keeps it."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
-    o_columns = (i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores)))[None, :]
-    if META.eight and META.modified:
-        b_scores = b_scores * unit
-    return ruled_tile(
-        b_scores, m_edge, b_words, first, i_tile * TILE_KV, o_query[:, None], o_columns, place, rules,
-        META, SCORE, MASK, MASKED, False,
-    )  # fmt: skip
-
-
-@gluon.jit
-def step(
-    b_weights, b_out, softmax, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory, barriers,
-    rules, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr, EDGES: gl.constexpr,
-):  # fmt: skip
-    """A key tile: its scores and weights, while the weights of the tile before meet their values.
-
-    softmax: (maxima, sums, what the output is still to be multiplied with); unit: of 8-bit products; change: the unit
-    of the values before over that of this tile's.
-    """
-    q_smem, k_smem, v_smem, _ = memory
-    _, _, k_full, v_full = barriers
-    if META.turns:
-        take_turn(I_GROUP, META.consumers)
-    score_token = multiply_scores(q_smem, k_smem, k_full, count, META)
-    out_token = multiply_values(b_weights, outstanding(b_out, softmax, META), v_smem, v_full, count - 1, META)
-    if META.turns:
-        pass_turn(I_GROUP, META.consumers)
-    b_kept = kept_at(rules, place, first, i_tile * META.tile_kv, META.tile_kv, False)
-    b_scores = warpgroup_mma_wait(1, [score_token])
-    if META.early:
-        free_slot(KEYS_FREED, count, META.stages, META)
-    MASKED: gl.constexpr = META.asked if EDGES is None else "always" if EDGES else "never"
-    b_scores, _valid, _capped, _plain = rule(
-        b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit, META, SCORE, MASK, MASKED
-    )
-    GUARDED: gl.constexpr = META.asked != "never" or META.modified
-    factor = factor_of(rules, unit, META)
-    b_max, b_sum, _ = softmax
-    if META.rows:
-        b_new, b_max, b_sum, b_rescale, b_out = softmax_of_rows(
-            b_scores, out_token, b_max, b_sum, factor, GUARDED, True
-        )
-    else:
-        b_new, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, factor, GUARDED, META.lift)
-    b_new = only_kept(b_new, b_kept)
-    LATE: gl.constexpr = META.eight or META.rows
-    if not LATE:
-        b_low = narrowed(b_new, k_smem.dtype, META)
-    if not META.rows:
-        b_out = warpgroup_mma_wait(0, [out_token])
-    if LATE:
-        # These go into the registers that the product has read; sooner, ptxas would make products wait for each other.
-        b_low = narrowed(b_new, k_smem.dtype, META)
-    # Of the step before, or by one word for these and the keys of this step.
-    free_slot(VALUES_FREED, count - 1 + META.values_late, META.stages, META)
-    if META.scaled == "block":
-        b_rescale = b_rescale * change
-    if not META.rows:
-        b_out = b_out * gl.convert_layout(b_rescale, gl.SliceLayout(1, b_out.type.layout))[:, None]
-    return b_low, b_out, (b_max, b_sum, b_rescale)
-
-
-@gluon.jit
-def outstanding(b_out, softmax, META: gl.constexpr):
-    """An output, multiplied with what it is still to be multiplied with."""
-    return rescaled(b_out, softmax[2]) if META.rows else b_out
-
-
-@gluon.jit
-def first_step(
-    i_tile, m_edge, b_words, unit, count, place, o_query, first, memory, barriers, rules, sinks,
-    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr,
-):  # fmt: skip
-    """(weights, output, softmax) after the first tile, whose scores have no other product to hide under."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_DV: gl.constexpr = META.block_dv
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
-    q_smem, k_smem, _, _ = memory
-    _, _, k_full, _ = barriers
-    token = multiply_scores(q_smem, k_smem, k_full, count, META)
-    b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
-    b_scores = warpgroup_mma_wait(0, [token])
-    free_slot(KEYS_FREED if META.early else VALUES_FREED, count, META.stages, META)
-    b_scores, _valid, _capped, _plain = rule(
-        b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit, META, SCORE, MASK, "always"
-    )
-    ROW: gl.constexpr = gl.SliceLayout(1, scores)
-    b_max, b_sum = before_any_key(sinks, place.head, ROW, META.lift)
-    b_out = gl.zeros([ROWS, BLOCK_DV], gl.float32, output)
-    b_ones = gl.full([ROWS], 1.0, gl.float32, ROW)
-    factor = factor_of(rules, unit, META)
-    if META.rows:
-        b_sum = sums_of_lanes(b_sum)
-        b_new, b_max, b_sum, _rescale, b_out = softmax_of_rows(b_scores, b_out, b_max, b_sum, factor, True, False)
-    else:
-        b_new, b_max, b_sum, _rescale = online_softmax(b_scores, b_max, b_sum, factor, True, META.lift)
-    b_weights = narrowed(only_kept(b_new, b_kept), k_smem.dtype, META)
-    return b_weights, b_out, (b_max, b_sum, b_ones)
-
-
-@gluon.jit
-def walk_some(
-    state, begin, stop, given, META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
-    EDGES: gl.constexpr,
-):  # fmt: skip
-    """The state after steps [begin, stop), of which all or none need the mask, or some (EDGES None)."""
-    b_weights, b_out, softmax, i_next, scaling, count = state
-    walk, queries, place, o_query, first, memory, barriers, rules, visits, scales = given
-    unit, change, values, next_unit, next_values = scaling
-    _tiles, _first, full_begin, full_end, _steps = walk
-    for n in range(begin, stop):
-        i_tile = i_next
-        i_next = tile_of(walk, n + 1, META)
-        if META.scaled == "block":
-            unit = next_unit
-            change = values / next_values
-            values = next_values
-            next_unit, next_values = units_of(scales, queries, place, i_next, META)
-        if EDGES is None:
-            m_edge = (n < full_begin) | (n >= full_end)
-        else:
-            m_edge = EDGES
-        b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
-        b_weights, b_out, softmax = step(
-            b_weights, b_out, softmax, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory,
-            barriers, rules, META, SCORE, MASK, I_GROUP, EDGES,
-        )  # fmt: skip
-        count += 1
-    return (b_weights, b_out, softmax, i_next, (unit, change, values, next_unit, next_values), count)
 
 
 @gluon.jit
@@ -193,30 +35,56 @@ def walk_keys(
     b_first = words_at(visits, place, 0, m_first, META, False, I_GROUP)
     queries = query_unit(scales, place, first, META)
     unit, values = units_of(scales, queries, place, tile_of(walk, 0, META), META)
-    change = 1.0
     b_weights, b_out, softmax = first_step(
         tile_of(walk, 0, META), m_first, b_first, unit, count, place, o_query, first, memory, barriers, rules, sinks,
         META, SCORE, MASK,
     )  # fmt: skip
     count += 1
-    # Read one step ahead; lists have room for that.
-    i_next = tile_of(walk, 1, META)
-    next_unit, next_values = units_of(scales, queries, place, i_next, META)
-    scaling = (unit, change, values, next_unit, next_values)
-    state = (b_weights, b_out, softmax, i_next, scaling, count)
-    given = (walk, queries, place, o_query, first, memory, barriers, rules, visits, scales)
-    if META.rows and META.right and not META.left:
-        edges = gl.minimum(gl.maximum(full_begin, 1), steps)
-        state = walk_some(state, 1, edges, given, META, SCORE, MASK, I_GROUP, True)
-        state = walk_some(state, edges, steps, given, META, SCORE, MASK, I_GROUP, False)
-    else:
-        state = walk_some(state, 1, steps, given, META, SCORE, MASK, I_GROUP, None)
-    b_weights, b_out, softmax, _i_next, scaling, count = state
-    values = scaling[2]
+    whole = gl.minimum(gl.maximum(full_begin, 1), steps)
+    for PHASE in gl.static_range(2 if META.apart else 1):
+        begin = 1 if PHASE == 0 else whole
+        end = whole if META.apart and PHASE == 0 else steps
+        b_weights, b_out, softmax, values, count = walk_some(
+            b_weights, b_out, softmax, begin, end, count, walk, queries, unit, values, place, o_query, first, memory,
+            barriers, rules, visits, scales, META, SCORE, MASK, I_GROUP, edges_in(META.apart, PHASE),
+        )  # fmt: skip
     b_max, b_sum, _ = softmax
     if META.rows:
         b_sum = sums_of_rows(b_sum, b_max)
     return b_weights, outstanding(b_out, softmax, META), b_max, b_sum, values, count
+
+
+@gluon.jit
+def walk_some(
+    b_weights, b_out, softmax, begin, end, count, walk, queries, unit, values, place, o_query, first, memory, barriers,
+    rules, visits, scales,
+    META: gl.constexpr, SCORE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr, EDGES: gl.constexpr,
+):  # fmt: skip
+    """(weights, output, softmax, unit of the last values, steps so far) after the steps [begin, end); EDGES: see
+    `edges_in`."""
+    _tiles, _first, full_begin, full_end, _steps = walk
+    change = 1.0
+    # Read one step ahead; lists have room for that.
+    i_next = tile_of(walk, begin, META)
+    next_unit, next_values = units_of(scales, queries, place, i_next, META)
+    for n in range(begin, end):
+        i_tile = i_next
+        i_next = tile_of(walk, n + 1, META)
+        if META.scaled == "block":
+            unit = next_unit
+            change = values / next_values
+            values = next_values
+            next_unit, next_values = units_of(scales, queries, place, i_next, META)
+        m_edge: gl.constexpr = EDGES == "all"
+        if EDGES == "some":
+            m_edge = (n < full_begin) | (n >= full_end)
+        b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
+        b_weights, b_out, softmax = step(
+            b_weights, b_out, softmax, i_tile, m_edge, b_words, unit, change, count, place, o_query, first, memory,
+            barriers, rules, META, SCORE, MASK, I_GROUP,
+        )  # fmt: skip
+        count += 1
+    return b_weights, b_out, softmax, values, count
 
 
 @gluon.jit

@@ -9,8 +9,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from flashtile.backends.hopper.compat import gl, mbarrier
-from flashtile.backends.hopper.eight import packed, unpacked
+from flashtile.backends.hopper.eight import packed
 from flashtile.backends.hopper.softmax import ROWS
+from flashtile.backends.hopper.words import from_words, halves_in_words
 
 
 @gluon.jit
@@ -48,35 +49,10 @@ def narrowed(b_weights, dtype: gl.constexpr, META: gl.constexpr):
     if META.eight:
         b_low = packed(b_weights, dtype, META)
     elif META.rows:
-        b_low = in_words(b_weights, dtype)
+        b_low = halves_in_words(b_weights, dtype)
     else:
         b_low = b_weights.to(dtype)
     return b_low
-
-
-@gluon.jit
-def in_words(b_weights, dtype: gl.constexpr):
-    """(64, TILE / 2) of two weights of 16 bits each. From one loop into the next, numbers of 16 bits would travel in a
-    register each, and be put together in every step."""
-    b_even, b_odd = b_weights.reshape([ROWS, b_weights.shape[1] // 2, 2]).split()
-    TEXT: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
-    return gl.inline_asm_elementwise(TEXT, "=r,f,f", [b_even, b_odd], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def from_words(b_words, dtype: gl.constexpr, layout: gl.constexpr):
-    """(64, TILE) weights of `in_words`; no instruction is left of it."""
-    b_twice = gl.join(b_words, b_words).reshape([ROWS, b_words.shape[1] * 2])
-    b_twice = gl.convert_layout(b_twice, layout, assert_trivial=True)
-    if dtype == gl.bfloat16:
-        b_weights = gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r", [b_twice], dtype=gl.bfloat16, is_pure=False, pack=2
-        )
-    else:
-        b_weights = gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r", [b_twice], dtype=gl.float16, is_pure=False, pack=2
-        )
-    return b_weights
 
 
 @gluon.jit
@@ -84,9 +60,7 @@ def as_left(b_weights, dtype: gl.constexpr, META: gl.constexpr):
     """Narrowed weights as the left side of their product with values, in the registers where they are."""
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.block_dv, META.depth])
     left: gl.constexpr = gl.DotOperandLayout(0, output, META.depth // 8)
-    if META.eight:
-        b_left = unpacked(b_weights, dtype, left, META)
-    elif META.rows:
+    if META.eight or META.rows:
         b_left = from_words(b_weights, dtype, left)
     else:
         b_left = gl.convert_layout(b_weights, left, assert_trivial=True)

@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at
-from flashtile.backends.hopper.forward import rule, store_tile
+from flashtile.backends.hopper.forward import store_tile
+from flashtile.backends.hopper.forward_steps import rule
 from flashtile.backends.hopper.loading import loader
 from flashtile.backends.hopper.memory import (
     KEYS_FREED,

@@ -1,5 +1,6 @@
 """Which tile a program works on next, and in which order: persistent programs, the tiles with the most to do first."""
 
+import triton
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier
@@ -92,6 +93,12 @@ def walk_of(place, counts, window, visits, META: gl.constexpr):
         full_end = end - every_begin
         steps = end - begin
     return tiles, first, full_begin, full_end, gl.maximum(steps, 1)
+
+
+@triton.constexpr_function
+def edges_in(apart, phase):
+    """Whether "all", "some" or "none" of the steps of a phase of a walk need the mask."""
+    return ("all", "none")[phase] if apart else "some"
 
 
 @gluon.jit
