@@ -20,6 +20,7 @@ from flashtile.compiling import matrix, usage
 from flashtile.compiling.matrix import Entry
 from flashtile.compiling.targets import TARGETS
 from flashtile.kernels import aot
+from flashtile.kernels.tape import Grid
 from flashtile.problem import describe, describe_cached
 from flashtile.tuning import hopper as hopper_tables
 from flashtile.tuning import portable as portable_tables
@@ -169,7 +170,7 @@ def _tiles(config: Any) -> tuple[int, ...]:
 def _compiling(entry: Entry, tiles: tuple[int, ...], found: list[Row]) -> HopperMachine:
     """A machine that compiles what it is to launch, and adds a row."""
 
-    def compile_instead(kernel: Any, programs: int, arguments: Any, options: dict[str, Any]) -> None:
+    def compile_instead(kernel: Any, programs: int | Grid, arguments: Any, options: dict[str, Any]) -> None:
         given = {parameter.name: value for parameter, value in zip(kernel.params, arguments, strict=True)}
         row = _named(entry, "hopper", kernel, tiles)
         row.spills_allowed = hopper_tables.spills_allowed(row.kernel, row.headdim, row.variant)

@@ -51,10 +51,11 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "mask_mod": lambda: {"mask": _documents},
     "varlen": lambda: {"causal": True},
     "deterministic": lambda: {"causal": True, "deterministic": True},
+    "heads": lambda: {"causal": True},
 }
-"""Name -> the options of a call; `varlen` is a packed one."""
+"""Name -> the options of a call; `varlen` is a packed one, and in `heads` each head of queries has keys of its own."""
 
-OWN_KERNELS = {"deterministic": "sm_90a", "decode_some": "sm_90a", "decode_some_fp8": "sm_90a"}
+OWN_KERNELS = {"deterministic": "sm_90a", "heads": "sm_90a", "decode_some": "sm_90a", "decode_some_fp8": "sm_90a"}
 """Variants that have kernels of their own on one target alone."""
 
 
@@ -120,8 +121,8 @@ def cached_call(entry: Entry) -> decoding.Call:
 
 
 def call(entry: Entry) -> tuple[Inputs, Options]:
-    """The inputs, on the CPU, and options of an entry; two query heads share a key head, but for a bias."""
-    heads = 2 if entry.variant == "bias" else 4
+    """The inputs, on the CPU, and options of an entry; two query heads share a key head, but for a bias and `heads`."""
+    heads = 2 if entry.variant in ("bias", "heads") else 4
     packing = None
     if entry.variant == "varlen":
         offsets = torch.tensor([0, 100, SEQLEN], dtype=torch.int32)

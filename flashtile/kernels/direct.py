@@ -234,11 +234,11 @@ def _checked(result: int) -> None:
 class Direct:
     """One launch, whose parameters lie ready; `passed`: to cuLaunchKernelEx, for `stream`."""
 
-    def __init__(self, kernel: Any, programs: int, block: Block) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], block: Block) -> None:
         # Kernels are unloaded with their object.
         self._kernel, self._block = kernel, block
         meta = kernel.metadata
-        sizes = (ctypes.c_uint * 7)(programs, 1, 1, 32 * meta.num_warps, 1, 1, meta.shared)
+        sizes = (ctypes.c_uint * 7)(*grid, 32 * meta.num_warps, 1, 1, meta.shared)
         early = ctypes.pointer(_Attribute(_EARLY, b"", 1))
         self._config = _Config(sizes, None, early, int(meta.launch_pdl))
         self.passed = (ctypes.addressof(self._config), kernel.function, ctypes.addressof(block.array), None)
@@ -260,7 +260,7 @@ class Series:
         self._table = (ctypes.c_uint64 * tensors)()
         self._write = Struct(f"{tensors}Q").pack_into
 
-    def add(self, kernel: Any, programs: int, arguments: Sequence[Any], place: Place) -> bool:
+    def add(self, kernel: Any, grid: tuple[int, int, int], arguments: Sequence[Any], place: Place) -> bool:
         """One more launch of a compiled kernel, last; False: Triton must do it. So it is elsewhere than on NVIDIA's,
         where somebody watches launches, and where the kernel asks for more than arguments."""
         if torch.version.hip or not torch.cuda.is_available() or not hasattr(kernel, "asm"):
@@ -281,7 +281,7 @@ class Series:
                 self._other_maps.append((made, at))
             else:
                 self._words.append((made.word, at))
-        self._launches.append(Direct(kernel, programs, block))
+        self._launches.append(Direct(kernel, grid, block))
         return True
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:

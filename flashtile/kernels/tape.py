@@ -31,6 +31,14 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+Grid = tuple[int, int, int]
+
+
+def grid_of(programs: int | Grid) -> Grid:
+    """A number of programs is one side of a grid."""
+    return (programs, 1, 1) if isinstance(programs, int) else programs
+
+
 class Tape:
     """What was launched for some tensors, in order; `tensors`: all that may be others the next time, on one device.
 
@@ -45,15 +53,15 @@ class Tape:
         self._ready: Series | None = Series(len(tensors))
         self.whole = True
 
-    def record(self, kernel: Any, programs: int, arguments: Sequence[Any]) -> None:
+    def record(self, kernel: Any, programs: int | Grid, arguments: Sequence[Any]) -> None:
         """A launch of a compiled kernel; `arguments`: all that its function names, in that order."""
         fillers = [(i, self._filler(argument)) for i, argument in enumerate(arguments)]
         open_places = [(i, filler) for i, filler in fillers if filler is not None]
         # No tensor of this time is kept alive.
         constants = [None if filler else argument for argument, (_, filler) in zip(arguments, fillers, strict=True)]
-        if self._ready and not self._ready.add(kernel, programs, arguments, self._place):
+        if self._ready and not self._ready.add(kernel, grid_of(programs), arguments, self._place):
             self._ready = None
-        self._launches.append((kernel[(programs, 1, 1)], constants, open_places))
+        self._launches.append((kernel[grid_of(programs)], constants, open_places))
 
     def _place(self, tensor: Tensor) -> int | None:
         return self._places.get(tensor.data_ptr())

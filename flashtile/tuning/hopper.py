@@ -100,7 +100,8 @@ class BackwardConfig(NamedTuple):
     or 64 in all, of which one computes dK and the other dV.
 
     queries: None, or the tiles of another kernel for dQ; otherwise dQ is added up here, in any order. apart: steps that
-    need the mask have code of their own, in front of the others, unless a window ends on the left.
+    need the mask have code of their own, in front of the others, unless a window ends on the left. ahead: a step's
+    scores are multiplied at the end of the step before, unless several heads of queries share keys.
     """
 
     tile_q: int
@@ -109,6 +110,7 @@ class BackwardConfig(NamedTuple):
     consumers: int = 2
     queries: QueryConfig | None = None
     apart: bool = False
+    ahead: bool = False
 
 
 class BiasConfig(NamedTuple):
@@ -147,7 +149,7 @@ _WIDE_BACKWARD = (256, BackwardConfig(tile_q=64, stages=2, tile_kv=64, queries=Q
 BACKWARD: dict[str, tuple[tuple[int, BackwardConfig], ...]] = {
     "plain": (
         (64, BackwardConfig(tile_q=128, stages=2, apart=True)),
-        (128, BackwardConfig(tile_q=64, stages=2)),
+        (128, BackwardConfig(tile_q=64, stages=2, ahead=True)),
         _WIDE_BACKWARD,
     ),
     "modified": (

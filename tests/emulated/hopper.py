@@ -15,6 +15,7 @@ from flashtile.backends import hopper
 from flashtile.backends.hopper import calls
 from flashtile.backends.hopper.calls import Machine
 from flashtile.kernels import aot
+from flashtile.kernels.tape import Grid, grid_of
 from tools.ptx_emulation import TensorMap, emulate_kernel
 
 
@@ -29,7 +30,7 @@ class Emulated:
         self.complaints: list[str] = []
         self.machine = Machine(self._launch, processors)
 
-    def _launch(self, kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any]) -> None:
+    def _launch(self, kernel: Any, programs: int | Grid, arguments: Sequence[Any], options: dict[str, Any]) -> None:
         bound = {parameter.name: argument for parameter, argument in zip(kernel.params, arguments, strict=True)}
         compiled = aot.build(kernel, bound, aot.HOPPER, **options)
         constants = aot.source(kernel, bound).constants
@@ -40,7 +41,7 @@ class Emulated:
             for path, leaf in aot.leaves(value, (index,))
             if path not in constants
         ]
-        report = emulate_kernel(compiled, (programs, 1, 1), values, **self.schedule)
+        report = emulate_kernel(compiled, grid_of(programs), values, **self.schedule)
         self.complaints += report.warnings
 
 

@@ -9,7 +9,7 @@ it is there, and two, in turn, where the other has read the dS before last and p
 """
 
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from flashtile.backends.hopper.compat import gl, tma_add, tma_store_wait
 from flashtile.backends.hopper.memory import ADDED, BOTH, HANDED, ONE_AND_ONE, TOLD, await_all, report
@@ -77,12 +77,10 @@ def hand_over_grad_q(b_grad_q, sums_smem, I_GROUP: gl.constexpr):
 
 
 @gluon.jit
-def after_last(memory, count, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """dQ of the last step."""
-    k_smem, _v_smem, _q_smem, _do_smem, _lse, _delta, ds_smem, sums_smem = memory
+def start_last(memory, count, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Starts the half of dQ of the last step."""
     await_other(count, I_GROUP)
-    token = half_of_grad_q(ds_smem, k_smem, count, I_GROUP, META)
-    hand_over_grad_q(warpgroup_mma_wait(0, [token]), sums_smem, I_GROUP)
+    return half_of_grad_q(memory[6], memory[0], count, I_GROUP, META)
 
 
 @gluon.jit
@@ -96,8 +94,8 @@ def await_half(I_GROUP: gl.constexpr):
 @gluon.jit
 def adder(descriptors, memory, call, META: gl.constexpr, I_GROUP: gl.constexpr):
     """The warp that has the copy engine add a warpgroup's halves of dQ, after the one of before the first step."""
-    packing, size, section, rules, visits = call
-    shared = key_tile(packing, size, section, visits, ONE_WARP, META)
+    packing, size, rules, visits = call
+    shared = key_tile(packing, size, visits, ONE_WARP, META)
     block = memory[7].index(I_GROUP)
     i_piece: gl.constexpr = I_GROUP if pieces(META.tile_q, META.block_d) == 2 else 0
     await_half(I_GROUP)

@@ -15,8 +15,9 @@ P and dV and hands P to the second, which computes dS and dK.
 
 import triton.language as tl
 from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
-from flashtile.backends.hopper.adding import adder, after_last, before_first
+from flashtile.backends.hopper.adding import adder, before_first, hand_over_grad_q, start_last
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.compat import gl, mbarrier, thread_barrier, tma_load, tma_store_wait, view_as
 from flashtile.backends.hopper.memory import (
@@ -31,7 +32,7 @@ from flashtile.backends.hopper.memory import (
 from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, edges_in, key_tile, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
-from flashtile.backends.hopper.steps import key_step, step, value_step
+from flashtile.backends.hopper.steps import first_scores, key_step, step, value_step
 from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_MEMORY, PIECE_ROWS
 from flashtile.kernels.places import with_head
 
@@ -47,8 +48,8 @@ def loader(
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, _ds_smem, _sums_smem = memory
     kv_full, full, _handing = barriers
     lse, delta = statistics
-    packing, size, section, rules, visits = call
-    shared = key_tile(packing, size, section, visits, ONE_WARP, META)
+    packing, size, rules, visits = call
+    shared = key_tile(packing, size, visits, ONE_WARP, META)
     i_entry = shared.batch * META.dense
     first = shared.first_k + shared.tile * META.tile_kv
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -113,6 +114,12 @@ def walk_some(
     _tiles, _begin, full_begin, full_end, _end = walk
     # Read one step ahead; lists have room for that.
     i_next = row_tile(walk, first, META)
+    b_carried = b_grads
+    if META.ahead:
+        b_scores = no_scores(META)
+        if first < last:
+            b_scores = first_scores(i_next, count, place, memory, barriers, I_GROUP, META)
+        b_carried = (b_grads[0], b_grads[1], b_scores)
     for n in tl.range(first, last, disable_licm=META.lean):
         i_row = i_next
         i_next = row_tile(walk, n + 1, META)
@@ -120,21 +127,31 @@ def walk_some(
         if EDGES == "some":
             m_edge = (n < full_begin) | (n >= full_end)
         if META.split and I_GROUP == 1:
-            b_grads = key_step(b_grads, i_row, count, place, memory, barriers, rules, META, DERIVATIVE)
+            b_carried = key_step(b_carried, i_row, count, place, memory, barriers, rules, META, DERIVATIVE)
         elif META.split:
             b_words = words_at(visits, place, n, m_edge, META, True, 0)
-            b_grads = value_step(
-                b_grads, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
+            b_carried = value_step(
+                b_carried, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
                 META, SCORE, DERIVATIVE, MASK,
             )  # fmt: skip
         else:
             b_words = words_at(visits, place, n, m_edge, META, True, I_GROUP)
-            b_grads = step(
-                b_grads, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
+            b_carried = step(
+                b_carried, i_row, i_next, n + 1 < last, m_edge, b_words, count, place, o_key, memory, barriers, rules,
                 META, SCORE, DERIVATIVE, MASK, I_GROUP,
             )  # fmt: skip
         count += 1
-    return b_grads, count
+    if META.ahead:
+        b_carried = (b_carried[0], b_carried[1])
+    return b_carried, count
+
+
+@gluon.jit
+def no_scores(META: gl.constexpr):
+    """What a walk without steps has in place of scores."""
+    TILE_Q: gl.constexpr = META.tile_q
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    return gl.zeros([ROWS, TILE_Q], gl.float32, scores)
 
 
 @gluon.jit
@@ -178,8 +195,8 @@ def consumer(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     row: gl.constexpr = 0 if META.split else I_GROUP * ROWS
     kv_full, _full, _handing = barriers
-    packing, size, section, rules, visits = call
-    shared = key_tile(packing, size, section, visits, ONE_GROUP, META)
+    packing, size, rules, visits = call
+    shared = key_tile(packing, size, visits, ONE_GROUP, META)
     first = shared.tile * META.tile_kv + row
     o_key = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
     b_grads = no_grads(I_GROUP, META)
@@ -196,46 +213,42 @@ def consumer(
         b_grads, count = walk_rows(
             b_grads, count, place, o_key, memory, barriers, rules, visits, META, SCORE, DERIVATIVE, MASK, I_GROUP
         )  # fmt: skip
+    slots = (memory[2], memory[3])
     if META.adds:
-        after_last(memory, count, I_GROUP, META)
+        query_token = start_last(memory, count, I_GROUP, META)
+        # The other is done reading gradients by then: dV leaves while dQ is multiplied.
+        store_values(descriptors, slots, results, b_grads[1], I_GROUP, rules, shared, first, META)
+        hand_over_grad_q(warpgroup_mma_wait(0, [query_token]), memory[7], I_GROUP)
     # Both are done reading queries and gradients once both are here: that memory takes the results.
     meet()
-    dk, dv = results
-    q_smem, do_smem = memory[2], memory[3]
     if META.split and I_GROUP == 1:
-        store_grad(descriptors[5], q_smem.index(1), dk, b_grads[0] * rules.scale, shared, first, META.headdim, META)
+        store_keys(descriptors, slots, results, b_grads[0], 1, rules, shared, first, META)
     elif META.split:
-        store_grad(
-            descriptors[6], do_smem.index(0), dv, value_grad(b_grads[0], rules), shared, first, META.headdim_v, META
-        )
+        store_values(descriptors, slots, results, b_grads[0], 0, rules, shared, first, META)
     else:
-        store_grad(
-            descriptors[5], q_smem.index(I_GROUP), dk, b_grads[0] * rules.scale, shared, first, META.headdim, META
-        )
-        store_grad(
-            descriptors[6],
-            do_smem.index(I_GROUP),
-            dv,
-            value_grad(b_grads[1], rules),
-            shared,
-            first,
-            META.headdim_v,
-            META,
-        )
+        store_keys(descriptors, slots, results, b_grads[0], I_GROUP, rules, shared, first, META)
+        if not META.adds:
+            store_values(descriptors, slots, results, b_grads[1], I_GROUP, rules, shared, first, META)
     tma_store_wait(0)
 
 
 @gluon.jit
-def value_grad(b_grad, rules):
-    """dV: the weights that dropout left were added up unscaled."""
+def store_keys(descriptors, slots, results, b_grad, SLOT: gl.constexpr, rules, place, first, META: gl.constexpr):
+    """dK of 64 keys, through the memory of a slot of queries."""
+    store_grad(descriptors[5], slots[0].index(SLOT), results[0], b_grad * rules.scale, place, first, META.headdim, META)
+
+
+@gluon.jit
+def store_values(descriptors, slots, results, b_grad, SLOT: gl.constexpr, rules, place, first, META: gl.constexpr):
+    """dV, through that of a slot of gradients. The weights that dropout left were added up unscaled."""
     if rules.dropout is not None:
         b_grad = b_grad * rules.dropout.factor
-    return b_grad
+    store_grad(descriptors[6], slots[1].index(SLOT), results[1], b_grad, place, first, META.headdim_v, META)
 
 
 @gluon.jit
 def store_grad(desc, smem, rows, b_grad, place, first, DIM: gl.constexpr, META: gl.constexpr):
-    """dK or dV of 64 keys, through the memory of a slot of queries or of gradients."""
+    """Rows of 64 keys."""
     BLOCK: gl.constexpr = smem.shape[3]
     HALVES: gl.constexpr = META.tile_q // 64
     b_out = view_as(smem, smem.dtype, [HALVES, 1, ROWS, 1, BLOCK], desc.layout).index(0)
@@ -290,9 +303,9 @@ def specialize(
         ], [4, 1], [240, 24])  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["section"])
+@gluon.jit
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, sums_desc, dk_desc, dv_desc, lse, delta, dk, dv, section, packing, size, rules,
+    q_desc, k_desc, v_desc, do_desc, sums_desc, dk_desc, dv_desc, lse, delta, dk, dv, packing, size, rules,
     visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
@@ -330,7 +343,7 @@ def backward_kernel(
         (kv_full, full, handing),
         (lse, delta),
         (dk, dv),
-        (packing, size, section, rules, visits),
+        (packing, size, rules, visits),
         META,
         SCORE,
         DERIVATIVE,

@@ -1,5 +1,6 @@
 """What all launches of one pass share: where they go, their arguments' words, and the grids."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ from flashtile.backends.hopper.meta import Meta, meta_of
 from flashtile.kernels import visits
 from flashtile.kernels.arguments import functions_of, packing_of, programs_of, rules_of, size_of
 from flashtile.kernels.storage import kept
-from flashtile.kernels.tape import Tape, prepared
+from flashtile.kernels.tape import Grid, Tape, grid_of, prepared
 from flashtile.problem import Inputs, Problem
 from flashtile.tuning.hopper import CACHED, Config
 
@@ -20,16 +21,16 @@ REGISTERS = {2: 168, 3: 128}
 """Registers a thread that a kernel is compiled for, by consumers; they trade among the warps once it runs."""
 
 
-def on_device(kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
+def on_device(kernel: Any, programs: int | Grid, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
     """Launches on the current device; returns the compiled kernel."""
     with kept():
-        return kernel[(programs,)](*arguments, **options)
+        return kernel[grid_of(programs)](*arguments, **options)
 
 
 class Machine(NamedTuple):
     """Where launches go, a device or an emulator in its place; processors: how many programs run at once there."""
 
-    launch: Callable[[Any, int, Sequence[Any], dict[str, Any]], Any] = on_device
+    launch: Callable[[Any, int | Grid, Sequence[Any], dict[str, Any]], Any] = on_device
     processors: int | None = None
 
     def programs(self, total: int, device: torch.device) -> int:
@@ -60,6 +61,24 @@ def heads_in_cache(problem: Problem, rows: int) -> int:
     many fit into the L2 cache."""
     row = (problem.headdim + problem.headdim_v) * problem.dtype.itemsize + problem.headdim * torch.float32.itemsize
     return max(1, min(CACHED // (problem.group * rows * row), problem.heads_kv * entries(problem)))
+
+
+MOST = 65535
+"""Programs that a grid has along its second and its third side at most."""
+
+
+@lru_cache
+def grid_of_keys(tiles: int, pairs: int, section: int, sections: bool) -> tuple[bool, Grid]:
+    """(whether tiles of several heads are handed out together, the grid) for this many tiles of each pair of a batch
+    entry and a head, as programs find themselves in it with next to no arithmetic: the first side counts fastest.
+
+    `sections`: about `section` pairs should give their first tiles together, then their second; as many as divide all.
+    """
+    if (sections and tiles <= MOST) or pairs > MOST:
+        sides = [side for side in range(1, pairs + 1) if pairs % side == 0 and pairs // side <= MOST]
+        side = min(sides, key=lambda side: abs(math.log(side / section)))
+        return True, (side, tiles, pairs // side)
+    return False, (tiles, pairs, 1)
 
 
 @dataclass(frozen=True)
@@ -112,9 +131,9 @@ class Call:
         maker = _maker(self.machine, self.inputs, self.problem, self.config, keys)
         return {"visits": visits.of(self.inputs, self.problem, *tiles, keys, maker)}
 
-    def launch(self, kernel: Any, programs: int, given: dict[str, Any], **options: Any) -> None:
+    def launch(self, kernel: Any, programs: int | Grid, given: dict[str, Any], **options: Any) -> None:
         """Nothing to do is no launch."""
-        if programs == 0:
+        if 0 in grid_of(programs):
             return
         given = {**given, "META": self.meta}
         arguments = [given[parameter.name] for parameter in kernel.params]

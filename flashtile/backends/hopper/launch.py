@@ -10,7 +10,7 @@ from torch import Tensor
 from flashtile.backends import AGAIN, Gradients
 from flashtile.backends.hopper.around import after_kernel, before_kernel
 from flashtile.backends.hopper.backward import backward_kernel
-from flashtile.backends.hopper.calls import Call, Machine, entries, heads_in_cache, lists_of
+from flashtile.backends.hopper.calls import Call, Machine, entries, grid_of_keys, heads_in_cache, lists_of
 from flashtile.backends.hopper.descriptors import descriptor, piece_descriptor, value_descriptor
 from flashtile.backends.hopper.forward import forward_kernel
 from flashtile.backends.hopper.meta import block
@@ -280,6 +280,9 @@ def _through(
     """dK, dV and, where there are any, the sums of dQ."""
     inputs, meta, rows = call.inputs, call.meta, ROWS.value
     programs, where = call.tiles(keys=True)
+    pairs = call.problem.heads_kv * entries(call.problem)
+    section = heads_in_cache(call.problem, inputs.q.shape[-3])
+    sections, grid = grid_of_keys(programs // max(pairs, 1), pairs, section, meta.sections)
     given = {
         "q_desc": descriptor(inputs.q, meta.tile_q, meta.block_d),
         "k_desc": descriptor(inputs.k, meta.tile_kv, meta.block_d),
@@ -290,11 +293,11 @@ def _through(
         "dv_desc": descriptor(dv, rows, meta.block_dv),
         "lse": numbers_of(lse),
         "delta": numbers_of(delta),
-        "section": heads_in_cache(call.problem, inputs.q.shape[-3]),
         "dk": rows_of(dk) if meta.packed else None,
         "dv": rows_of(dv) if meta.packed else None,
         **where,
         **call.lists(keys=True),
         **call.functions,
     }
-    call.launch(backward_kernel, programs, given, **call.warps())
+    ordered = replace(call, meta=replace(meta, sections=sections))
+    ordered.launch(backward_kernel, grid, given, **call.warps())

@@ -25,7 +25,7 @@ class Meta:
     the other. query_stages, rows, early: see `HopperConfig`. guarded: what a mask hides, or a function that
     does not only add, may hold NaN or have no finite gradient. careful: what lies beside what is seen may hold NaN.
     collects: this kernel adds gradients of captured tensors. slope_gradient: and this one gives those of ALiBi's
-    slopes. apart: see the configs. lean: see `backward.walk_some`. adds: the kernel of keys adds up dQ. for_dq:
+    slopes. apart, ahead: see the configs. lean: see `backward.walk_some`. adds: the kernel of keys adds up dQ. for_dq:
     this is the kernel of dQ alone. split: two warpgroups share 64 keys. stages_v: slots for values, where they are not
     as many as those for keys.
     eight: inputs have 8 bits; scaled: which rows of them share a scale, see `Problem`; lift: see `softmax`.
@@ -64,6 +64,7 @@ class Meta:
     collects: bool
     slope_gradient: bool
     apart: bool
+    ahead: bool
     lean: bool
     adds: bool
     for_dq: bool
@@ -137,6 +138,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         collects=any(problem.wanted.score) and (adds or for_dq),
         slope_gradient=problem.wanted.alibi_slopes and for_dq,
         apart=isinstance(config, HopperConfig | BackwardConfig) and config.apart and left is None,
+        ahead=isinstance(config, BackwardConfig) and config.ahead and problem.group == 1,
         lean=not problem.bias,
         adds=adds,
         for_dq=for_dq,

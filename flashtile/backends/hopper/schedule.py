@@ -53,12 +53,21 @@ def query_tile(i_number, packing, size, section, total, visits, META: gl.constex
 
 
 @gluon.jit
-def key_tile(packing, size, section, visits, layout: gl.constexpr, META: gl.constexpr):
-    """The `Place` of this program of the backward kernel, with a head of the keys. layout: of the warps that ask."""
-    i_batch, i_head, i_rank = ranked(gl.program_id(0), gl.num_programs(0), size, section, META)
+def key_tile(packing, size, visits, layout: gl.constexpr, META: gl.constexpr):
+    """The `Place` of this program of the backward kernel, with a head of the keys: see `calls.grid_of_keys`. layout: of
+    the warps that ask."""
+    if META.sections:
+        i_pair = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
+        i_rank = gl.program_id(1)
+    else:
+        i_pair = gl.program_id(1)
+        i_rank = gl.program_id(0)
+    heads = number_of(size.heads)
     o_lanes = gl.arange(0, SCANNED, layout)
-    lists: gl.constexpr = META.masked == "lists"
-    return place_at(i_batch, i_head, i_rank, o_lanes, packing, size, visits, META.tile_kv, True, False, lists)
+    return place_at(
+        i_pair // heads, i_pair % heads, i_rank, o_lanes, packing, size, visits,
+        META.tile_kv, True, False, META.masked == "lists",
+    )  # fmt: skip
 
 
 @gluon.jit

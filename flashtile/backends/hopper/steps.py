@@ -31,30 +31,50 @@ def scores_of(
 
 
 @gluon.jit
-def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """(queries, gradients of their outputs) of a slot, once they are there."""
-    TILE_Q: gl.constexpr = META.tile_q
-    BLOCK_D: gl.constexpr = META.block_d
-    BLOCK_DV: gl.constexpr = META.block_dv
-    _k_smem, _v_smem, q_smem, do_smem, _lse_smem, _delta_smem, _ds_smem, _sums_smem = memory
-    _kv_full, full, _handing = barriers
+def rows_of_step(count, memory, META: gl.constexpr):
+    """(queries, gradients of their outputs) of a step's slot."""
     slot = count % META.stages
-    b_q = q_smem.index(slot).reshape([TILE_Q, BLOCK_D])
-    b_grad_out = do_smem.index(slot).reshape([TILE_Q, BLOCK_DV])
-    mbarrier.wait(full.index(slot), (count // META.stages) & 1)
+    b_q = memory[2].index(slot).reshape([META.tile_q, META.block_d])
+    b_grad_out = memory[3].index(slot).reshape([META.tile_q, META.block_dv])
+    return b_q, b_grad_out
+
+
+@gluon.jit
+def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """(queries, gradients of their outputs) of a step's slot, once they are there."""
+    _kv_full, full, _handing = barriers
+    b_q, b_grad_out = rows_of_step(count, memory, META)
+    mbarrier.wait(full.index(count % META.stages), (count // META.stages) & 1)
     if META.packed:
-        left = place.seqlen_q - i_row * TILE_Q
-        if left < TILE_Q:
+        left = place.seqlen_q - i_row * META.tile_q
+        if left < META.tile_q:
             clear_half(b_q, b_grad_out, left, I_GROUP)
     return b_q, b_grad_out
 
 
 @gluon.jit
+def start_scores(b_q, memory, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Starts K Q^T of a warpgroup's own keys."""
+    TILE_Q: gl.constexpr = META.tile_q
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    b_k = memory[0].reshape([META.tile_kv, META.block_d]).slice(I_GROUP * ROWS, ROWS, dim=0)
+    b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
+    return warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def first_scores(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Those of the first step of a walk, which no step before it has multiplied."""
+    b_q, _b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
+    return warpgroup_mma_wait(0, [start_scores(b_q, memory, I_GROUP, META)])
+
+
+@gluon.jit
 def step(
-    b_grads, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
+    b_carried, i_row, i_next, more, m_edge, b_words, count, place, o_key, memory, barriers, rules,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head: (dK, dV)."""
+    """One query tile of one head: (dK, dV) and, where products go `ahead`, the scores of the next step."""
     TILE_Q: gl.constexpr = META.tile_q
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_D: gl.constexpr = META.block_d
@@ -63,17 +83,22 @@ def step(
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     k_smem, v_smem, _q_smem, _do_smem, lse_smem, delta_smem, ds_smem, sums_smem = memory
-    b_grad_k, b_grad_v = b_grads
+    b_grad_k, b_grad_v = b_carried[0], b_carried[1]
     slot = count % META.stages
-    b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
-    b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
-    b_k = k_smem.reshape([TILE_KV, BLOCK_D]).slice(I_GROUP * ROWS, ROWS, dim=0)
-    score_token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    if META.ahead:
+        b_q, b_grad_out = rows_of_step(count, memory, META)
+    else:
+        b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
+        score_token = start_scores(b_q, memory, I_GROUP, META)
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
+    b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     weight_token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     first_key = place.tile * TILE_KV + I_GROUP * ROWS
     b_kept = kept_at(rules, place, i_row * TILE_Q, first_key, TILE_Q, True)
-    b_scores = warpgroup_mma_wait(1, [score_token])
+    if META.ahead:
+        b_scores = b_carried[2]
+    else:
+        b_scores = warpgroup_mma_wait(1, [score_token])
     b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
         b_scores, i_row, m_edge, b_words, place, o_key, first_key, rules, META, SCORE, MASK
     )
@@ -104,9 +129,19 @@ def step(
         tell_other(count, I_GROUP)
     else:
         b_grad_v = warpgroup_mma_wait(1, [value_token])
-    b_grad_k = warpgroup_mma_wait(0, [key_token])
+    if META.ahead:
+        if more:
+            wait_for_rows(i_next, count + 1, place, memory, barriers, I_GROUP, META)
+        # Behind the last step, its own again, for nobody. The registers of dQ and of the weights are free by now: with
+        # them, ptxas would let every product wait.
+        b_q, _b_grad_out = rows_of_step(gl.where(more, count + 1, count), memory, META)
+        score_token = start_scores(b_q, memory, I_GROUP, META)
+        b_grad_k = warpgroup_mma_wait(1, [key_token])
+        b_carried = (b_grad_k, b_grad_v, warpgroup_mma_wait(0, [score_token]))
+    else:
+        b_carried = (warpgroup_mma_wait(0, [key_token]), b_grad_v)
     free_slot(FREED, count, META.stages, META)
-    return (b_grad_k, b_grad_v)
+    return b_carried
 
 
 @gluon.jit
