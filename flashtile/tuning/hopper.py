@@ -57,6 +57,7 @@ FORWARD: dict[str, tuple[Row, ...]] = {
         Row(128, None, _128._replace(query_stages=2, rows=True, early=True)),
         Row(256, None, _256),
     ),
+    "causal": (Row(64, 2048, _SHORT), Row(64, None, _THREE._replace(rows=True, early=True, apart=True))),
     "window": (
         Row(64, 2048, _SHORT),
         Row(64, None, _THREE),
@@ -73,11 +74,14 @@ FORWARD: dict[str, tuple[Row, ...]] = {
     "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_cut": (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=4))),
 }
-"""By what the scores meet: nothing, a causal mask or another window, anything, or dropout, whose random numbers take
-registers, whatever else there is; then all but the last with 8-bit inputs, whose tiles of keys hold no more than the
-128 that share a scale. The first row that fits counts. Those without a mask and with a window were timed on an H100, at
-1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k; those of dropout were chosen by spills alone; where
-`rows` and `early` pay was timed on an H200."""
+"""By what the scores meet: nothing, a window that ends on the right alone, a window, anything, or dropout, whose random
+numbers take registers, whatever else there is; then all but the last with 8-bit inputs, whose tiles of keys hold no
+more than the 128 that share a scale. The first row that fits counts. Those without a mask and with a window were timed
+on an H100, at 1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k; those of dropout were chosen by
+spills alone; where `rows`, `early` and `apart` pay was timed on an H200."""
+
+COARSER = {"causal": "window", "eight_causal": "eight_window"}
+"""Whose rows hold for heads that have none of their own in a kind."""
 
 
 class QueryConfig(NamedTuple):
@@ -182,9 +186,12 @@ def bias_config(headdim: int) -> BiasConfig:
 
 
 def forward_configs(headdim: int, kind: str) -> dict[int | None, HopperConfig]:
-    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD`, by `longest`."""
-    rows = FORWARD[kind]
-    width = next(row.headdim for row in rows if headdim <= row.headdim)
+    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD` or `COARSER`, by
+    `longest`."""
+    rows = FORWARD.get(kind, ())
+    width = next((row.headdim for row in rows if headdim <= row.headdim), None)
+    if width is None:
+        return forward_configs(headdim, COARSER[kind])
     return {row.longest: row.config for row in rows if row.headdim == width}
 
 
