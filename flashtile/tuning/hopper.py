@@ -57,6 +57,7 @@ FORWARD: dict[str, tuple[Row, ...]] = {
         Row(128, None, _128._replace(query_stages=2, rows=True, early=True)),
         Row(256, None, _256),
     ),
+    "causal": (Row(64, 2048, _SHORT), Row(64, None, _THREE._replace(rows=True, early=True, apart=True))),
     "window": (
         Row(64, 2048, _SHORT),
         Row(64, None, _THREE),
@@ -73,11 +74,14 @@ FORWARD: dict[str, tuple[Row, ...]] = {
     "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_cut": (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=4))),
 }
-"""By what the scores meet: nothing, a causal mask or another window, anything, or dropout, whose random numbers take
-registers, whatever else there is; then all but the last with 8-bit inputs, whose tiles of keys hold no more than the
-128 that share a scale. The first row that fits counts. Those without a mask and with a window were timed on an H100, at
-1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k; those of dropout were chosen by spills alone; where
-`rows` and `early` pay was timed on an H200."""
+"""By what the scores meet: nothing, a window that ends on the right alone, a window, anything, or dropout, whose random
+numbers take registers, whatever else there is; then all but the last with 8-bit inputs, whose tiles of keys hold no
+more than the 128 that share a scale. The first row that fits counts. Those without a mask and with a window were timed
+on an H100, at 1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k; those of dropout were chosen by
+spills alone; where `rows`, `early` and `apart` pay was timed on an H200."""
+
+COARSER = {"causal": "window", "eight_causal": "eight_window"}
+"""Whose rows hold for heads that have none of their own in a kind."""
 
 
 class QueryConfig(NamedTuple):
@@ -184,9 +188,12 @@ def bias_config(headdim: int) -> BiasConfig:
 
 
 def forward_configs(headdim: int, kind: str) -> dict[int | None, HopperConfig]:
-    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD`, by `longest`."""
-    rows = FORWARD[kind]
-    width = next(row.headdim for row in rows if headdim <= row.headdim)
+    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD` or `COARSER`, by
+    `longest`."""
+    rows = FORWARD.get(kind, ())
+    width = next((row.headdim for row in rows if headdim <= row.headdim), None)
+    if width is None:
+        return forward_configs(headdim, COARSER[kind])
     return {row.longest: row.config for row in rows if row.headdim == width}
 
 
@@ -197,40 +204,23 @@ def forward_config(headdim: int, kind: str, queries: int) -> HopperConfig:
 
 
 SPILLS: dict[tuple[str, int], dict[str, int]] = {
-    ("forward_kernel", 64): {
-        "bias": 110,
-        "table": 80,
-        "fp8": 20,
-        "fp8_causal": 30,
-        "fp8_heads": 30,
-        "fp8_mask_mod": 10,
-    },
+    ("forward_kernel", 64): {"bias": 30, "table": 80},
     ("forward_kernel", 128): {
-        "dropout": 20,
-        "window": 20,
-        "bias": 290,
-        "table": 140,
-        "mask_mod": 30,
-        "varlen": 20,
-        "fp8_heads": 10,
+        "bias": 120,
+        "table": 130,
+        "mask_mod": 20,
+        "varlen": 10,
         "fp8_mask_mod": 20,
     },
     ("forward_kernel", 256): {
-        "dropout": 20,
-        "causal": 20,
-        "window": 20,
         "bias": 70,
-        "softcap": 20,
-        "score_mod": 20,
-        "table": 90,
-        "mask_mod": 110,
-        "varlen": 100,
-        "fp8": 30,
-        "fp8_causal": 40,
-        "fp8_heads": 60,
-        "fp8_softcap": 30,
+        "table": 80,
+        "mask_mod": 80,
+        "varlen": 90,
+        "fp8": 10,
+        "fp8_causal": 10,
+        "fp8_heads": 10,
         "fp8_mask_mod": 40,
-        "deterministic": 20,
     },
     ("latent_kernel", 576): {"decode_some": 20, "decode_some_fp8": 30},
     ("bias_kernel", 64): {"bias": 10},
@@ -270,19 +260,18 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "varlen": 20,
         "deterministic": 10,
     },
-    ("query_kernel", 128): {"deterministic": 10},
     ("query_kernel", 256): {
         "dropout": 100,
-        "plain": 70,
-        "causal": 60,
-        "window": 80,
-        "bias": 120,
-        "softcap": 90,
-        "score_mod": 90,
-        "table": 90,
+        "plain": 60,
+        "causal": 50,
+        "window": 70,
+        "bias": 110,
+        "softcap": 80,
+        "score_mod": 80,
+        "table": 70,
         "mask_mod": 110,
         "varlen": 150,
-        "deterministic": 60,
+        "deterministic": 50,
     },
 }
 """How many spilling instructions a kernel may have, by head dimension and variant, where not 0: what the worst of the

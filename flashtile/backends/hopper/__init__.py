@@ -156,13 +156,16 @@ def _modified(problem: Problem) -> bool:
 
 
 def _kind(problem: Problem) -> str:
-    """Of `tuning.hopper.FORWARD`."""
+    """Of `tuning.hopper.FORWARD`, or of `COARSER` there."""
+    left, _right, _top_left, rest = region(problem.mask)
     of = "eight_" if problem.scaled else ""
     if problem.dropout_p and not problem.scaled:
         return "dropout"
-    if _modified(problem) or region(problem.mask).rest:
+    if _modified(problem) or rest:
         return of + "cut"
-    return of + ("full" if problem.mask == '["full"]' else "window")
+    if problem.mask == '["full"]':
+        return of + "full"
+    return of + ("causal" if left is None else "window")
 
 
 @cache

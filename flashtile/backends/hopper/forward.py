@@ -15,9 +15,10 @@ from flashtile.backends.hopper.forward_steps import first_step, outstanding, ste
 from flashtile.backends.hopper.loading import loader, query_slot
 from flashtile.backends.hopper.memory import VALUES_FREED, free_slot, hand_over, new_barriers, pass_turn, take_turn
 from flashtile.backends.hopper.products import multiply_values
-from flashtile.backends.hopper.schedule import edges_in, hear, tile_of, walk_of
+from flashtile.backends.hopper.schedule import edges_in, hear, own, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, sums_of_rows
 from flashtile.kernels.places import number_pointers
+from flashtile.kernels.words import Numbers, Rules, Window
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -101,6 +102,12 @@ def consumer(
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
     out, lse, sources, scales = results
     _packing, size, rules, visits, sinks = call
+    left, right = rules.window
+    if left is not None:
+        left = own(left)
+    if right is not None:
+        right = own(right)
+    rules = Rules(Window(left, right), rules.modifiers, rules.dropout, rules.factor, rules.scale, rules.origin)
     count = 0
     turn = 0
     if META.turns:
@@ -123,7 +130,8 @@ def consumer(
         b_inverse = value_unit / gl.where(m_empty, 1.0, b_sum)
         if rules.dropout is not None:
             b_inverse = b_inverse * rules.dropout.factor
-        gl.store(number_pointers(lse, place, o_query), b_lse, mask=o_query < place.seqlen_q)
+        numbers = Numbers(lse.pointer, own(lse.batch), own(lse.head))
+        gl.store(number_pointers(numbers, place, o_query), b_lse, mask=o_query < place.seqlen_q)
         b_out = warpgroup_mma_wait(0, [token])
         if META.early:
             free_slot(VALUES_FREED, count - 1, META.stages, META)

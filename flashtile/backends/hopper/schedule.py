@@ -21,6 +21,16 @@ ONE_GROUP = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
+def own(number):
+    """A number among the arguments as a role has it for itself, from here on.
+
+    What several roles make of an argument, LLVM would make in front of all of them, and what a role makes of it for a
+    tile, in front of all tiles. There it would have to stay, while the loop over keys needs all registers there are.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def ranked(i_number, total, size, section, META: gl.constexpr):
     """(batch entry, head, rank of its tile) of a number below `total`.
 
@@ -155,13 +165,14 @@ def hear(mailbox, size, turn, META: gl.constexpr):
     i_tile = read(values, 2)
     first_q = i_batch * 0
     first_k = i_batch * 0
-    seqlen_q = number_of(size.seqlen_q)
-    seqlen_k = number_of(size.seqlen_k)
     if META.packed:
         first_q = read(values, 3)
         first_k = read(values, 4)
         seqlen_q = read(values, 5)
         seqlen_k = read(values, 6)
+    else:
+        seqlen_q = number_of(own(size.seqlen_q))
+        seqlen_k = number_of(own(size.seqlen_k))
     partial = i_batch * 0
     every = partial
     if META.masked == "lists":

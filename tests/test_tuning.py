@@ -1,0 +1,64 @@
+"""The tables of tiles: which row a call gets."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from flashtile import fp8, masks
+from flashtile.backends import hopper
+from flashtile.problem import Problem, describe
+from flashtile.request import Arguments, build
+from flashtile.tuning.hopper import COARSER, FORWARD, HopperConfig, forward_config, forward_configs
+
+
+def _problem(headdim: int = 64, queries: int = 64, eight: bool = False, **options: Any) -> Problem:
+    q = torch.zeros(1, queries, 2, headdim, dtype=torch.bfloat16)
+    given = fp8.quantize(q, q, q) if eight else (q, q, q)
+    return describe(*build(*given, Arguments(**options)))
+
+
+def _tiles(kind: str, headdim: int = 64) -> tuple[HopperConfig, ...]:
+    return tuple(forward_configs(headdim, kind).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "full"),
+        ({"causal": True}, "causal"),
+        ({"window": (None, 5)}, "causal"),
+        ({"mask": lambda b, h, q_idx, kv_idx: kv_idx <= q_idx - 3}, "causal"),
+        ({"window": (64, 0)}, "window"),
+        ({"window": (64, None)}, "window"),
+        ({"causal": True, "mask": masks.window(9, 4)}, "window"),
+        ({"causal": True, "softcap": 20.0}, "cut"),
+        ({"causal": True, "mask": masks.chunk(8)}, "cut"),
+        ({"causal": True, "dropout_p": 0.1, "seed": 1}, "dropout"),
+    ],
+    ids=str,
+)
+def test_hopper_kinds(options: dict[str, Any], kind: str) -> None:
+    assert hopper.configs(_problem(**options)) == _tiles(kind)
+
+
+def test_hopper_kinds_of_8_bits() -> None:
+    for options, kind in (({}, "full"), ({"causal": True}, "causal"), ({"window": (64, 0)}, "window")):
+        assert hopper.configs(_problem(eight=True, **options)) == _tiles(f"eight_{kind}")
+
+
+def test_hopper_rows_by_length() -> None:
+    """A causal mask has a loop of its own for what it cuts where that was faster."""
+    short, long = _tiles("causal")
+    assert short == _tiles("window")[0]
+    assert (long.rows, long.early, long.apart) == (True, True, True)
+    assert hopper.configure(_problem(queries=2048, causal=True)) == short
+    assert hopper.configure(_problem(queries=2049, causal=True)) == long
+
+
+@pytest.mark.parametrize(("kind", "coarser"), COARSER.items())
+def test_coarser_rows_stand_in(kind: str, coarser: str) -> None:
+    for headdim in (64, 128, 256):
+        own = any(headdim <= row.headdim for row in FORWARD.get(kind, ()))
+        assert own or forward_configs(headdim, kind) == forward_configs(headdim, coarser)
+        assert forward_config(headdim, kind, 1 << 20) == _tiles(kind, headdim)[-1]
