@@ -268,20 +268,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "varlen": 20,
         "deterministic": 10,
     },
-    ("query_kernel", 128): {"deterministic": 10},
-    ("query_kernel", 256): {
-        "dropout": 100,
-        "plain": 70,
-        "causal": 60,
-        "window": 80,
-        "bias": 120,
-        "softcap": 90,
-        "score_mod": 90,
-        "table": 90,
-        "mask_mod": 110,
-        "varlen": 150,
-        "deterministic": 60,
-    },
+    ("query_kernel", 256): {"bias": 10},
 }
 """How many spilling instructions a kernel may have, by head dimension and variant, where not 0: what the worst of the
 supported Tritons makes, rounded up to tens. To be brought to none."""
