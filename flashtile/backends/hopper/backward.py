@@ -28,6 +28,7 @@ from flashtile.backends.hopper.memory import (
     without_nan,
     without_rows,
 )
+from flashtile.backends.hopper.registers import counted
 from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, edges_in, key_tile, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
@@ -116,21 +117,22 @@ def walk_some(
     for n in tl.range(first, last, disable_licm=META.lean):
         i_row = i_next
         i_next = row_tile(walk, n + 1, META)
+        i_step = counted(count)
         m_edge: gl.constexpr = EDGES == "all"
         if EDGES == "some":
             m_edge = (n < full_begin) | (n >= full_end)
         if META.split and I_GROUP == 1:
-            b_grads = key_step(b_grads, i_row, count, place, memory, barriers, rules, META, DERIVATIVE)
+            b_grads = key_step(b_grads, i_row, i_step, place, memory, barriers, rules, META, DERIVATIVE)
         elif META.split:
             b_words = words_at(visits, place, n, m_edge, META, True, 0)
             b_grads = value_step(
-                b_grads, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
+                b_grads, i_row, m_edge, b_words, i_step, place, o_key, memory, barriers, rules,
                 META, SCORE, DERIVATIVE, MASK,
             )  # fmt: skip
         else:
             b_words = words_at(visits, place, n, m_edge, META, True, I_GROUP)
             b_grads = step(
-                b_grads, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
+                b_grads, i_row, m_edge, b_words, i_step, place, o_key, memory, barriers, rules,
                 META, SCORE, DERIVATIVE, MASK, I_GROUP,
             )  # fmt: skip
         count += 1
@@ -273,7 +275,8 @@ def specialize(
     descriptors, memory, barriers, statistics, results, call,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """The roles of the warps, and their registers."""
+    """The roles of the warps, and their registers. Where the math warpgroups are `split`, they can spare some for the
+    loading warp, which must hold what all roles know."""
     if META.adds:
         gl.warp_specialize([
             (first_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
@@ -287,7 +290,7 @@ def specialize(
             (first_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
             (second_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
             (loader, (descriptors, memory, barriers, statistics, call, META)),
-        ], [4, 1], [240, 24])  # fmt: skip
+        ], [4, 1], [232 if META.split else 240, 40 if META.split else 24])  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["section"])
