@@ -15,10 +15,11 @@ from flashtile.backends.hopper.forward_steps import first_step, outstanding, ste
 from flashtile.backends.hopper.loading import loader, query_slot
 from flashtile.backends.hopper.memory import VALUES_FREED, free_slot, hand_over, new_barriers, pass_turn, take_turn
 from flashtile.backends.hopper.products import multiply_values
-from flashtile.backends.hopper.schedule import edges_in, hear, own, tile_of, walk_of
+from flashtile.backends.hopper.registers import here, numbers_here
+from flashtile.backends.hopper.schedule import edges_in, hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, sums_of_rows
 from flashtile.kernels.places import number_pointers
-from flashtile.kernels.words import Numbers, Rules, Window
+from flashtile.kernels.words import Rules, Window
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -104,9 +105,9 @@ def consumer(
     _packing, size, rules, visits, sinks = call
     left, right = rules.window
     if left is not None:
-        left = own(left)
+        left = here(left)
     if right is not None:
-        right = own(right)
+        right = here(right)
     rules = Rules(Window(left, right), rules.modifiers, rules.dropout, rules.factor, rules.scale, rules.origin)
     count = 0
     turn = 0
@@ -130,8 +131,7 @@ def consumer(
         b_inverse = value_unit / gl.where(m_empty, 1.0, b_sum)
         if rules.dropout is not None:
             b_inverse = b_inverse * rules.dropout.factor
-        numbers = Numbers(lse.pointer, own(lse.batch), own(lse.head))
-        gl.store(number_pointers(numbers, place, o_query), b_lse, mask=o_query < place.seqlen_q)
+        gl.store(number_pointers(numbers_here(lse), place, o_query), b_lse, mask=o_query < place.seqlen_q)
         b_out = warpgroup_mma_wait(0, [token])
         if META.early:
             free_slot(VALUES_FREED, count - 1, META.stages, META)

@@ -5,7 +5,8 @@ from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_load
 from flashtile.backends.hopper.memory import KEYS_FREED, VALUES_FREED, await_slot
-from flashtile.backends.hopper.schedule import announce, counts_of, end, own, query_tile, tile_of, walk_of
+from flashtile.backends.hopper.registers import here
+from flashtile.backends.hopper.schedule import announce, counts_of, end, query_tile, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.kernels.words import Size
 
@@ -18,7 +19,7 @@ def loader(
     STAGES: gl.constexpr = META.stages
     _section, total = order
     packing, size, rules, visits, _sinks = call
-    size = Size(size.seqlen_q, size.seqlen_k, own(size.heads), own(size.tiles))
+    size = Size(size.seqlen_q, size.seqlen_k, here(size.heads), here(size.tiles))
     count = 0
     turn = 0
     i_number = gl.program_id(0)

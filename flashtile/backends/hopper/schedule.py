@@ -4,6 +4,7 @@ import triton
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier
+from flashtile.backends.hopper.registers import here
 from flashtile.kernels.places import (
     SCANNED,
     diagonal_of,
@@ -18,16 +19,6 @@ from flashtile.kernels.words import Place
 
 ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 ONE_GROUP = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-
-
-@gluon.jit
-def own(number):
-    """A number among the arguments as a role has it for itself, from here on.
-
-    What several roles make of an argument, LLVM would make in front of all of them, and what a role makes of it for a
-    tile, in front of all tiles. There it would have to stay, while the loop over keys needs all registers there are.
-    """
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -171,8 +162,8 @@ def hear(mailbox, size, turn, META: gl.constexpr):
         seqlen_q = read(values, 5)
         seqlen_k = read(values, 6)
     else:
-        seqlen_q = number_of(own(size.seqlen_q))
-        seqlen_k = number_of(own(size.seqlen_k))
+        seqlen_q = number_of(here(size.seqlen_q))
+        seqlen_k = number_of(here(size.seqlen_k))
     partial = i_batch * 0
     every = partial
     if META.masked == "lists":
