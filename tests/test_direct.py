@@ -200,7 +200,7 @@ def test_launches_write_addresses_alone(compiled: Any, driver: _Driver) -> None:
     places = {a.data_ptr(): 0, b.data_ptr(): 2}
     series = direct.Series(3)
     for arguments in ([b, a, 2**40], [a, a, 1]):
-        assert series.add(compiled, 33, arguments, lambda tensor: places[tensor.data_ptr()])
+        assert series.add(compiled, (33, 1, 1), arguments, lambda tensor: places[tensor.data_ptr()])
     sizes, early = [33, 1, 1, 384, 1, 1, 1000], compiled is _Early
     for first, middle, last in ([16, 32, 48], [64, 80, 96]):
         series([first, middle, last], 7)
@@ -224,7 +224,7 @@ def test_descriptors_get_addresses(turned: bool, driver: _Driver, monkeypatch: p
     layout = gl.NVMMASharedLayout.get_default_for([16, 64], gl.bfloat16)
     described = TensorDescriptor(torch.zeros(32, 64).bfloat16(), [32, 64], [64, 1], [16, 64], layout)
     series = direct.Series(2)
-    assert series.add(_Describing, 1, [described], lambda tensor: 1)
+    assert series.add(_Describing, (1, 1, 1), [described], lambda tensor: 1)
     (start, _), *_ = driver.replaced
     written = ctypes.c_uint64.from_address(start)
     for address in (2**46 + 48, 16):
@@ -238,7 +238,7 @@ def test_descriptors_get_addresses(turned: bool, driver: _Driver, monkeypatch: p
 
 def _series() -> direct.Series:
     series = direct.Series(1)
-    assert series.add(_Compiled, 1, [1, 2, 3], lambda tensor: 0)
+    assert series.add(_Compiled, (1, 1, 1), [1, 2, 3], lambda tensor: 0)
     return series
 
 

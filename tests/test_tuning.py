@@ -36,7 +36,7 @@ def _tiles(kind: str, headdim: int = 64) -> tuple[HopperConfig, ...]:
         ({"causal": True, "mask": masks.chunk(8)}, "cut"),
         ({"causal": True, "dropout_p": 0.1, "seed": 1}, "dropout"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "none",
 )
 def test_hopper_kinds(options: dict[str, Any], kind: str) -> None:
     assert hopper.configs(_problem(**options)) == _tiles(kind)
