@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from flashtile.backends.hopper.compat import gl, tma_add, tma_store_wait
-from flashtile.backends.hopper.memory import ADDED, BOTH, HANDED, ONE_AND_ONE, TOLD, await_all, report
+from flashtile.backends.hopper.memory import ADDED, BOTH, HANDED, ONE_AND_ONE, TOLD, await_all, report, slot_of
 from flashtile.backends.hopper.schedule import ONE_WARP, key_tile, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_ROWS, first_tile, flat_piece, pieces
@@ -22,19 +22,19 @@ from flashtile.kernels.places import with_head
 @gluon.jit
 def own_grad(ds_smem, count, I_GROUP: gl.constexpr):
     """Where this warpgroup puts dS of a step."""
-    return ds_smem.index(count % 2).slice(I_GROUP * ROWS, ROWS, dim=0)
+    return ds_smem.index(slot_of(count, 2)).slice(I_GROUP * ROWS, ROWS, dim=0)
 
 
 @gluon.jit
 def tell_other(count, I_GROUP: gl.constexpr):
     """What this warpgroup put down is seen by products, and it has read what was put down a step before."""
-    report(TOLD + 2 * (1 - I_GROUP) + count % 2, BOTH)
+    report(TOLD + 2 * (1 - I_GROUP) + slot_of(count, 2), BOTH)
 
 
 @gluon.jit
 def await_other(count, I_GROUP: gl.constexpr):
     """Until the other has put down dS of the step before `count` and has read that of two steps before."""
-    await_all(TOLD + 2 * I_GROUP + (count + 1) % 2, BOTH)
+    await_all(TOLD + 2 * I_GROUP + slot_of(count + 1, 2), BOTH)
 
 
 @gluon.jit
@@ -55,7 +55,7 @@ def half_of_grad_q(ds_smem, k_smem, count, I_GROUP: gl.constexpr, META: gl.const
     BLOCK_D: gl.constexpr = META.block_d
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     b_k = k_smem.reshape([TILE_KV, BLOCK_D])
-    b_grad = ds_smem.index((count + 1) % 2)
+    b_grad = ds_smem.index(slot_of(count + 1, 2))
     if META.tile_q == 128:
         b_grad = b_grad.slice(I_GROUP * 64, 64, dim=1)
     elif META.block_d == 128:

@@ -26,10 +26,10 @@ from flashtile.backends.hopper.memory import (
     hand_over,
     meet,
     new_barriers,
+    slot_of,
     without_nan,
     without_rows,
 )
-from flashtile.backends.hopper.registers import counted, here
 from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, edges_in, key_tile, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
@@ -63,7 +63,7 @@ def loader(
         # Read one step ahead; lists have room for that.
         i_next = row_tile(walk, walk[1], META)
         for n in range(walk[1], walk[4]):
-            slot = count % META.stages
+            slot = slot_of(count, META.stages)
             i_row = i_next
             i_next = row_tile(walk, n + 1, META)
             where = [i_entry, place.first_q + i_row * TILE_Q, place.head, 0]
@@ -124,22 +124,21 @@ def walk_some(
     for n in tl.range(first, last, disable_licm=META.lean):
         i_row = i_next
         i_next = row_tile(walk, n + 1, META)
-        i_step = counted(count)
         m_edge: gl.constexpr = EDGES == "all"
         if EDGES == "some":
             m_edge = (n < full_begin) | (n >= full_end)
         if META.split and I_GROUP == 1:
-            b_carried = key_step(b_carried, i_row, i_step, place, memory, barriers, rules, META, DERIVATIVE)
+            b_carried = key_step(b_carried, i_row, count, place, memory, barriers, rules, META, DERIVATIVE)
         elif META.split:
             b_words = words_at(visits, place, n, m_edge, META, True, 0)
             b_carried = value_step(
-                b_carried, i_row, m_edge, b_words, i_step, place, o_key, memory, barriers, rules,
+                b_carried, i_row, m_edge, b_words, count, place, o_key, memory, barriers, rules,
                 META, SCORE, DERIVATIVE, MASK,
             )  # fmt: skip
         else:
             b_words = words_at(visits, place, n, m_edge, META, True, I_GROUP)
             b_carried = step(
-                b_carried, i_row, i_next, n + 1 < last, m_edge, b_words, i_step, place, o_key, memory, barriers, rules,
+                b_carried, i_row, i_next, n + 1 < last, m_edge, b_words, count, place, o_key, memory, barriers, rules,
                 META, SCORE, DERIVATIVE, MASK, I_GROUP,
             )  # fmt: skip
         count += 1
@@ -210,8 +209,7 @@ def consumer(
         clean(memory[0], shared, first, row, META)
     if not META.split or I_GROUP == 1:
         clean(memory[1], shared, first, row, META)
-    # Even one head is a loop to LLVM: else it would count steps from where a walk begins, which is in no uniform register.
-    for i_member in range(here(META.group)):
+    for i_member in range(META.group):
         place = with_head(shared, shared.head * META.group + i_member)
         b_grads, count = walk_rows(
             b_grads, count, place, o_key, memory, barriers, rules, visits, META, SCORE, DERIVATIVE, MASK, I_GROUP
@@ -289,8 +287,7 @@ def specialize(
     descriptors, memory, barriers, statistics, results, call,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """The roles of the warps, and their registers. Where the math warpgroups are `split`, they can spare some for the
-    loading warp, which must hold what all roles know."""
+    """The roles of the warps, and their registers."""
     if META.adds:
         gl.warp_specialize([
             (first_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
@@ -304,7 +301,7 @@ def specialize(
             (first_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
             (second_consumer, (descriptors, memory, barriers, results, call, META, SCORE, DERIVATIVE, MASK)),
             (loader, (descriptors, memory, barriers, statistics, call, META)),
-        ], [4, 1], [232 if META.split else 240, 40 if META.split else 24])  # fmt: skip
+        ], [4, 1], [240, 24])  # fmt: skip
 
 
 @gluon.jit

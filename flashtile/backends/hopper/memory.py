@@ -56,6 +56,19 @@ ONE_AND_ONE = gl.constexpr(160)
 """Threads of a math warpgroup and a warp."""
 
 
+@gluon.jit
+def slot_of(count, STAGES: gl.constexpr):
+    """The slot of a ring that a step of the backward kernel has. For a power of two it is found without the care that a
+    remainder takes of negative numbers, and so in uniform registers. (The forward kernels were slower with that.)"""
+    return count & (STAGES - 1) if STAGES & (STAGES - 1) == 0 else count % STAGES
+
+
+@gluon.jit
+def turn_of(count, STAGES: gl.constexpr):
+    """The parity of that slot's mbarrier once it is filled for the step."""
+    return (count >> (STAGES.bit_length() - 1)) & 1 if STAGES & (STAGES - 1) == 0 else (count // STAGES) & 1
+
+
 @triton.constexpr_function
 def slot_threads(consumers):
     """Who comes to the barrier of a slot: math warpgroups that have read it, and the warp that fills it."""

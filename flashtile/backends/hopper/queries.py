@@ -8,7 +8,6 @@ registers together. It walks as the forward kernel does, from the same loader, a
 the last of them one key tile late, so that the tensor cores have work under the exponentials.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
@@ -28,7 +27,6 @@ from flashtile.backends.hopper.memory import (
     without_nan,
 )
 from flashtile.backends.hopper.products import multiply_scores
-from flashtile.backends.hopper.registers import counted, numbers_here, rows_of
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
@@ -64,8 +62,8 @@ def start_products(i_tile, count, place, memory, barriers, I_GROUP: gl.constexpr
         mbarrier.wait(k_full.index(slot), (count // k_smem.shape[0]) & 1)
         mbarrier.wait(v_full.index(slot_v), (count // v_smem.shape[0]) & 1)
         clear_hidden(k_smem.index(slot), v_smem.index(slot_v), i_tile, place, I_GROUP, META)
-    score_token = multiply_scores(rows_of(q_smem, I_GROUP), k_smem, k_full, count, META)
-    weight_token = multiply_scores(rows_of(do_smem, I_GROUP), v_smem, v_full, count, META)
+    score_token = multiply_scores(q_smem.index(I_GROUP), k_smem, k_full, count, META)
+    weight_token = multiply_scores(do_smem.index(I_GROUP), v_smem, v_full, count, META)
     return score_token, weight_token
 
 
@@ -119,11 +117,7 @@ def walk_keys(
     place, counts, rows, count, memory, barriers, rules, visits,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr, I_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(dQ, less the gradient of each query's slope, steps so far) of a query tile.
-
-    The loop that reads a bias (`lean` is false) computes again what never changes in it, as other loops of
-    `backward.walk_some` do: the bias takes registers.
-    """
+    """(dQ, less the gradient of each query's slope, steps so far) of a query tile."""
     _q_smem, k_smem, _v_smem, _dq_smem, _do_smem = memory
     BLOCK_D: gl.constexpr = META.block_d
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -144,21 +138,20 @@ def walk_keys(
     count += 1
     # Read one step ahead; lists have room for that.
     i_next = tile_of(walk, 1, META)
-    for n in tl.range(1, steps, disable_licm=not META.lean):
+    for n in range(1, steps):
         i_tile = i_next
         i_next = tile_of(walk, n + 1, META)
-        i_step = counted(count)
         m_edge = (n < full_begin) | (n >= full_end)
         b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
-        score_token, weight_token = start_products(i_tile, i_step, place, memory, barriers, I_GROUP, META)
-        token = multiply_keys(b_grad, b_dq, k_smem, counted(count - 1), META)
+        score_token, weight_token = start_products(i_tile, count, place, memory, barriers, I_GROUP, META)
+        token = multiply_keys(b_grad, b_dq, k_smem, count - 1, META)
         b_grad, b_more = grad_scores(
-            score_token, weight_token, i_tile, m_edge, b_words, i_step, place, rows, memory, barriers, rules,
+            score_token, weight_token, i_tile, m_edge, b_words, count, place, rows, memory, barriers, rules,
             META, SCORE, DERIVATIVE, MASK, MASKED, 1,
         )  # fmt: skip
         b_slope += b_more
         b_dq = warpgroup_mma_wait(0, [token])
-        free_slot(KEYS_FREED, i_step, META.stages, META)
+        free_slot(KEYS_FREED, count, META.stages, META)
         count += 1
     b_dq = warpgroup_mma_wait(0, [multiply_keys(b_grad, b_dq, k_smem, count - 1, META)])
     return b_dq, b_slope, count
@@ -183,7 +176,7 @@ def consumer(
     while place.batch >= 0:
         first = place.tile * META.tile_q + I_GROUP * ROWS
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
-        b_lse, b_delta = load_statistics(numbers_here(lse), numbers_here(delta), place, o_query)
+        b_lse, b_delta = load_statistics(lse, delta, place, o_query)
         rows = (o_query, first, subtracted(b_lse), b_delta)
         mbarrier.wait(q_full.index(I_GROUP), turn & 1)
         b_dq, b_slope, count = walk_keys(
@@ -221,12 +214,12 @@ def specialize(
     descriptors, memory, barriers, mailbox, results, counter, order, call,
     META: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """The roles of the warps, and their registers: the loading warp's must hold what all of them know too."""
+    """The roles of the warps, and their registers."""
     gl.warp_specialize([
         (first_consumer, (descriptors, memory, barriers, mailbox, results, call, META, SCORE, DERIVATIVE, MASK)),
         (second_consumer, (descriptors, memory, barriers, mailbox, results, call, META, SCORE, DERIVATIVE, MASK)),
         (loader, (descriptors, memory, barriers, mailbox, counter, order, call, META)),
-    ], [4, 1], [224, 56])  # fmt: skip
+    ], [4, 1], [240, 24])  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["section", "total"])

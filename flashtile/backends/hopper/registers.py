@@ -27,19 +27,3 @@ def here(number):
 def numbers_here(numbers):
     """The strides of `Numbers`."""
     return Numbers(numbers.pointer, here(numbers.batch), here(numbers.head))
-
-
-@gluon.jit
-def rows_of(smem, I_GROUP: gl.constexpr):
-    """A warpgroup's rows of two times 64, the left side of products. Where they are wide, a product reads them in so
-    many pieces that addresses of all, two registers each, would take what accumulators leave."""
-    i_group: gl.constexpr = I_GROUP
-    if smem.shape[4] > 128:
-        i_group = here(I_GROUP)
-    return smem.index(i_group)
-
-
-@gluon.jit
-def counted(count):
-    """A count that LLVM knows not to be negative, nor the next: remainders and quotients take fewer instructions."""
-    return count & 0x3FFFFFFF

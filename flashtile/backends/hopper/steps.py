@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from flashtile.backends.hopper.adding import await_other, half_of_grad_q, hand_over_grad_q, own_grad, tell_other
 from flashtile.backends.hopper.compat import gl, mbarrier
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at, only_kept
-from flashtile.backends.hopper.memory import FREED, clear_half, free_slot
+from flashtile.backends.hopper.memory import FREED, clear_half, free_slot, slot_of, turn_of
 from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.sums import PIECE, flat_piece, whole_piece
@@ -33,7 +33,7 @@ def scores_of(
 @gluon.jit
 def rows_of_step(count, memory, META: gl.constexpr):
     """(queries, gradients of their outputs) of a step's slot."""
-    slot = count % META.stages
+    slot = slot_of(count, META.stages)
     b_q = memory[2].index(slot).reshape([META.tile_q, META.block_d])
     b_grad_out = memory[3].index(slot).reshape([META.tile_q, META.block_dv])
     return b_q, b_grad_out
@@ -44,7 +44,7 @@ def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, 
     """(queries, gradients of their outputs) of a step's slot, once they are there."""
     _kv_full, full, _handing = barriers
     b_q, b_grad_out = rows_of_step(count, memory, META)
-    mbarrier.wait(full.index(count % META.stages), (count // META.stages) & 1)
+    mbarrier.wait(full.index(slot_of(count, META.stages)), turn_of(count, META.stages))
     if META.packed:
         left = place.seqlen_q - i_row * META.tile_q
         if left < META.tile_q:
@@ -84,7 +84,7 @@ def step(
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     k_smem, v_smem, _q_smem, _do_smem, lse_smem, delta_smem, ds_smem, sums_smem = memory
     b_grad_k, b_grad_v = b_carried[0], b_carried[1]
-    slot = count % META.stages
+    slot = slot_of(count, META.stages)
     if META.ahead:
         b_q, b_grad_out = rows_of_step(count, memory, META)
     else:
@@ -137,10 +137,13 @@ def step(
         b_q, _b_grad_out = rows_of_step(gl.where(more, count + 1, count), memory, META)
         score_token = start_scores(b_q, memory, I_GROUP, META)
         b_grad_k = warpgroup_mma_wait(1, [key_token])
-        b_carried = (b_grad_k, b_grad_v, warpgroup_mma_wait(0, [score_token]))
+        free_slot(FREED, slot_of(count, META.stages), META.stages, META)
+        b_next = warpgroup_mma_wait(0, [score_token])
+        b_carried = (b_grad_k, b_grad_v, b_next)
     else:
-        b_carried = (warpgroup_mma_wait(0, [key_token]), b_grad_v)
-    free_slot(FREED, count, META.stages, META)
+        b_grad_k = warpgroup_mma_wait(0, [key_token])
+        free_slot(FREED, slot_of(count, META.stages), META.stages, META)
+        b_carried = (b_grad_k, b_grad_v)
     return b_carried
 
 
@@ -166,7 +169,7 @@ def value_step(
     b_k = k_smem.reshape([TILE_KV, BLOCK_D])
     token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     b_kept = kept_at(rules, place, i_row * TILE_Q, place.tile * ROWS, TILE_Q, True)
-    b_lse = lse_smem.index(count % META.stages).load(gl.SliceLayout(0, scores))
+    b_lse = lse_smem.index(slot_of(count, META.stages)).load(gl.SliceLayout(0, scores))
     b_scores = warpgroup_mma_wait(0, [token])
     b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
         b_scores, i_row, m_edge, b_words, place, o_key, place.tile * ROWS, rules, META, SCORE, MASK
@@ -181,12 +184,12 @@ def value_step(
             b_weights, 1.0, 0.0, m_valid, b_capped, b_plain, o_query, o_key[:, None], place, rules,
             META, SCORE, DERIVATIVE, GUARDED, False,
         )  # fmt: skip
-    half = count % 2
-    mbarrier.wait(handing.index(half), ((count // 2) & 1) ^ 1)
+    half = slot_of(count, 2)
+    mbarrier.wait(handing.index(half), turn_of(count, 2) ^ 1)
     handed.index(half).store(flat_piece(b_weights))
     mbarrier.arrive(handing.index(2 + half), count=1)
     b_grad_v = warpgroup_mma_wait(0, [token])
-    free_slot(FREED, count, META.stages, META)
+    free_slot(FREED, slot_of(count, META.stages), META.stages, META)
     return (b_grad_v,)
 
 
@@ -208,9 +211,9 @@ def key_step(
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV])
     token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     b_kept = kept_at(rules, place, i_row * TILE_Q, place.tile * ROWS, TILE_Q, True)
-    b_delta = delta_smem.index(count % META.stages).load(gl.SliceLayout(0, scores))
-    half = count % 2
-    mbarrier.wait(handing.index(2 + half), (count // 2) & 1)
+    b_delta = delta_smem.index(slot_of(count, META.stages)).load(gl.SliceLayout(0, scores))
+    half = slot_of(count, 2)
+    mbarrier.wait(handing.index(2 + half), turn_of(count, 2))
     b_weights = whole_piece(handed.index(half).load(PIECE), scores)
     mbarrier.arrive(handing.index(half), count=1)
     b_grad_weights = dropped_grad(warpgroup_mma_wait(0, [token]), b_kept, rules)
@@ -220,5 +223,5 @@ def key_step(
         b_grad = gl.where(b_weights == 0.0, 0.0, b_grad)
     b_left = gl.convert_layout(b_grad.to(k_smem.dtype), gl.DotOperandLayout(0, keys, 2))
     b_grad_k = warpgroup_mma_wait(0, [warpgroup_mma(b_left, b_q, b_grads[0], is_async=True)])
-    free_slot(FREED, count, META.stages, META)
+    free_slot(FREED, slot_of(count, META.stages), META.stages, META)
     return (b_grad_k,)
