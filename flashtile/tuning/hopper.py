@@ -227,13 +227,14 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
     ("bias_kernel", 256): {"bias": 30},
     ("backward_kernel", 64): {
         "dropout": 10,
-        "plain": 50,
-        "causal": 70,
-        "window": 50,
+        "plain": 30,
+        "causal": 30,
+        "window": 20,
         "bias": 10,
-        "mask_mod": 60,
-        "varlen": 120,
+        "mask_mod": 40,
+        "varlen": 80,
         "deterministic": 10,
+        "heads": 20,
     },
     ("backward_kernel", 128): {
         "dropout": 30,
@@ -245,7 +246,8 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "score_mod": 70,
         "table": 20,
         "mask_mod": 20,
-        "varlen": 40,
+        "varlen": 30,
+        "heads": 20,
     },
     ("backward_kernel", 256): {
         "dropout": 10,
@@ -259,6 +261,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "mask_mod": 10,
         "varlen": 20,
         "deterministic": 10,
+        "heads": 10,
     },
     ("query_kernel", 256): {
         "dropout": 100,
@@ -272,6 +275,7 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "mask_mod": 110,
         "varlen": 150,
         "deterministic": 50,
+        "heads": 60,
     },
 }
 """How many spilling instructions a kernel may have, by head dimension and variant, where not 0: what the worst of the

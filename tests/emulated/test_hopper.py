@@ -244,8 +244,8 @@ def test_maxima_that_grow(causal: bool, steps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("config", BACKWARDS, ids=str)
 def test_backward_tiles(config: BackwardConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "BACKWARD", dict.fromkeys(tables.BACKWARD, ((128, config),)))
-    case = _case("causal", dense(1, 150, 200, 3, 3, 64), "causal")
-    # Tiles of two heads are handed out together, then those of the third.
+    case = _case("causal", dense(1, 150, 200, 4, 4, 64), "causal")
+    # Tiles of two heads are handed out together, then those of the others.
     monkeypatch.setattr(calls, "CACHED", 2 * 150 * 64 * (2 + 2 + 4))
     for schedule in (SWEEP[0], SWEEP[-1]):
         with emulated(schedule) as device:

@@ -70,10 +70,13 @@ MOST = 65535
 @lru_cache
 def grid_of_keys(tiles: int, pairs: int, section: int, sections: bool) -> tuple[bool, Grid]:
     """(whether tiles of several heads are handed out together, the grid) for this many tiles of each pair of a batch
-    entry and a head, as programs find themselves in it with next to no arithmetic: the first side counts fastest.
+    entry and a head. Its sides spare programs the arithmetic of finding themselves; the first counts fastest.
 
-    `sections`: about `section` pairs should give their first tiles together, then their second; as many as divide all.
+    `sections`: pairs are to give their first tiles together, then their second and so on, about `section` of them; as
+    many as leave no remainder.
     """
+    if 0 in (tiles, pairs):
+        return sections, (0, 0, 0)
     if (sections and tiles <= MOST) or pairs > MOST:
         sides = [side for side in range(1, pairs + 1) if pairs % side == 0 and pairs // side <= MOST]
         side = min(sides, key=lambda side: abs(math.log(side / section)))
