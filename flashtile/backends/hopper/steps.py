@@ -129,6 +129,14 @@ def step(
         tell_other(count, I_GROUP)
     else:
         b_grad_v = warpgroup_mma_wait(1, [value_token])
+    return end_step(key_token, b_grad_v, i_next, more, count, place, memory, barriers, I_GROUP, META)
+
+
+@gluon.jit
+def end_step(
+    key_token, b_grad_v, i_next, more, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr
+):  # fmt: skip
+    """What `step` gives, once dK is multiplied; `more`: this is not the last step of its walk."""
     if META.ahead:
         if more:
             wait_for_rows(i_next, count + 1, place, memory, barriers, I_GROUP, META)
@@ -138,13 +146,11 @@ def step(
         score_token = start_scores(b_q, memory, I_GROUP, META)
         b_grad_k = warpgroup_mma_wait(1, [key_token])
         free_slot(FREED, slot_of(count, META.stages), META.stages, META)
-        b_next = warpgroup_mma_wait(0, [score_token])
-        b_carried = (b_grad_k, b_grad_v, b_next)
+        return (b_grad_k, b_grad_v, warpgroup_mma_wait(0, [score_token]))
     else:
         b_grad_k = warpgroup_mma_wait(0, [key_token])
         free_slot(FREED, slot_of(count, META.stages), META.stages, META)
-        b_carried = (b_grad_k, b_grad_v)
-    return b_carried
+        return (b_grad_k, b_grad_v)
 
 
 @gluon.jit
