@@ -37,6 +37,7 @@ WIDE = (
     _case("wide_plain", dense(1, 256, 256, 2, 2, 128)),
     _case("wide_float16", dense(2, 130, 200, 1, 1, 128), dtype=torch.float16),
     _case("wide_causal_gqa", dense(2, 200, 333, 4, 2, 128), "causal"),
+    _case("wide_deterministic", dense(1, 150, 200, 2, 2, 128), "causal", "deterministic"),
     _case("wide_document", dense(1, 200, 200, 1, 1, 128), "document"),
     _case("wide_score_mod", dense(1, 100, 150, 1, 1, 128), "causal", "score_mod"),
     _case("tall_window", dense(1, 200, 450, 2, 2, 64), "window"),

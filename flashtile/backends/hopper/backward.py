@@ -117,9 +117,7 @@ def walk_some(
     i_next = row_tile(walk, first, META)
     b_carried = b_grads
     if META.ahead:
-        b_scores = no_scores(META)
-        if first < last:
-            b_scores = first_scores(i_next, count, place, memory, barriers, I_GROUP, META)
+        b_scores = first_scores(first < last, i_next, count, place, memory, barriers, I_GROUP, META)
         b_carried = (b_grads[0], b_grads[1], b_scores)
     for n in tl.range(first, last, disable_licm=META.lean):
         i_row = i_next
@@ -145,14 +143,6 @@ def walk_some(
     if META.ahead:
         b_carried = (b_carried[0], b_carried[1])
     return b_carried, count
-
-
-@gluon.jit
-def no_scores(META: gl.constexpr):
-    """What a walk without steps has in place of scores."""
-    TILE_Q: gl.constexpr = META.tile_q
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
-    return gl.zeros([ROWS, TILE_Q], gl.float32, scores)
 
 
 @gluon.jit

@@ -63,10 +63,15 @@ def start_scores(b_q, memory, I_GROUP: gl.constexpr, META: gl.constexpr):
 
 
 @gluon.jit
-def first_scores(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """Those of the first step of a walk, which no step before it has multiplied."""
-    b_q, _b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
-    return warpgroup_mma_wait(0, [start_scores(b_q, memory, I_GROUP, META)])
+def first_scores(some, i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
+    """Those of the first step of a walk, which no step before it has multiplied; zeros for a walk without `some`."""
+    TILE_Q: gl.constexpr = META.tile_q
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    b_scores = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
+    if some:
+        b_q, _b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
+        b_scores = warpgroup_mma_wait(0, [start_scores(b_q, memory, I_GROUP, META)])
+    return b_scores
 
 
 @gluon.jit
