@@ -45,6 +45,13 @@ def member(rank: int) -> None:
         raise ValueError("group: got one that this process is not part of, need one that it is; try its own group")
 
 
+def group_destroyed() -> NoReturn:
+    raise ValueError(
+        "group: got one that is no more, need it as long as calls use it; try destroy_process_group after the last "
+        "backward pass"
+    )
+
+
 def group_kind(value: Any) -> NoReturn:
     raise TypeError(
         f"group: got {type(value).__name__}, need a torch ProcessGroup, a DeviceMesh or None (all processes)"

@@ -12,7 +12,7 @@ from flashtile.check import qkv, tensors
 from flashtile.check import sharding as check
 from flashtile.distributed import ulysses
 from flashtile.distributed.gather import Gather
-from flashtile.distributed.groups import Agreement, group_of, groups_of, name_of
+from flashtile.distributed.groups import Agreement, Borrowed, group_of, groups_of, name_of
 from flashtile.distributed.ring import Ring
 from flashtile.distributed.scheme import Scheme
 from flashtile.parts import Arguments, Packing
@@ -43,7 +43,7 @@ def _named(kind: type[Scheme], tokens: dist.ProcessGroup | None, heads: dist.Pro
     groups = [tokens, heads]
     name = "/".join((kind.__name__, layout, *("-" if group is None else name_of(group) for group in groups)))
     known = _schemes.get(name)
-    if known is None or known.groups != [group for group in groups if group is not None]:
+    if known is None or known.borrowed != [Borrowed(group) for group in groups if group is not None]:
         known = _schemes[name] = kind(tokens, heads, layout)
         sharding.register(name, known)
     return name

@@ -3,6 +3,7 @@
 import atexit
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -16,6 +17,18 @@ from flashtile.check import sharding as check
 
 Group = dist.ProcessGroup | DeviceMesh | None
 """A process group, a DeviceMesh of one dimension, or None: all processes."""
+
+Borrowed = weakref.ref[dist.ProcessGroup]
+"""A process group as this package remembers it from call to call: it ends when `destroy_process_group` lets go of it,
+and its engine's threads with it. They must end before the interpreter does, or they may abort the process."""
+
+
+def living(group: Borrowed) -> dist.ProcessGroup:
+    """The group, of which a call is to be made."""
+    found = group()
+    if found is None:
+        check.group_destroyed()
+    return found
 
 
 def group_of(group: Group) -> dist.ProcessGroup:
@@ -78,16 +91,20 @@ class Agreement:
     """
 
     def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
-        self.groups = [group for group in groups if group.size() > 1]
+        self._groups = [Borrowed(group) for group in groups if group.size() > 1]
         self._known: dict[Any, Statement] = {}
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        return [living(group) for group in self._groups]
 
     def knows(self, key: Any) -> bool:
         """Whether this process has made such a call before."""
-        return not self.groups or key in self._known
+        return not self._groups or key in self._known
 
     def ask(self, key: Any, describe: Callable[[], dict[str, str]]) -> "Question":
         """`describe`: what must be equal, field by field, of all calls that `key` stands for."""
-        if not self.groups:
+        if not self._groups:
             return Question((), _NOTHING)
         statement = self._known.get(key)
         if statement is None:
@@ -169,35 +186,34 @@ def _send(group: dist.ProcessGroup, numbers: Sequence[int], dtype: torch.dtype =
     line = _line(group)
     mine = torch.tensor(list(numbers), dtype=dtype, device=line.device)
     found = [torch.empty_like(mine) for _ in range(group.size())]
-    return _Sent(found, line.gather(found, mine))
+    return _Sent(found, line.gather(group, found, mine))
 
 
 class _Line(NamedTuple):
     """What carries a group's small messages, and where these lie."""
 
-    group: dist.ProcessGroup
     device: str
-    gather: Callable[[list[Tensor], Tensor], Any]
+    gather: Callable[[dist.ProcessGroup, list[Tensor], Tensor], Any]
 
 
-_lines: dict[str, _Line] = {}
-# The engine's threads must end before the interpreter does.
+_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, _Line] = weakref.WeakKeyDictionary()
+# Also where nobody destroys the groups.
 atexit.register(_lines.clear)
 
 
 def _line(group: dist.ProcessGroup) -> _Line:
     """From host to host: through the group itself if it speaks for CPUs, else through Gloo between the same processes,
     for on NCCL every answer would wait for what the devices still have to do."""
-    known = _lines.get(name_of(group))
-    if known is None or known.group is not group:
+    known = _lines.get(group)
+    if known is None:
         on_cpu = "cpu:" in dist.get_backend_config(group)
-        known = _through(group, "cpu") if on_cpu else _beside(group) if dist.is_gloo_available() else None
-        _lines[name_of(group)] = known = known or _through(group, "cuda")
+        known = _through("cpu") if on_cpu else _beside(group) if dist.is_gloo_available() else None
+        _lines[group] = known = known or _through("cuda")
     return known
 
 
-def _through(group: dist.ProcessGroup, device: str) -> _Line:
-    return _Line(group, device, lambda found, mine: dist.all_gather(found, mine, group=group, async_op=True))
+def _through(device: str) -> _Line:
+    return _Line(device, lambda group, found, mine: dist.all_gather(found, mine, group=group, async_op=True))
 
 
 def _beside(group: dist.ProcessGroup) -> _Line:
@@ -209,7 +225,7 @@ def _beside(group: dist.ProcessGroup) -> _Line:
     count = store.add(f"{name}/{group.rank()}", 1)
     place = engines.PrefixStore(f"{name}/{count}", store)
     engine = engines.ProcessGroupGloo(place, group.rank(), group.size(), _timeout(group))
-    return _Line(group, "cpu", lambda found, mine: engine.allgather([found], [mine]))
+    return _Line("cpu", lambda _, found, mine: engine.allgather([found], [mine]))
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta:

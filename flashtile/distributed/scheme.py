@@ -13,7 +13,7 @@ from flashtile import parts
 from flashtile.check import sharding as check
 from flashtile.distributed import balance
 from flashtile.distributed.balance import Piece
-from flashtile.distributed.groups import Agreement, Question, shared_seed
+from flashtile.distributed.groups import Agreement, Borrowed, Question, living, shared_seed
 from flashtile.masks import Mask
 from flashtile.parts import Gradients, Grads, Inputs, Local, Options, Part, Wanted, Whole
 
@@ -152,14 +152,19 @@ class Scheme:
     """
 
     def __init__(self, tokens: dist.ProcessGroup | None, heads: dist.ProcessGroup | None, layout: str) -> None:
-        self.tokens: Any = tokens
+        self._tokens = None if tokens is None else Borrowed(tokens)
         self.layout = layout
         self.ranks = 1 if tokens is None else tokens.size()
         self.rank = 0 if tokens is None else tokens.rank()
         self.head_ranks = 1 if heads is None else heads.size()
         self.head_rank = 0 if heads is None else heads.rank()
-        self.groups = [group for group in (tokens, heads) if group is not None]
-        self.agreement = Agreement(self.groups)
+        groups = [group for group in (tokens, heads) if group is not None]
+        self.borrowed = [Borrowed(group) for group in groups]
+        self.agreement = Agreement(groups)
+
+    @property
+    def tokens(self) -> Any:
+        return None if self._tokens is None else living(self._tokens)
 
     def failed(self, error: Exception) -> None:
         self.agreement.failed(error)
@@ -212,7 +217,8 @@ class Scheme:
     def _with_one_seed(self, whole: Whole) -> Whole:
         if whole.inputs.seed is None:
             return whole
-        return replace(whole, inputs=whole.inputs._replace(seed=shared_seed(whole.inputs.seed, self.groups)))
+        groups = [living(group) for group in self.borrowed]
+        return replace(whole, inputs=whole.inputs._replace(seed=shared_seed(whole.inputs.seed, groups)))
 
     def _whole(self, inputs: Inputs, options: Options) -> Whole:
         here = inputs.q.shape[-2]

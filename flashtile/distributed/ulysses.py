@@ -17,24 +17,18 @@ from torch import Tensor
 
 from flashtile.check import sharding as check
 from flashtile.distributed import balance
-from flashtile.distributed.groups import Agreement, as_bytes, name_of
+from flashtile.distributed.groups import Agreement, Borrowed, as_bytes, living, name_of
 
 
 @dataclass(frozen=True, eq=False)
 class Dealer:
     """Deals heads out over a group whose ranks hold tokens in a layout."""
 
-    group: dist.ProcessGroup
+    name: str
+    group: Borrowed
+    ranks: int
     layout: str
     agreement: Agreement
-
-    @property
-    def ranks(self) -> int:
-        return self.group.size()
-
-    @property
-    def name(self) -> str:
-        return f"{self.layout}/{name_of(self.group)}"
 
     def heads_kv_of(self, heads: int, heads_kv: int) -> list[int]:
         """Which key/value heads each rank gets, as many for all: rank after rank."""
@@ -77,7 +71,7 @@ class Dealer:
         ranks = self.ranks
         flat = torch.cat([as_bytes(tensor.contiguous()).view(ranks, -1) for tensor in leaving], 1)
         arrived = torch.empty_like(flat)
-        dist.all_to_all_single(arrived, flat, group=self.group)
+        dist.all_to_all_single(arrived, flat, group=living(self.group))
         sizes = [prod(tensor.shape[1:]) * tensor.element_size() for tensor in leaving]
         return [
             part.contiguous().view(tensor.dtype).view(tensor.shape)
@@ -135,10 +129,10 @@ _dealers: dict[str, Dealer] = {}
 
 def dealer_of(group: dist.ProcessGroup, layout: str) -> Dealer:
     """The one for a group and layout."""
-    found = Dealer(group, layout, Agreement([group]))
-    known = _dealers.get(found.name)
-    if known is None or known.group is not group:
-        _dealers[found.name] = known = found
+    name, borrowed = f"{layout}/{name_of(group)}", Borrowed(group)
+    known = _dealers.get(name)
+    if known is None or known.group != borrowed:
+        known = _dealers[name] = Dealer(name, borrowed, group.size(), layout, Agreement([group]))
     return known
 
 

@@ -1,8 +1,10 @@
 """Processes that disagree or die: one clear error on every one of them, within the engine's timeout."""
 
+import gc
 import os
 import re
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -160,7 +162,7 @@ def beside(rank: int, ranks: int) -> None:
             ):
                 _attend(softcap=3.0 if rank == 1 else None)
             _attend()
-            assert groups._lines[groups.name_of(whole)].gather.__qualname__.startswith("_beside")
+            assert groups._lines[whole].gather.__qualname__.startswith("_beside")
     groups._lines.clear()
     assert groups._timeout(whole) == timedelta(seconds=processes.SECONDS)
 
@@ -186,6 +188,29 @@ def _count(counts: dict[str, int], name: str) -> None:
 def unanimous(rank: int, ranks: int) -> list[bool]:
     agreement = groups.Agreement([groups.group_of(None)])
     return [agreement.unanimous(True), agreement.unanimous(rank != 1), groups.Agreement([]).unanimous(False)]
+
+
+def let_go(rank: int, ranks: int) -> None:
+    """A group that its owner destroys ends, with its engine's threads, although calls have used it."""
+    group = dist.new_group()
+    gone = weakref.ref(group)
+    alone, _ = dist.new_subgroups(1)
+    outs = []
+    for mesh, scheme in ((group, "ring"), (group, "gather"), (group, "ulysses"), ((alone, group), "mixed")):
+        q, k, v = (torch.randn(1, 8, ranks, 8, requires_grad=True) for _ in range(3))
+        for beside in (False, True):
+            groups._lines.clear()
+            with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl" if beside else "cpu:gloo"):
+                outs.append(distributed.attention(q, k, v, mesh, scheme=scheme, dropout_p=0.5))
+                distributed.attention(q, k, v, mesh, scheme=scheme).sum().backward()
+    dist.destroy_process_group(group)
+    del group, mesh
+    gc.collect()
+    assert gone() is None
+    for out in outs:
+        with pytest.raises(ValueError, match="group: got one that is no more, need it as long as calls use it"):
+            out.sum().backward()
+    _attend()
 
 
 def seeds(rank: int, ranks: int) -> torch.Tensor:
@@ -239,8 +264,10 @@ SAID = {
 
 def test_ranks_that_disagree_all_raise(tmp_path: Path) -> None:
     """Each by itself: what waits for the engine's timeout would raise that."""
-    *found, other, asked, votes, kept = processes.run([*SAID, beside, after_errors, unanimous, seeds], 3, tmp_path)
+    jobs = [*SAID, beside, let_go, after_errors, unanimous, seeds]
+    *found, other, ended, asked, votes, kept = processes.run(jobs, 3, tmp_path)
     processes.succeeded(other)
+    processes.succeeded(ended)
     for job, values in zip(SAID, found, strict=True):
         for wanted, line in zip(SAID[job], processes.raised(values), strict=True):
             assert re.search(wanted, line), f"{job.__name__}: {line}"
@@ -278,7 +305,8 @@ def _dying(rank: int, ranks: int, folder: str, how: str) -> None:
     method = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=ranks, timeout=timedelta(seconds=SECONDS))
     if "beside" in how:
-        groups._lines[groups.name_of(groups.group_of(None))] = groups._beside(groups.group_of(None))
+        whole = groups.group_of(None)
+        groups._lines[whole] = groups._beside(whole)
     _attend(causal=True)
     if rank == ranks - 1:
         if "dies" in how:

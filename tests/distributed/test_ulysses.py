@@ -6,12 +6,8 @@ from flashtile.distributed.ulysses import Dealer
 
 
 def _picked(heads: int, heads_kv: int, ranks: int) -> list[int]:
-    class Dealt(Dealer):
-        @property
-        def ranks(self) -> int:
-            return ranks
-
-    return Dealt(None, "zigzag", None).heads_kv_of(heads, heads_kv)  # type: ignore[arg-type]
+    dealer = Dealer("zigzag/0", None, ranks, "zigzag", None)  # type: ignore[arg-type]
+    return dealer.heads_kv_of(heads, heads_kv)
 
 
 @pytest.mark.parametrize(
