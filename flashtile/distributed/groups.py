@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+# Its functions' defaults are the group of all processes at the time of the import, and keep it for ever. PyTorch's
+# compiler imports it, and optimizers import that; before there is a group they keep none.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 

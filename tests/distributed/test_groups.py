@@ -3,6 +3,8 @@
 import gc
 import os
 import re
+import subprocess
+import sys
 import time
 import weakref
 from datetime import timedelta
@@ -330,6 +332,27 @@ def test_a_lost_rank_is_the_engines_error_in_time(how: str, tmp_path: Path) -> N
     for rank in range(2):
         seconds, text = (tmp_path / str(rank)).read_text().split(" ", 1)
         assert float(seconds) < 4 * SECONDS, text
+
+
+TO_THE_END = """
+import gc, sys, weakref, torch, torch.distributed as dist
+from flashtile import distributed
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+everybody = weakref.ref(dist.group.WORLD)
+model = torch.nn.Linear(8, 8)
+torch.optim.AdamW(model.parameters())
+q = model(torch.randn(1, 8, 4, 8))
+distributed.attention(q, q, q).sum().backward()
+dist.destroy_process_group()
+gc.collect()
+assert everybody() is None
+"""
+
+
+def test_nobody_keeps_the_group_of_all_processes(tmp_path: Path) -> None:
+    """In a process that imports PyTorch's compiler only once the group is there, as optimizers do."""
+    done = subprocess.run([sys.executable, "-c", TO_THE_END, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_group() -> None:
