@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from flashtile import check
+from flashtile.backends.hopper import calls
 from flashtile.backends.pytorch import sweep
 from tests import stubborn
 from tests.fuzz import crew
@@ -53,6 +54,18 @@ def test_a_wrong_number_is_found(
     assert any("out" in kind and "error #, allowed #" in kind for kind in tally.failures)
     assert len(tally.failures) <= tally.failed
     assert "FAILED (seed 3)" in capsys.readouterr().out
+
+
+@pytest.mark.newest_triton
+def test_emulated_calls_run_under_many_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each under one; what looks suspicious to the emulator fails."""
+    where, tally = Where("emulated"), fuzz.Tally()
+    monkeypatch.setattr(fuzz, "BATCH", 3)
+    fuzz._batch("dense", 2, where, time.monotonic() + 600, tally, shrink=False)
+    assert (tally.cases, tally.failures) == (3, {})
+    assert tally.refused < 3
+    with pytest.raises(AssertionError), where.ready(True, 1):
+        calls.DEVICE.launch.__self__.complaints.append("a wait is missing")  # type: ignore[attr-defined]
 
 
 def test_an_error_that_is_not_ours_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

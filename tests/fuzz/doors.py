@@ -91,3 +91,4 @@ DOORS: dict[str, Door] = {
 }
 INTERPRETED = ("dense", "packed", "cached")
 """Those that lead to other kernels there; the guests call `attention`."""
+EMULATED = ("dense", "packed")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STUCK = 900
 """Seconds after which one call is taken to hang; beside other work an interpreted one may take minutes."""
 BATCH = 40
-DEVICES = ("cpu", "interpreter", "cuda")
+DEVICES = ("cpu", "interpreter", "cuda", "emulated")
 INTERRUPTED = 130
 """The exit status of programs that were."""
 
@@ -88,7 +88,7 @@ def _work(given: argparse.Namespace, worker: int, workers: int, say: Say) -> Non
     """The batches of one process; after each it says what happened so far."""
     import torch
 
-    from tests.fuzz.doors import DOORS, INTERPRETED
+    from tests.fuzz.doors import DOORS, EMULATED, INTERPRETED
     from tests.fuzz.where import Where
 
     if given.device == "interpreter":
@@ -98,7 +98,7 @@ def _work(given: argparse.Namespace, worker: int, workers: int, say: Say) -> Non
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     where = Where(given.device)
-    names = given.door or (INTERPRETED if given.device == "interpreter" else tuple(DOORS))
+    names = given.door or {"interpreter": INTERPRETED, "emulated": EMULATED}.get(given.device, tuple(DOORS))
     tallies = {name: Tally() for name in names}
     say(tallies)
     end, seed = time.monotonic() + given.seconds, given.seed + worker

@@ -45,6 +45,7 @@ class Problem:
     lse_grad: bool = True
     views: tuple[str, str, str, str] = ("contiguous",) * 4
     small_tiles: bool = True
+    schedule: int = 0
     backend: str | None = None
 
     def call(self, device: str) -> Call:
@@ -95,10 +96,11 @@ def _options() -> st.SearchStrategy[tuple[tuple[str, Any], ...]]:
     return drawn.map(lambda options: tuple(options.items()))
 
 
-def _shapes(packs: bool, longest: int, heads: st.SearchStrategy[tuple[int, int]], widths: Any) -> Any:
-    lengths = st.integers(0, longest)
+def _shapes(packs: bool, where: Where) -> Any:
+    lengths, widths = st.integers(0, where.longest), st.sampled_from(where.widths)
+    heads = st.tuples(*[st.integers(1, most) for most in where.groups])
     if not packs:
-        parts = st.tuples(st.integers(0, 3), lengths, lengths, heads, widths, widths, st.booleans())
+        parts = st.tuples(st.integers(*where.batches), lengths, lengths, heads, widths, widths, st.booleans())
         return parts.map(lambda p: Shape(*p[:3], p[3][0] * p[3][1], p[3][0], p[4], p[4] if p[6] else p[5]))
     # (queries, keys, those in use in 64ths)
     sequences = st.lists(st.tuples(lengths, lengths, st.integers(0, 64), st.integers(0, 64)), max_size=4)
@@ -135,11 +137,9 @@ def _settled(problem: Problem) -> Problem:
 
 def problems(where: Where, packs: bool) -> st.SearchStrategy[Problem]:
     """Whole calls that are meant to work."""
-    heads = st.tuples(st.integers(1, 3), st.integers(1, 4))
-    shape = _shapes(packs, where.longest, heads, st.sampled_from(where.widths))
     often = st.sampled_from((False, False, True))
     fields: dict[str, Any] = {
-        "shape": shape,
+        "shape": _shapes(packs, where),
         "dtype": st.sampled_from(where.dtypes),
         "options": _options(),
         "mask": st.none() | masks.expressions(packs),
@@ -153,6 +153,7 @@ def problems(where: Where, packs: bool) -> st.SearchStrategy[Problem]:
         "lse_grad": st.booleans(),
         "views": st.tuples(*(st.sampled_from(list(VIEWS)),) * 4),
         "small_tiles": st.booleans(),
+        "schedule": st.integers(0, where.schedules - 1),
         "backend": st.sampled_from(where.backends),
     }
     if not packs:
@@ -163,7 +164,7 @@ def problems(where: Where, packs: bool) -> st.SearchStrategy[Problem]:
 
 def check(problem: Problem, where: Where) -> bool:
     """Whether the call was taken; asserts that it is right."""
-    with where.tiles(problem.small_tiles):
+    with where.ready(problem.small_tiles, problem.schedule):
         call = problem.call(where.tensors)
         try:
             found = _run(call, problem)

@@ -1,7 +1,7 @@
 """Where fuzzed calls run, and what may be drawn there."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -11,29 +11,36 @@ import torch
 from flashtile import plan
 from flashtile.bench import machine
 from flashtile.tuning import cpu, portable
+from tools.ptx_emulation import SWEEP
 
 BACKENDS: dict[str, tuple[str | None, ...]] = {
     "cpu": (None, "pytorch"),
     "interpreter": ("portable",),
     "cuda": (None, None, "portable", "hopper", "pytorch"),
+    "emulated": ("hopper",),
 }
 WIDTHS = {
     "cpu": (1, 2, 3, 5, 8, 16, 17, 24, 32, 40, 64, 96, 130),
     "interpreter": (1, 3, 8, 16, 24, 32),
     "cuda": (3, 16, 32, 40, 64, 80, 96, 128, 192, 256),
+    "emulated": (16, 64, 64, 96, 128, 128, 128, 192, 256),
 }
 """Each is another kernel on a GPU, and compiling takes seconds."""
 DTYPES = {
     "cpu": (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "interpreter": (torch.float32, torch.float32, torch.float16),
     "cuda": (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32),
+    "emulated": (torch.bfloat16, torch.bfloat16, torch.float16),
 }
-LONGEST = {"cpu": 90, "interpreter": 50, "cuda": 300}
+LONGEST = {"cpu": 90, "interpreter": 50, "cuda": 300, "emulated": 300}
+FEW = ("emulated",)
+"""Where a tile takes a second: one batch entry, at most four heads."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """A device of the fuzzer: "cpu" (the PyTorch backend), "interpreter" (Triton's, on CPU tensors) or "cuda"."""
+    """A device of the fuzzer: "cpu" (the PyTorch backend), "interpreter" (Triton's, on CPU tensors), "cuda", or
+    "emulated" (the PTX of the Hopper kernels, on CPU tensors, each call under a schedule of its own)."""
 
     device: str
 
@@ -58,13 +65,32 @@ class Where:
     def longest(self) -> int:
         return LONGEST[self.device]
 
+    @property
+    def batches(self) -> tuple[int, int]:
+        """The least and the most."""
+        return (1, 1) if self.device in FEW else (0, 3)
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """At most so many heads of keys, and queries of each."""
+        return (2, 2) if self.device in FEW else (3, 4)
+
+    @property
+    def schedules(self) -> int:
+        """Ways to order what a kernel leaves open."""
+        return len(SWEEP) if self.device == "emulated" else 1
+
     def lost(self) -> bool:
         """Whether nothing more can be run in this process."""
         return self.device == "cuda" and machine.lost()
 
+    def ready(self, small: bool, schedule: int) -> AbstractContextManager[None]:
+        """With small tiles, so that small calls have many, which interpreted kernels always get, or in emulation."""
+        return _emulated(schedule) if self.device == "emulated" else self._tiles(small)
+
     @contextmanager
-    def tiles(self, small: bool) -> Iterator[None]:
-        """Small ones, so that small calls have many; interpreted kernels always get them. A GPU keeps its own."""
+    def _tiles(self, small: bool) -> Iterator[None]:
+        """A GPU keeps its own."""
         if self.device == "cuda" or (self.device == "cpu" and not small):
             yield
             return
@@ -79,3 +105,13 @@ class Where:
         ):
             yield
         plan.choose.cache_clear()
+
+
+@contextmanager
+def _emulated(schedule: int) -> Iterator[None]:
+    """Nothing may look suspicious to the emulator."""
+    from tests.emulated.hopper import emulated
+
+    with emulated(SWEEP[schedule]) as device:
+        yield
+    assert device.complaints == []
