@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from flashtile.bench import records
+from flashtile.bench.cases import Case
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNGS = sorted((ROOT / "docs" / "ladder").glob("rung*.py"))
@@ -125,6 +128,42 @@ def test_a_ladder_on_two_devices(tmp_path: Path) -> None:
     assert len(TABLE.findall(sections["rung7_shipped"])) == 2
     assert sections["rung7_shipped"].endswith("| forward, shipped sweep | 8192 | 0.5 | 1 MiB |")
     assert len(TABLE.findall(sections["rung6_states"])) == 1
+
+
+def test_ratios_of_the_readme(tmp_path: Path) -> None:
+    """Against the fastest other library, not memory or another of our own; runs with other peers share no table."""
+    machine = {"slug": "gpu", "name": "some GPU", "device": "cuda", "date": "2026-01-02T03:04:05"}
+
+    def cell(seqlen: int, which: str, **ms: float) -> list[dict[str, Any]]:
+        case = Case("causal", seqlen=seqlen, headdim=128, device="cuda")
+        return [records.row(case, name, ms={"median": value}, **{"pass": which}) for name, value in ms.items()]
+
+    def keep(suite: str, rows: list[dict[str, Any]], kind: str = "time") -> None:
+        record = {"schema": records.SCHEMA, "suite": suite, "title": f"the {suite}", "kind": kind, "machine": machine}
+        records.write({**record, "rows": rows}, tmp_path)
+
+    both = [
+        *cell(1024, "backward", flashtile=4.0, fa4=5.0, fa3=6.0),
+        *cell(1024, "forward", flashtile=2.0, fa4=1.0, fa3=3.0),
+    ]
+    keep("grid", both)
+    keep("lengths", cell(2048, "forward", flashtile=2.0, fa4=5.0))
+    keep("decode", cell(64, "decode", flashtile=2.0, flashtile_paged=1.0, read=1.0, fa3=3.0), "bandwidth")
+    lines = _tool("speed_tables").sections(tmp_path)["bench"].splitlines()
+    assert lines[0].endswith("times as fast as the fastest of FlashAttention-3 and FlashAttention-4")
+    assert "| pass, headdim, mask | 1024 |" in lines
+    first = lines.index("| forward, 128, causal | 0.50 |")
+    assert lines[first + 1] == "| backward, 128, causal | 1.25 |"
+    where = "some GPU, 2026-01-02"
+    assert (
+        f"| the grid | {where} | FlashAttention-3, FlashAttention-4 | 0.50 (0.50 to 0.50) | 1.25 (1.25 to 1.25) |"
+        in lines
+    )
+    assert f"| the decode | {where} | FlashAttention-3 | 1.50 (1.50 to 1.50) |  |" in lines
+    keep("lengths", cell(2048, "forward", flashtile=2.0, fa4=5.0, fa3=6.0))
+    lines = _tool("speed_tables").sections(tmp_path)["bench"].splitlines()
+    assert "| forward, 128, causal | 0.50 | 2.50 |" in lines
+    assert "| backward, 128, causal | 1.25 |  |" in lines
 
 
 def _tool(name: str) -> Any:

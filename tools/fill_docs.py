@@ -13,13 +13,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from flashtile.bench import records, tables
-from flashtile.bench.memory import gib
-from flashtile.bench.records import Record, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from amd_tables import sections as amd  # noqa: E402
 from measure import PLACES, table  # noqa: E402
 from sanitizer_tables import sections as sanitizer  # noqa: E402
+from speed_tables import sections as speed  # noqa: E402
 
 
 def fill(text: str, sections: Mapping[str, str]) -> str:
@@ -84,71 +81,13 @@ def _measured(record: dict[str, Any]) -> str:
     return described
 
 
-def bench() -> dict[str, str]:
-    """For each device that has more than records of errors: its plots, and its longest sequences as a table."""
-    found = records.read(RESULTS) if RESULTS.exists() else []
-    # GPUs first.
-    shown = [record for record in found if record["kind"] != "error"]
-    ordered = sorted(shown, key=lambda record: record["machine"]["device"] == "cpu")
-    devices = dict.fromkeys(record["machine"]["slug"] for record in ordered)
-    parts = [_device([record for record in found if record["machine"]["slug"] == slug]) for slug in devices]
-    return {"bench": "\n\n".join(parts)} if parts else {}
-
-
-def _device(found: list[Record]) -> str:
-    machine = found[0]["machine"]
-    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
-    lines = [f"**{machine['name']}**{threads}, PyTorch {machine['versions']['torch']}, {machine['date'][:10]}:", ""]
-    for record in found:
-        image = ROOT / "docs" / "benchmarks" / f"{machine['slug']}-{record['suite']}.png"
-        if record["kind"] != "error" and image.exists():
-            lines += [f"![{record['title']}]({image.relative_to(ROOT).as_posix()})", ""]
-    return "\n".join([*lines, *(line for record in found for line in _table(record))]).rstrip()
-
-
-def _table(record: Record) -> Iterator[str]:
-    """The record's longest sequences, those rows that have more than one peer."""
-    rows = list(_lines(record))
-    if not rows:
-        return
-    peers = sorted({name for _, cells in rows for name in cells}, key=lambda name: (name == tables.SUBJECT, name))
-    titles = [record["title"], *map(tables.title_of, peers)]
-    for cells in (titles, ["---", *["---:"] * len(peers)]):
-        yield f"| {' | '.join(cells)} |"
-    for label, figures in rows:
-        yield f"| {' | '.join([label, *(figures.get(name, '') for name in peers)])} |"
-    yield ""
-
-
-def _lines(record: Record) -> Iterator[tuple[str, dict[str, str]]]:
-    """(what, figure of each peer): the longest sequences in the first dtype; errors are on the benchmarks page only."""
-    if record["kind"] == "error" or not record["rows"]:
-        return
-    longest = max(entry["case"]["seqlen"] for entry in record["rows"])
-    dtype = record["rows"][0]["case"]["dtype"]
-    for cell in records.cells(record["rows"]):
-        case = cell[0]["case"]
-        if (case["seqlen"], case["dtype"]) == (longest, dtype) or record["kind"] == "bandwidth":
-            unit = "extra memory" if record["kind"] == "memory" else "ms"
-            label = f"{tables.label(cell[0])}, {cell[0]['pass']}, {case['seqlen']} tokens, {dtype}, {unit}"
-            figures = {entry["peer"]: _figure(entry) for entry in cell if entry["status"] != "refused"}
-            if len(figures) > 1:
-                yield label, figures
-
-
-def _figure(entry: Row) -> str:
-    if entry["status"] != "ok":
-        return str(entry["status"])
-    return tables.ms(entry["ms"]["median"]) if "ms" in entry else gib(entry["extra_bytes"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Puts what was measured into the pages that show it.")
     parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     check = parser.parse_args().check
     stale = []
     pages = {
-        "README.md": bench(),
+        "README.md": speed(RESULTS),
         "docs/ladder/README.md": ladder(),
         "docs/amd.md": amd(RESULTS / "amd"),
         "docs/robustness.md": sanitizer(ROBUSTNESS),
