@@ -299,7 +299,7 @@ def test_all_ranks_of_a_mesh_hear_of_one(tmp_path: Path) -> None:
         assert re.match(r"softcap: got .*3\.0 on rank 3; need the same on every rank", lines[0]), lines
 
 
-SECONDS = 2
+SECONDS = 4
 
 
 def _dying(rank: int, ranks: int, folder: str, how: str) -> None:
