@@ -33,6 +33,11 @@ class Eight:
     dtype: torch.dtype = torch.float8_e4m3fn
     incoherent: bool = True
 
+    @property
+    def formula(self) -> dict[str, Any]:
+        """Of the options those that say what is computed."""
+        return {name: value for name, value in self.options.items() if name != "out_dtype"}
+
     def tensors(self, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, of which some blocks are far larger than others."""
         shape, draw = self.shape, Draw(self.name, device)
@@ -59,6 +64,7 @@ CASES = (
     Eight("softcap", dense(1, 70, 200, 1, 1, 64), "block", {"causal": True, "softcap": 10.0}),
     Eight("document", dense(1, 200, 200, 1, 1, 64), "block", {"mask": _document}),
     Eight("e5m2", dense(1, 70, 150, 1, 1, 64), "block", {}, torch.float8_e5m2, False),
+    Eight("out_float32", dense(1, 70, 150, 1, 1, 64), "block", {"causal": True, "out_dtype": torch.float32}),
     Eight("odd_columns", dense(1, 70, 150, 1, 1, 96, 48), "block", {"causal": True}),
 )
 
@@ -66,8 +72,8 @@ CASES = (
 def check(case: Eight, quantized: Quantized, found: State, lse_extra: float = 0.0) -> list[Ratio]:
     """Asserts the tolerance rule; `lse_extra`: of accumulators that hold fewer bits than float32."""
     q, k, v = (part.dequantize(torch.float64).cpu() for part in quantized)
-    truth = reference.attention(q, k, v, **case.options)
-    single = reference.attention(q.float(), k.float(), v.float(), dtype=torch.float32, **case.options)
+    truth = reference.attention(q, k, v, **case.formula)
+    single = reference.attention(q.float(), k.float(), v.float(), dtype=torch.float32, **case.formula)
     errors = {"out": _textbook(case, q, k, v) - truth.out, "lse": oracle._error(single.lse, truth.lse)}
     ratios = []
     for name, value, right in (("out", found.out, truth.out), ("lse", found.lse, truth.lse)):
@@ -107,7 +113,7 @@ def _textbook(case: Eight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     lift = min(LIFT, 2.0 ** math.floor(math.log2(torch.finfo(case.dtype).max)))
     keys = k.shape[1]
     identity = torch.eye(keys, dtype=k.dtype)[None, :, None].expand(k.shape[0], keys, k.shape[2], keys)
-    weights = reference.attention(q, k, identity, **case.options).out
+    weights = reference.attention(q, k, identity, **case.formula).out
     largest = weights.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     rounded = (weights / largest * lift).float().to(case.dtype).double() * (largest / lift)
     values = v.repeat_interleave(q.shape[2] // v.shape[2], 2)

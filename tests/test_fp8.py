@@ -66,7 +66,7 @@ def test_attention_is_that_of_what_the_numbers_stand_for(case: eight.Eight) -> N
     with watched() as ran:
         state = flashtile.attention(*quantized, return_lse=True, **case.options)
     assert [(plan.backend, plan.kernel) for plan in ran] == [("pytorch", "tiled")]
-    assert state.out.dtype is torch.bfloat16
+    assert state.out.dtype is case.options.get("out_dtype", torch.bfloat16)
     eight.check(case, quantized, state)
 
 

@@ -52,11 +52,15 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "varlen": lambda: {"causal": True},
     "deterministic": lambda: {"causal": True, "deterministic": True},
     "heads": lambda: {"causal": True},
+    "out_float32": lambda: {"causal": True, "out_dtype": torch.float32},
 }
 """Name -> the options of a call; `varlen` is a packed one, and in `heads` each head of queries has keys of its own."""
 
-OWN_KERNELS = {"deterministic": "sm_90a", "heads": "sm_90a", "decode_some": "sm_90a", "decode_some_fp8": "sm_90a"}
+OWN_KERNELS = dict.fromkeys(("deterministic", "heads", "out_float32", "decode_some", "decode_some_fp8"), "sm_90a")
 """Variants that have kernels of their own on one target alone."""
+
+FORWARD_ALONE = ("out_float32",)
+"""Variants whose backward kernels are those of others."""
 
 
 PAGE = 64

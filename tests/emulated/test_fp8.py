@@ -30,6 +30,7 @@ def _run(case: Eight, schedule: dict[str, Any]) -> flashtile.State:
     assert [(plan.backend, plan.kernel, plan.problem.scaled != "") for plan in ran] == [
         ("hopper", "warp_specialized", True)
     ]
+    assert state.out.dtype is case.options.get("out_dtype", torch.bfloat16)
     eight.check(case, quantized, state)
     return state
 

@@ -47,6 +47,8 @@ WIDE = (
     _case("wide_dropout", dense(1, 130, 140, 2, 1, 128), "causal", "dropout"),
     _case("widest_dropout", dense(1, 80, 100, 2, 1, 192, 128), "softcap", "dropout"),
     _case("widest_score_mod", dense(1, 70, 90, 2, 1, 160), "score_mod", "alibi"),
+    _case("wide_out_float32", dense(2, 150, 200, 2, 1, 128), "causal", "out_float32"),
+    _case("widest_out_float32", packed((50, 33), (70, 20), 2, 1, 192), "causal", "out_float32"),
     _case("deterministic_document", dense(1, 150, 150, 1, 1, 64), "document", "deterministic"),
 )
 

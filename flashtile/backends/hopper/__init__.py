@@ -100,7 +100,7 @@ _EIGHT = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _outputs(problem: Problem) -> tuple[torch.dtype, ...]:
-    return _HALF if problem.scaled else (problem.dtype,)
+    return (*(_HALF if problem.scaled else (problem.dtype,)), torch.float32)
 
 
 def _no_kernel_takes(problem: Problem) -> str | None:

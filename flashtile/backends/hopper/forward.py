@@ -13,7 +13,15 @@ from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.eight import query_unit, units_of
 from flashtile.backends.hopper.forward_steps import first_step, outstanding, step
 from flashtile.backends.hopper.loading import loader, query_slot
-from flashtile.backends.hopper.memory import VALUES_FREED, free_slot, hand_over, new_barriers, pass_turn, take_turn
+from flashtile.backends.hopper.memory import (
+    VALUES_FREED,
+    free_slot,
+    hand_over,
+    new_barriers,
+    pass_turn,
+    store_wide,
+    take_turn,
+)
 from flashtile.backends.hopper.products import multiply_values
 from flashtile.backends.hopper.registers import here, numbers_here
 from flashtile.backends.hopper.schedule import edges_in, hear, tile_of, walk_of
@@ -140,7 +148,10 @@ def consumer(
             if any_nan(b_out):
                 b_new = careful_output(sources, scales, place, first, rules, visits, sinks, META, SCORE, MASK)
                 b_out = gl.convert_layout(b_new, output)
-        store_tile(descriptors[3], out, o_smem.index(I_GROUP), b_out, place, first, META.headdim_v, META)
+        if META.wide:
+            store_wide(out, b_out, place, first, META.headdim_v)
+        else:
+            store_tile(descriptors[3], out, o_smem.index(I_GROUP), b_out, place, first, META.headdim_v, META)
         turn += 1
         place, counts = hear(mailbox, size, turn, META)
     if META.turns:
@@ -231,7 +242,12 @@ def forward_kernel(
         v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_DV, TILE_KV], v_desc.layout)
     else:
         v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
-    o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, ROWS, 1, o_desc.block_type.shape[3]], o_desc.layout)
+    if META.wide:
+        # None: rows leave from registers.
+        memory = (q_smem, k_smem, v_smem, o_desc)
+    else:
+        O_SHAPE: gl.constexpr = [CONSUMERS, 1, ROWS, 1, o_desc.block_type.shape[3]]
+        memory = (q_smem, k_smem, v_smem, gl.allocate_shared_memory(o_desc.dtype, O_SHAPE, o_desc.layout))
     q_full = new_barriers(QUERIES, 1)
     q_empty = new_barriers(QUERIES, 1)
     k_full = new_barriers(STAGES, 1)
@@ -241,7 +257,7 @@ def forward_kernel(
     told_empty = new_barriers(1, CONSUMERS).index(0)
     specialize(
         (q_desc, k_desc, v_desc, o_desc),
-        (q_smem, k_smem, v_smem, o_smem),
+        memory,
         (q_full, q_empty, k_full, v_full),
         (told, told_full, told_empty),
         (out, lse, sources, scales),

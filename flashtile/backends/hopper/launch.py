@@ -60,14 +60,15 @@ def forward(
         call = Call.of(machine, inputs, problem, config, tape)
         total, where = call.tiles(keys=False)
         meta, rows = call.meta, ROWS.value
+        columns = meta.block_dv // 2 if meta.halves else meta.block_dv
         given = {
             "q_desc": descriptor(q, rows, meta.block_d),
             "k_desc": descriptor(k, meta.tile_kv, meta.block_d),
             "v_desc": value_descriptor(v, meta),
-            "o_desc": descriptor(out, rows, meta.block_dv // 2 if meta.halves else meta.block_dv),
+            "o_desc": None if meta.wide else descriptor(out, rows, columns),
             "sources": (rows_of(q), rows_of(k), values_of(inputs)) if meta.careful else None,
             "scales": tuple(map(numbers_of, inputs.scaled[:3])) if meta.eight else None,
-            "out": rows_of(out) if problem.varlen else None,
+            "out": rows_of(out) if problem.varlen or meta.wide else None,
             "lse": numbers_of(lse),
             "counter": number,
             "section": call.section(),

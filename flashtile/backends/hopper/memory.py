@@ -144,6 +144,18 @@ def hand_over(
         tma_store(desc, [place.batch, first, place.head, FIRST], smem)
 
 
+@gluon.jit
+def store_wide(rows, b_rows, place, first, DIM: gl.constexpr):
+    """64 rows leave as float32, straight from registers: shared memory has no room for them."""
+    TILE: gl.constexpr = b_rows.type.layout
+    o_rows = gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
+    o_columns = gl.arange(0, b_rows.shape[1], gl.SliceLayout(0, TILE))
+    base = rows.pointer + place.batch.to(gl.int64) * rows.batch + place.head.to(gl.int64) * rows.head
+    row_pointers = base + (place.first_q + first + o_rows).to(gl.int64) * rows.row
+    mask = (o_rows < place.seqlen_q - first)[:, None] & (o_columns < DIM)[None, :]
+    gl.store(row_pointers[:, None] + o_columns[None, :], b_rows, mask=mask)
+
+
 @triton.constexpr_function
 def _exponents(dtype):
     """(the bits of the exponents of two numbers of 16 bits, the lowest of each)."""

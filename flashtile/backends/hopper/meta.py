@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from flashtile import lower
 from flashtile.kernels.arguments import exact, modified
 from flashtile.problem import Problem
@@ -21,13 +23,13 @@ class Meta:
     exact, precision: for kernels that take float32 too, see `rules.capped`. left, right: whether the window ends there.
     sections: tiles of several heads are handed out together.
     dense: 1, or 0 where sequences are packed: what a batch entry's number is multiplied with to find its memory.
-    halves: the columns of the output leave one half after the other. turns: warpgroups start their products one after
-    the other. query_stages, rows, early: see `HopperConfig`. guarded: what a mask hides, or a function that
-    does not only add, may hold NaN or have no finite gradient. careful: what lies beside what is seen may hold NaN.
-    collects: this kernel adds gradients of captured tensors. slope_gradient: and this one gives those of ALiBi's
-    slopes. apart, ahead: see the configs. lean: see `backward.walk_some`. adds: the kernel of keys adds up dQ. for_dq:
-    this is the kernel of dQ alone. split: two warpgroups share 64 keys. stages_v: slots for values, where they are not
-    as many as those for keys.
+    halves: the columns of the output leave one half after the other. wide: they leave as float32. turns: warpgroups
+    start their products one after the other. query_stages, rows, early: see `HopperConfig`. guarded: what a mask hides,
+    or a function that does not only add, may hold NaN or have no finite gradient. careful: what lies beside what is
+    seen may hold NaN. collects: this kernel adds gradients of captured tensors. slope_gradient: and this one gives
+    those of ALiBi's slopes. apart, ahead: see the configs. lean: see `backward.walk_some`. adds: the kernel of keys
+    adds up dQ. for_dq: this is the kernel of dQ alone. split: two warpgroups share 64 keys. stages_v: slots for values,
+    where they are not as many as those for keys.
     eight: inputs have 8 bits; scaled: which rows of them share a scale, see `Problem`; lift: see `softmax`.
     parts: columns are never cut, see `kernels.tiles.dots`.
     """
@@ -55,6 +57,7 @@ class Meta:
     dense: int
     packed: bool
     halves: bool
+    wide: bool
     turns: bool
     query_stages: int
     rows: bool
@@ -129,6 +132,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         dense=int(not problem.varlen),
         packed=problem.varlen,
         halves=isinstance(config, HopperConfig) and config.halves and block(problem.headdim_v) > 128,
+        wide=isinstance(config, HopperConfig) and problem.out_dtype is torch.float32,
         turns=isinstance(config, HopperConfig) and config.turns,
         query_stages=config.query_stages if isinstance(config, HopperConfig) else 1,
         rows=isinstance(config, HopperConfig) and config.rows,
