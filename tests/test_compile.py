@@ -257,6 +257,7 @@ def test_two_states_merge_in_long_loads(target: GPUTarget) -> None:
         ("gfx1100", matrix.LATENT, "decode_fp8"),
         ("sm_80", 128, "mask_mod"),
         ("sm_80", matrix.LATENT, "decode_many"),
+        ("sm_80", 512, "decode_paged"),
         ("sm_100", 512, "decode_paged"),
         ("gfx1100", 512, "decode_many"),
     ],

@@ -34,7 +34,7 @@ NARROW: dict[str, dict[str, Rows]] = {
     },
     "ampere": {
         "half": ((64, Tiles(64, 64, 4, 3)), (128, Tiles(64, 64, 4, 2)), (256, Tiles(32, 32, 4, 2)),
-                 (512, Tiles(16, 16, 4, 2))),
+                 (512, Tiles(16, 16, 4, 2, registers=REGISTERS))),
         "single": ((64, Tiles(32, 32, 4, 2)), (128, Tiles(32, 32, 4, 2)), (256, Tiles(16, 16, 4, 2)),
                    (512, Tiles(16, 16, 4, 1))),
     },
