@@ -257,6 +257,9 @@ def test_two_states_merge_in_long_loads(target: GPUTarget) -> None:
         ("gfx1100", matrix.LATENT, "decode_fp8"),
         ("sm_80", 128, "mask_mod"),
         ("sm_80", matrix.LATENT, "decode_many"),
+        ("sm_80", 512, "decode_paged"),
+        ("sm_100", 512, "decode_paged"),
+        ("gfx1100", 512, "decode_many"),
     ],
 )
 def test_calls_that_have_rows_of_their_own(target: str, headdim: int, variant: str) -> None:
@@ -267,7 +270,10 @@ def test_calls_that_have_rows_of_their_own(target: str, headdim: int, variant: s
 
 @pytest.mark.parametrize(
     ("target", "variant"),
-    [("sm_86", "mask_mod"), ("sm_120", "dropout"), ("sm_100", "bias"), ("gfx942", "table"), ("gfx1100", "dropout")],
+    [
+        *(("sm_86", "mask_mod"), ("sm_120", "dropout"), ("sm_100", "bias")),
+        *(("gfx942", "table"), ("gfx942", "window"), ("gfx1100", "dropout")),
+    ],
 )
 def test_rows_of_512_columns(target: str, variant: str) -> None:
     """They spill nothing, and fit with the table's tiles, no smaller ones."""

@@ -27,6 +27,50 @@ def load_queries(rows, place, o_query, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_kept(
+    rows, i_batch, i_head, first, first_row, begin, end,
+    TILE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, META: tl.constexpr,
+):  # fmt: skip
+    """Rows first_row, ... of one head that `dots` multiplies by others again and again; see `load_rows`. With
+    META.direct they come in parts, (parts, rows, columns): each wave loads the part that it multiplies."""
+    PARTS: tl.constexpr = parts_of(META.parts, BLOCK)
+    if META.direct and PARTS > 1:
+        # As lanes hold the first operand of a matrix instruction: rows side by side, then fours of columns. Whatever
+        # they hold beside that are further columns and rows.
+        LOW: tl.constexpr = min(32, TILE)
+        FOURS: tl.constexpr = 64 // LOW
+        CHUNKS: tl.constexpr = BLOCK // PARTS // (4 * FOURS)
+        o_rest = tl.arange(0, TILE // LOW * CHUNKS)[None, None, None, :, None]
+        o_rows = first_row + o_rest // CHUNKS * LOW + tl.arange(0, LOW)[:, None, None, None, None]
+        o_four = (o_rest % CHUNKS) * FOURS + tl.arange(0, FOURS)[None, :, None, None, None]
+        o_part = tl.arange(0, PARTS)[None, None, :, None, None] * (BLOCK // PARTS)
+        o_columns = o_part + o_four * 4 + tl.arange(0, 4)[None, None, None, None, :]
+        base = rows.pointer + i_batch.to(tl.int64) * rows.batch + i_head.to(tl.int64) * rows.head
+        pointers = base + (first + o_rows).to(tl.int64) * rows.row + o_columns
+        m_rows = (o_rows >= begin) & (o_rows < end) & (o_columns < DIM)
+        b_loaded = tl.load(pointers, mask=m_rows, other=0.0).reshape(LOW, FOURS, PARTS, TILE // LOW, CHUNKS, 4)
+        b_rows = tl.permute(b_loaded, (2, 3, 0, 4, 1, 5)).reshape(PARTS, TILE, BLOCK // PARTS)
+    else:
+        b_rows = load_rows(rows, i_batch, i_head, first, first_row + tl.arange(0, TILE), begin, end, DIM, BLOCK)
+    return b_rows
+
+
+@triton.jit
+def load_kept_queries(rows, place, DIM: tl.constexpr, BLOCK: tl.constexpr, META: tl.constexpr):
+    """A query tile for `dots`."""
+    first_row = place.tile * META.tile_q
+    return load_kept(
+        rows, place.batch, place.head, place.first_q, first_row, 0, place.seqlen_q, META.tile_q, DIM, BLOCK, META
+    )
+
+
+@triton.constexpr_function
+def parts_of(parts, columns):
+    """Into how many the columns are cut: a matrix instruction takes 16 of them at least."""
+    return min(parts, max(1, columns // 16))
+
+
+@triton.jit
 def open_tiles(
     rows, i_batch, i_head, first, begin, end,
     DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr, PERHAPS_NONE: tl.constexpr = False,
@@ -223,17 +267,19 @@ def doublings(count):
 
 @triton.jit
 def dots(b_rows, b_others, META: tl.constexpr):
-    """Rows times the transposed others, both with all their columns. With META.parts the columns are cut into as many
-    parts, each of which other warps multiply, where one warp's registers do not hold the operands whole."""
-    COLUMNS: tl.constexpr = b_rows.shape[1]
-    # A matrix instruction takes 16 columns at least.
-    PARTS: tl.constexpr = META.parts if 16 * META.parts <= COLUMNS else COLUMNS // 16
+    """Rows (as `load_kept` gives them) times the transposed others, both with all their columns. With META.parts the
+    columns are cut into as many parts, each of which other warps multiply, where one warp's registers do not hold the
+    operands whole."""
+    COLUMNS: tl.constexpr = b_others.shape[1]
+    PARTS: tl.constexpr = parts_of(META.parts, COLUMNS)
     if PARTS == 1:
         b_dots = tl.dot(b_rows, tl.trans(b_others), input_precision=META.precision)
     else:
-        b_left = b_rows.reshape(b_rows.shape[0], PARTS, COLUMNS // PARTS)
+        b_left = b_rows
+        if len(b_rows.shape) == 2:
+            b_left = tl.permute(b_rows.reshape(b_rows.shape[0], PARTS, COLUMNS // PARTS), (1, 0, 2))
         b_right = b_others.reshape(b_others.shape[0], PARTS, COLUMNS // PARTS)
-        b_each = tl.dot(tl.permute(b_left, (1, 0, 2)), tl.permute(b_right, (1, 2, 0)), input_precision=META.precision)
+        b_each = tl.dot(b_left, tl.permute(b_right, (1, 2, 0)), input_precision=META.precision)
         # Columns in front: a thread holds neighbours of a row, and moves several of them at a time.
         b_dots = tl.trans(sum_of_parts(tl.permute(b_each, (2, 1, 0)), PARTS))
     return b_dots

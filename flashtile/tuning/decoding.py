@@ -7,11 +7,12 @@ from flashtile.tuning.portable import REGISTERS, Tiles, portable_config
 
 class DecodeConfig(NamedTuple):
     """tiles: of queries, all heads of a key head together, and of keys. splits: parts that the keys are cut into, of
-    `part` tiles each or, None, as even as can be."""
+    `part` tiles each or, None, as even as can be. append: new rows of a program at most."""
 
     tiles: Tiles
     splits: int
     part: int | None = None
+    append: int = 4
 
 
 Rows = tuple[tuple[int, Tiles], ...]
@@ -33,7 +34,7 @@ NARROW: dict[str, dict[str, Rows]] = {
     },
     "ampere": {
         "half": ((64, Tiles(64, 64, 4, 3)), (128, Tiles(64, 64, 4, 2)), (256, Tiles(32, 32, 4, 2)),
-                 (512, Tiles(16, 16, 4, 2))),
+                 (512, Tiles(16, 16, 4, 2, registers=REGISTERS))),
         "single": ((64, Tiles(32, 32, 4, 2)), (128, Tiles(32, 32, 4, 2)), (256, Tiles(16, 16, 4, 2)),
                    (512, Tiles(16, 16, 4, 1))),
     },
@@ -60,7 +61,10 @@ tiles and up to 9 numbers of parts were timed with head dimension 128, 32/8 and 
 sequences, 16 bits and e4m3, in one piece and in pages of 64, and latent attention (`tools/tune_decoding.py`). The rows
 are the ones that come closest to the best everywhere; one program of 128 keys on each multiprocessor reads as fast as
 any number of smaller ones. The other families' rows are the largest that do not spill, timed on none."""
-NARROW["blackwell"] = NARROW["hopper"]
+NARROW["blackwell"] = {
+    kind: rows if kind == "single" else (*rows[:-1], (512, Tiles(32, 32, 8, 3, registers=REGISTERS)))
+    for kind, rows in NARROW["hopper"].items()
+}
 NARROW["rdna"]["narrow_paged"] = NARROW["rdna"]["narrow"]
 
 MANY: dict[str, tuple[tuple[int, Tiles | None], ...]] = {
@@ -99,6 +103,10 @@ LATENT_REGISTERS = 168
 APPEND = (1, 2, 4)
 """New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns have
 programs of their own."""
+
+APPEND_WIDE = {"blackwell": 1, "ampere": 1, "rdna": 1}
+"""By family, new rows of a program at most where they have more than 256 columns: a warp of 32 lanes that turns four of
+512 spills up to 191 registers, and two of them up to 8. Hopper's are left as they were; CDNA's warps have 64 lanes."""
 
 COMBINE = (4, 16, 32)
 """Parts that are joined at a time: the first that holds all. Of more than the last, `IN_TURN` at a time are.
@@ -174,9 +182,14 @@ def room_for(tiles: Tiles, row: int, narrow: bool, family: str) -> Room:
     return Room(programs, programs if narrow else min(programs, -(-FLIGHT // tile)))
 
 
-def append_rows(rows: int, columns: int) -> int:
+def append_most(columns: int, family: str) -> int:
+    """New rows of a program at most."""
+    return APPEND_WIDE.get(family, APPEND[-1]) if columns > 256 else APPEND[-1]
+
+
+def append_rows(rows: int, columns: int, most: int) -> int:
     """New rows of a program, from `APPEND`."""
-    fitting = APPEND if columns <= 512 else APPEND[:1]
+    fitting = [tile for tile in APPEND if tile <= most] if columns <= 512 else APPEND[:1]
     return next((tile for tile in fitting if rows <= tile), fitting[-1])
 
 

@@ -11,7 +11,8 @@ class Tiles(NamedTuple):
     warps share, where one warp's registers do not hold them; and what only NVIDIA's is told, registers that a thread
     may have (`maxnreg`), where it would spill a few to make room for one more program; whether rows that a product
     takes as columns are loaded that way round (keys forward, values for dQ, and its keys of up to 64 columns); whether
-    loops compute again each time what never changes in them (`disable_licm`), in place of keeping it in registers."""
+    loops compute again each time what never changes in them (`disable_licm`), in place of keeping it in registers;
+    whether warps of 64 lanes load the parts of what a program keeps as they multiply them, past shared memory."""
 
     tile_q: int
     tile_kv: int
@@ -23,6 +24,7 @@ class Tiles(NamedTuple):
     registers: int = 0
     aside: bool = False
     lean: bool = False
+    direct: bool = False
 
     def options(self) -> dict[str, int]:
         """As Triton's compiler takes them."""
@@ -204,11 +206,12 @@ AMPERE["masked"] = (
 """sm_80 to sm_89 and sm_120, whose smallest have 99 KB of shared memory. The largest tiles that do not spill there;
 timed on none of them. Backward, warps share rows of 512 columns."""
 
-_WIDE_CDNA = (512, PortableConfig(Tiles(64, 32, 8, 1, parts=8, lean=True), Tiles(32, 32, 8, 1, parts=8),
-                                  Tiles(16, 32, 8, 1, parts=8)))  # fmt: skip
-_WIDE_CDNA_MODIFIED = (512, _WIDE_CDNA[1]._replace(forward=Tiles(32, 32, 8, 1, parts=8)))
-_WIDE_CDNA_ASKED = (512, PortableConfig(Tiles(32, 32, 8, 1, parts=8), Tiles(16, 32, 8, 1, parts=8),
-                                        Tiles(16, 16, 8, 1, parts=8)))  # fmt: skip
+_EIGHTHS_64 = Tiles(32, 32, 8, 1, parts=8, direct=True)
+_WIDE_CDNA = (512, PortableConfig(_EIGHTHS_64._replace(tile_q=64, lean=True), _EIGHTHS_64,
+                                  _EIGHTHS_64._replace(lean=True)))  # fmt: skip
+_WIDE_CDNA_MODIFIED = (512, PortableConfig(_EIGHTHS_64, _EIGHTHS_64, _EIGHTHS_64._replace(tile_q=16)))
+_WIDE_CDNA_ASKED = (512, PortableConfig(_EIGHTHS_64, _EIGHTHS_64._replace(tile_q=16),
+                                        _EIGHTHS_64._replace(tile_q=16, tile_kv=16)))  # fmt: skip
 
 CDNA: dict[str, Rows] = {
     "half": (

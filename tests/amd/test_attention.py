@@ -150,7 +150,7 @@ def test_the_tiles_that_are_shipped(case: Case, device: Emulated) -> None:
     _check(case, device)
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 128, 512])
 def test_banks_of_shared_memory(headdim: int, device: Emulated) -> None:
     """Of what several lanes want at a time, little lies in one bank: no kind of access takes more than twice the cycles
     that it must."""

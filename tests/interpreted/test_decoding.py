@@ -138,3 +138,17 @@ def test_room_on_a_multiprocessor() -> None:
     assert decoding.room_for(Tiles(16, 128, 4, 3), 512, False, "hopper") == Room(1, 1)
     assert decoding.room_for(Tiles(16, 64, 4, 3), 512, False, "hopper") == Room(3, 2)
     assert decoding.room_for(Tiles(16, 64, 4, 3), 256, True, "hopper") == Room(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "family", "rows", "expected"),
+    [
+        *((128, family, 9, 4) for family in ("hopper", "blackwell", "rdna")),
+        *((512, family, 9, 4) for family in ("hopper", "cdna")),
+        *((512, family, 9, 1) for family in ("blackwell", "ampere", "rdna")),
+        (256, "rdna", 2, 2),
+        (576, "hopper", 9, 1),
+    ],
+)
+def test_new_rows_of_a_program(columns: int, family: str, rows: int, expected: int) -> None:
+    assert decoding.append_rows(rows, columns, decoding.append_most(columns, family)) == expected

@@ -58,10 +58,11 @@ def test_dk_and_dv_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")
 
 
+@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("name", ["bias", "headdim_80"])
-def test_columns_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as there are, at most one to 16 columns."""
-    cut = portable.PortableConfig(*(tiles._replace(parts=4) for tiles in TILES[:3]))
+def test_columns_in_parts(name: str, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are, at most one to 16 columns. direct: loaded in parts, too."""
+    cut = portable.PortableConfig(*(tiles._replace(parts=4, direct=direct) for tiles in TILES[:3]))
     monkeypatch.setattr(portable, "TABLES", {"hopper": dict.fromkeys(portable.KINDS, ((10**6, cut),))})
     plan.choose.cache_clear()
     conformance.check_case(next(case for case in CASES if case.name == name), torch.float32, "portable")

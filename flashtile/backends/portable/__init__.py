@@ -115,16 +115,17 @@ def configure_decoding(problem: Problem, family: str | None = None) -> DecodeCon
     rows, headdim = problem.seqlen_q * problem.group, min(_LARGEST, max(problem.headdim, problem.headdim_v))
     family = family or family_of(problem.arch)
     tiles = decode_tiles(headdim, rows, _kind_of_cache(problem), kind_of(problem), family)
+    append = decoding.append_most(max(problem.headdim, problem.headdim_v), family)
     longest = -(-problem.seqlen_kv // tiles.tile_kv)
     if problem.batch_invariant:
         part = decoding.PART // tiles.tile_kv
-        return DecodeConfig(tiles, max(1, -(-longest // part)), part)
+        return DecodeConfig(tiles, max(1, -(-longest // part)), part, append)
     programs = problem.batch * problem.heads_kv * -(-rows // tiles.tile_q)
     splits, stored = (problem.cached.splits, problem.cached.stored) if problem.cached is not None else (None, None)
     row = (problem.headdim + problem.headdim_v) * (stored or problem.dtype).itemsize
     room, multiprocessors = decoding.room_for(tiles, row, stored is not None, family), _multiprocessors(device)
     splits = splits or decode_splits(programs, longest, multiprocessors, room)
-    return DecodeConfig(tiles, splits)
+    return DecodeConfig(tiles, splits, append=append)
 
 
 def _kind_of_cache(problem: Problem) -> str:

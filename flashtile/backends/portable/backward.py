@@ -30,8 +30,9 @@ from flashtile.kernels.rules import alibi_distance, allowed, grad_scores, has_na
 from flashtile.kernels.tiles import (
     dots,
     load_aside,
+    load_kept,
+    load_kept_queries,
     load_queries,
-    load_rows,
     load_stats,
     load_tile,
     open_keys,
@@ -128,8 +129,8 @@ def query_kernel(
     TILE: tl.constexpr = META.tile_q
     place = locate(packing, size, visits, TILE, False, META.reversed, META.masked == "lists")
     o_query = place.tile * TILE + tl.arange(0, TILE)
-    b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
-    b_grad_out = load_queries(grad_out, place, o_query, META.headdim_v, META.block_dv).to(b_q.dtype)
+    b_q = load_kept_queries(q, place, META.headdim, META.block_d, META)
+    b_grad_out = load_kept_queries(grad_out, place, META.headdim_v, META.block_dv, META).to(b_q.dtype)
     b_lse, b_delta = load_stats(lse, delta, place, o_query, META.packed)
     keys, values = open_keys(k, v, place, rules.window, META)
     b_dq, b_slope = walk_keys_back(
@@ -242,8 +243,9 @@ def key_kernel(
     o_key = shared.tile * TILE + tl.arange(0, TILE)
     diagonal = diagonal_of(shared, META.window_top_left)
     seen, unseen = key_range(rules.window, diagonal, 0, shared.seqlen_q - 1, seqlen_k)
-    b_k = load_rows(k, i_batch, i_head, first, o_key, seen, unseen, META.headdim, META.block_d)
-    b_v = load_rows(v, i_batch, i_head, first, o_key, seen, unseen, META.headdim_v, META.block_dv)
+    first_key = shared.tile * TILE
+    b_k = load_kept(k, i_batch, i_head, first, first_key, seen, unseen, TILE, META.headdim, META.block_d, META)
+    b_v = load_kept(v, i_batch, i_head, first, first_key, seen, unseen, TILE, META.headdim_v, META.block_dv, META)
     b_dk, b_dv = walk_queries(
         b_k, b_v, q, grad_out, lse, delta, shared, rules, visits, META, SCORE, DERIVATIVE, MASK, False
     )

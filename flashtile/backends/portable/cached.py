@@ -1,5 +1,6 @@
 """Launches of a call over a KV cache: rows are appended, parts of the keys attended to, and the parts joined."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def decode(
         call = Call.of(machine._replace(tape=tape), inputs, problem)
         words = cache_of(cache)
         early = _early(call)
-        _run(call, append(inputs, cache, problem, words, turned, append_rows, early))
+        _run(call, append(inputs, cache, problem, words, turned, partial(append_rows, most=config.append), early))
         _attend(call, cache, words, config, turned, parts, early)
         if splits > 1:
             _run(call, combine(problem, splits, parts, (out, lse), parts_at_once(splits), COLUMNS, early))

@@ -16,7 +16,7 @@ from flashtile.kernels.tiles import (
     columns_from,
     dots,
     load_aside,
-    load_queries,
+    load_kept_queries,
     load_tile,
     open_keys,
     pages_of_tile,
@@ -184,7 +184,7 @@ def forward_kernel(
     TILE: tl.constexpr = META.tile_q
     place = locate(packing, size, visits, TILE, False, META.reversed, META.masked == "lists")
     o_query = place.tile * TILE + tl.arange(0, TILE)
-    b_q = load_queries(q, place, o_query, META.headdim, META.block_d)
+    b_q = load_kept_queries(q, place, META.headdim, META.block_d, META)
     if META.eight == "halves":
         b_q = b_q.to(tl.float16)
     keys, values = open_keys(k, v, place, rules.window, META)

@@ -29,7 +29,8 @@ class Meta:
     rest: columns of queries and keys behind the first `headdim`, a tile of their own (`block_rest`); 0: none.
     latent: values are the first `headdim` columns of the keys.
     aside: rows that a product takes as columns are loaded that way round (`load_aside`), see `Tiles`.
-    parts: into which the columns of queries and keys are cut, for warps to share (see `dots`).
+    parts: into which the columns of queries and keys are cut, for warps to share (see `dots`); direct: each loads its
+    own of what stays (see `load_kept`).
     eight: what becomes of 8-bit inputs: "products" of them, or "halves", of 16 bits, before; "": they have more.
     scaled: which rows of them share a scale, see `Problem`; turned: values lie on their side; lowered: one over what
     weights of 8 bits are multiplied by, as there are few small numbers of 8 bits.
@@ -64,6 +65,7 @@ class Meta:
     latent: bool
     aside: bool
     parts: int
+    direct: bool
     eight: str
     scaled: str
     turned: bool
@@ -120,6 +122,7 @@ def meta_of(
         latent=latent,
         aside=tiles.aside and not tma and problem.cached is None,
         parts=tiles.parts,
+        direct=tiles.direct,
         eight=eight,
         scaled=problem.scaled,
         turned=bool(problem.scaled) and not problem.varlen,
