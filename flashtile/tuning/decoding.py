@@ -47,8 +47,8 @@ NARROW: dict[str, dict[str, Rows]] = {
     "rdna": {
         "half": ((64, Tiles(16, 32, 4, 1)), (128, Tiles(16, 16, 4, 1, parts=4)),
                  (512, Tiles(16, 16, 8, 1, parts=8))),
-        "narrow": ((64, Tiles(16, 32, 4, 1)), (128, Tiles(16, 16, 4, 1, parts=4)), (256, Tiles(16, 16, 8, 1, parts=8)),
-                   (512, Tiles(16, 16, 16, 3, parts=16))),
+        "narrow": ((64, Tiles(16, 32, 4, 1, parts=4)), (128, Tiles(16, 16, 4, 1, parts=4)),
+                   (256, Tiles(16, 16, 8, 1, parts=8)), (512, Tiles(16, 16, 16, 3, parts=16))),
         "single": ((64, Tiles(32, 32, 4, 1)), (128, Tiles(16, 32, 4, 1)), (256, Tiles(16, 16, 4, 1)),
                    (512, Tiles(16, 16, 4, 1))),
     },
@@ -65,6 +65,8 @@ NARROW["blackwell"] = {
     kind: rows if kind == "single" else (*rows[:-1], (512, Tiles(32, 32, 8, 3, registers=REGISTERS)))
     for kind, rows in NARROW["hopper"].items()
 }
+NARROW["ampere"]["narrow"] = ((64, Tiles(64, 64, 4, 3, registers=REGISTERS)), *NARROW["ampere"]["half"][1:])
+NARROW["ampere"]["narrow_paged"] = NARROW["ampere"]["narrow"]
 NARROW["rdna"]["narrow_paged"] = NARROW["rdna"]["narrow"]
 
 MANY: dict[str, tuple[tuple[int, Tiles | None], ...]] = {

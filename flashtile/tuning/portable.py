@@ -180,28 +180,42 @@ _WIDE_AMPERE_ASKED = (512, _WIDE_AMPERE[1]._replace(query=Tiles(16, 16, 8, 1, pa
 
 AMPERE: dict[str, Rows] = {
     "half": (
-        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2))),
+        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2, lean=True))),
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2))),
         (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1))),
         _WIDE_AMPERE,
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2, registers=REGISTERS), Tiles(32, 32, 4, 2))),
+        (
+            64,
+            PortableConfig(
+                Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2, registers=REGISTERS), Tiles(32, 32, 4, 2, lean=True)
+            ),
+        ),
         (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))),
-        (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, registers=REGISTERS), Tiles(32, 16, 8, 1))),
+        (
+            256,
+            PortableConfig(
+                Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, registers=REGISTERS, lean=True), Tiles(32, 16, 8, 1)
+            ),
+        ),
         _WIDE_AMPERE_ASKED,
     ),
     "single": HOPPER["single"],
 }
 AMPERE["eight"] = (
     *AMPERE["modified"][:2],
-    (256, PortableConfig(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1))),
+    (256, PortableConfig(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1, registers=REGISTERS))),
     *AMPERE["modified"][3:],
 )
 AMPERE["masked"] = (
     AMPERE["eight"][0],
     (128, AMPERE["eight"][1][1]._replace(forward=Tiles(64, 64, 8, 2))),
     *AMPERE["eight"][2:],
+)
+AMPERE["packed"] = (
+    (64, AMPERE["masked"][0][1]._replace(forward=Tiles(128, 32, 8, 2, registers=REGISTERS))),
+    *AMPERE["masked"][1:],
 )
 """sm_80 to sm_89 and sm_120, whose smallest have 99 KB of shared memory. The largest tiles that do not spill there;
 timed on none of them. Backward, warps share rows of 512 columns."""

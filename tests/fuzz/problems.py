@@ -151,7 +151,7 @@ def problems(where: Where, packs: bool) -> st.SearchStrategy[Problem]:
         "dropout_p": st.sampled_from((0.0, 0.0, 0.0, 0.1, 0.5)),
         "shift": st.sampled_from((0.0,) * 8 + (30.0, -30.0)),
         "lse_grad": st.booleans(),
-        "views": st.tuples(*(st.sampled_from(list(VIEWS)),) * 4),
+        "views": st.tuples(*(st.sampled_from(where.views),) * 4),
         "small_tiles": st.booleans(),
         "schedule": st.integers(0, where.schedules - 1),
         "backend": st.sampled_from(where.backends),

@@ -11,6 +11,7 @@ import torch
 from flashtile import plan
 from flashtile.bench import machine
 from flashtile.tuning import cpu, portable
+from tests.views import VIEWS
 from tools.ptx_emulation import SWEEP
 
 BACKENDS: dict[str, tuple[str | None, ...]] = {
@@ -64,6 +65,11 @@ class Where:
     @property
     def longest(self) -> int:
         return LONGEST[self.device]
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """How tensors lie: the Hopper kernels leave others than these to the portable ones."""
+        return ("contiguous", "transposed") if self.device == "emulated" else tuple(VIEWS)
 
     @property
     def batches(self) -> tuple[int, int]:
