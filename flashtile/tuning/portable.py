@@ -186,23 +186,15 @@ AMPERE: dict[str, Rows] = {
         _WIDE_AMPERE,
     ),
     "modified": (
-        (
-            64,
-            PortableConfig(
-                Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2, registers=REGISTERS), Tiles(32, 32, 4, 2, lean=True)
-            ),
-        ),
+        (64, PortableConfig(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2, registers=REGISTERS),
+                            Tiles(32, 32, 4, 2, lean=True))),
         (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))),
-        (
-            256,
-            PortableConfig(
-                Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, registers=REGISTERS, lean=True), Tiles(32, 16, 8, 1)
-            ),
-        ),
+        (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, registers=REGISTERS, lean=True),
+                             Tiles(32, 16, 8, 1))),
         _WIDE_AMPERE_ASKED,
     ),
     "single": HOPPER["single"],
-}
+}  # fmt: skip
 AMPERE["eight"] = (
     *AMPERE["modified"][:2],
     (256, PortableConfig(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1, registers=REGISTERS))),
