@@ -187,9 +187,9 @@ AMPERE: dict[str, Rows] = {
     ),
     "modified": (
         (64, PortableConfig(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2, registers=REGISTERS),
-                            Tiles(32, 32, 4, 2, lean=True))),
+                            Tiles(32, 32, 4, 1))),
         (128, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2))),
-        (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, registers=REGISTERS, lean=True),
+        (256, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, registers=REGISTERS, aside=True),
                              Tiles(32, 16, 8, 1))),
         _WIDE_AMPERE_ASKED,
     ),
@@ -224,20 +224,22 @@ CDNA: dict[str, Rows] = {
         (64, PortableConfig(Tiles(128, 64, 8, 2, aside=True), Tiles(64, 64, 8, 2, aside=True), Tiles(32, 64, 8, 1))),
         (128, PortableConfig(Tiles(128, 64, 8, 2, 16, aside=True), Tiles(64, 32, 4, 2, aside=True),
                              Tiles(32, 64, 4, 1))),
-        (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2, 16), Tiles(16, 32, 4, 1))),
+        (256, PortableConfig(Tiles(64, 32, 4, 2, aside=True), Tiles(64, 32, 4, 2, 16, aside=True),
+                             Tiles(16, 32, 4, 1))),
         _WIDE_CDNA,
     ),
     "modified": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2, aside=True), Tiles(32, 64, 4, 1))),
         (128, PortableConfig(Tiles(64, 64, 4, 2, aside=True), Tiles(64, 32, 4, 2, aside=True), Tiles(16, 32, 4, 1))),
-        (256, PortableConfig(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1))),
+        (256, PortableConfig(Tiles(64, 32, 4, 2, aside=True), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1))),
         _WIDE_CDNA_MODIFIED,
     ),
     "single": HOPPER["single"],
 }  # fmt: skip
 CDNA["masked"] = (
     (64, CDNA["modified"][0][1]._replace(forward=Tiles(128, 64, 8, 2, 16, aside=True))),
-    *CDNA["modified"][1:3],
+    CDNA["modified"][1],
+    (256, CDNA["modified"][2][1]._replace(forward=Tiles(64, 32, 4, 2))),
     _WIDE_CDNA_ASKED,
 )
 CDNA["function"] = (*CDNA["modified"][:3], _WIDE_CDNA_ASKED)
