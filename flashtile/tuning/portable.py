@@ -243,6 +243,10 @@ CDNA["masked"] = (
     _WIDE_CDNA_ASKED,
 )
 CDNA["function"] = (*CDNA["modified"][:3], _WIDE_CDNA_ASKED)
+CDNA["table"] = (
+    (32, CDNA["modified"][0][1]._replace(forward=Tiles(128, 32, 8, 2))),
+    *CDNA["function"],
+)
 """gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill; timed on none of them. Warps share rows of
 512 columns in half precision, which one does not hold.
 Products of 16 rows, and rows loaded aside, where a comparison by counts was made (docs/amd.md)."""
