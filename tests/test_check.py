@@ -400,6 +400,7 @@ SHARDING = [
     Refusal(ValueError, "scheme", "'star', need one of 'ring'", lambda: sharded.scheme("star")),
     Refusal(ValueError, "group", "no process group.*try torch.distributed", lambda: sharded.initialized(False)),
     Refusal(ValueError, "group", "not part of, need one", lambda: sharded.member(-1)),
+    Refusal(ValueError, "group", "is no more, need it .*destroy_process_group", sharded.group_destroyed),
     Refusal(TypeError, "group", "str, need a torch ProcessGroup", lambda: sharded.group_kind("all")),
     Refusal(ValueError, "group", "a mesh of 2 dimensions, need 1", lambda: sharded.mesh_dimensions(2, 1, "ring")),
     Refusal(

@@ -188,7 +188,7 @@ def test_saved_tensors_may_come_back_with_other_strides() -> None:
 
     q = torch.randn(1, 2, 64, 64).bfloat16().transpose(1, 2)
     k, out, lse = q.contiguous(), q.contiguous(), torch.zeros(1, 2, 64)
-    back: Any = describe(Inputs(q, k, k), Options(scale=0.1), backward=True)
+    back: Any = describe(Inputs(q, k, k), Options(scale=0.1, out_dtype=torch.bfloat16), backward=True)
     machine, memory, config = calls.Machine(note, 132), dict[Any, Any](), hopper.configure(back)
     for saved, launched in ((q, 3), (q, 3), (q, 0), (q.contiguous(), 3), (q, 0)):
         asked.clear()
@@ -208,9 +208,15 @@ def test_hopper_launches_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
         return kernel
 
     machine = calls.Machine(note, 132)
-    problem = describe(Inputs(*(torch.empty(1, 64, 2, 64, dtype=torch.bfloat16),) * 3), Options(scale=0.1))
+    problem = describe(
+        Inputs(*(torch.empty(1, 64, 2, 64, dtype=torch.bfloat16),) * 3), Options(scale=0.1, out_dtype=torch.bfloat16)
+    )
     config: Any = hopper.configure(problem)
-    back = describe(Inputs(*(torch.empty(1, 64, 2, 64, dtype=torch.bfloat16),) * 3), Options(scale=0.1), backward=True)
+    back = describe(
+        Inputs(*(torch.empty(1, 64, 2, 64, dtype=torch.bfloat16),) * 3),
+        Options(scale=0.1, out_dtype=torch.bfloat16),
+        backward=True,
+    )
     memories: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
     for _ in range(4):
         inputs = Inputs(*(torch.randn(1, 64, 2, 64).bfloat16() for _ in range(3)))
