@@ -406,6 +406,7 @@ class TestRecords:
         ]
         assert records.subject(rows) == "flashtile"
         assert records.subject([*rows, *eight]) == "flashtile_eight"
+        assert records.subject([{"peer": "flashtile_portable"}, {"peer": "sdpa_flash"}]) == "flashtile_portable"
         assert records.best_ratio([*rows, *eight]) == (1.0, "fa3"), "what is ours is no other"
         assert records.best_ratio([*rows, *eight], "flashtile_eight") == (2.0, "fa3")
         assert records.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1)

@@ -14,8 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = "grid"
 """The suite whose picture a device shows, and whose cells are told one by one, with those of `BETWEEN`."""
 BETWEEN = "lengths"
-SUBJECTS = ("flashtile_eight", "flashtile", "flashtile_portable")
-"""Whom the others are compared with: the first of these that is in a record."""
 
 
 def sections(results: Path) -> dict[str, str]:
@@ -97,6 +95,5 @@ def _mean(ratios: list[float]) -> str:
 def _ratio(cell: list[Row]) -> float | None:
     """Reading the memory alone is nobody's attention."""
     rows = [entry for entry in cell if entry["peer"] != decode.READ]
-    subject = next((name for name in SUBJECTS if any(entry["peer"] == name for entry in rows)), SUBJECTS[0])
-    best = records.best_ratio(rows, subject)
+    best = records.best_ratio(rows, records.subject(rows))
     return None if best is None else best[0]
