@@ -1,7 +1,9 @@
 """The benchmarks: cases mean what they say, the gate stops wrong peers, figures are measured, reports stay in place."""
 
+import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -241,11 +243,20 @@ class TestTiming:
         calls: list[str] = []
         bounds = {name: _recorded(name, calls) for name in "abc"}
         samples = timing.interleave(bounds, "cpu", Effort(seconds=0.0, least=2, most=2))
-        assert calls == list("abc") * 3
+        assert calls[:3] == list("abc")
+        assert [sorted(calls[begin : begin + 3]) for begin in (3, 6)] == [list("abc")] * 2
         assert all(len(found.forward) == len(found.backward) == 2 for found in samples.values())
 
         timing.interleave(bounds, "cpu", Effort(seconds=0.0, least=1, most=1), known={"a": 60.0})
-        assert calls[9:] == list("bcabc")
+        assert calls[9:11] == list("bc")
+        assert sorted(calls[11:]) == list("abc")
+
+    def test_nobody_follows_the_same_peer_every_round(self) -> None:
+        calls: list[str] = []
+        bounds = {name: _recorded(name, calls) for name in "abcd"}
+        timing.interleave(bounds, "cpu", Effort(seconds=0.0, least=30, most=30))
+        before = Counter(itertools.pairwise(calls[4:]))
+        assert all(before[first, second] >= 4 for first, second in itertools.permutations("abcd", 2))
 
     def test_rounds_follow_the_time_of_one(self) -> None:
         effort = Effort(seconds=10, least=3, most=30)

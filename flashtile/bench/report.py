@@ -18,9 +18,10 @@ LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor": plots
 
 HEADING = """# Benchmarks
 
-How they were taken: random inputs; peers take turns within a run, each in its own best layout; the error of every peer
-is checked against float64 on the inputs that are timed, and one that fails has no figure. Repeat them with
-`flashtile bench`, then `flashtile bench report`.
+How they were taken: random inputs; peers take turns within a run, in an order that is drawn anew each round, as the
+clock of a card depends on what ran just before; each in its own best layout; the error of every peer is checked against
+float64 on the inputs that are timed, and one that fails has no figure. Repeat them with `flashtile bench`, then
+`flashtile bench report`.
 
 """
 
@@ -79,6 +80,9 @@ def _circumstances(record: Record) -> str:
     # Records from before clocks were kept have none.
     if clocks := machine.get("clocks"):
         threads += f", at most {clocks['clocks.max.sm']:.0f} MHz and {clocks['power.limit']:.0f} W"
+    # Nor have those that were taken in one order throughout, which counts for much at a card's power limit.
+    if machine["device"] == "cuda" and "order" not in settings:
+        threads += ", peers always in the same order"
     return (
         f"{machine['date'][:10]}, torch {versions['torch']}, flashtile {versions['flashtile']} ({commit}){threads}; "
         f"batch {settings['batch']}, heads {heads}, headdim {settings['headdim']}."

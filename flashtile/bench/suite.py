@@ -84,7 +84,12 @@ def run(name: str, settings: Settings, folder: Path, note: Note = lambda text: N
         "title": SUITES[name].title,
         "kind": SUITES[name].kind,
         "machine": machine.describe(settings.device),
-        "settings": {**asdict(settings), "slack": accuracy.SLACK, "roundings": accuracy.ROUNDINGS},
+        "settings": {
+            **asdict(settings),
+            "slack": accuracy.SLACK,
+            "roundings": accuracy.ROUNDINGS,
+            "order": timing.ORDER,
+        },
         "seconds": round(time.monotonic() - start, 1),
         "rows": rows,
     }
