@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from flashtile.kernels.places import diagonal_of, number_of
-from flashtile.lower.rules import tanh, whole
+from flashtile.lower.rules import TWICE_LOG2E, tanh, tanh_of_power, whole
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -73,26 +73,25 @@ def alibi_distance(place, o_query, o_key, META: tl.constexpr):
 
 
 @triton.jit
-def capped(b_scores, softcap, META: tl.constexpr):
-    """softcap * tanh(score / softcap). For half precision within 1e-7 of softcap, which is far less than a rounding of
-    the scores' factors and a third of the work."""
+def capped(b_dots, scale, softcap, META: tl.constexpr):
+    """(softcap * tanh(score / softcap), that tanh); a score is `scale` times a dot product. For half precision within
+    2e-7 of softcap, which is far less than a rounding of the scores' factors and a third of the work."""
     if META.exact:
-        b_scores = softcap * tanh(b_scores / softcap)
+        b_tanh = tanh(b_dots * scale / softcap)
     else:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1); one over a number by its square, for which there is one instruction.
-        b_power = tl.exp2(b_scores * (2.0 * LOG2E / softcap)) + 1.0
-        b_scores = softcap - (2.0 * softcap) * tl.rsqrt(b_power * b_power)
-    return b_scores
+        b_tanh = tanh_of_power(tl.exp2(b_dots * (TWICE_LOG2E * scale / softcap)))
+    return softcap * b_tanh, b_tanh
 
 
 @triton.jit
-def modify(b_scores, place, rules, o_query, o_key, distances, META: tl.constexpr, SCORE: tl.constexpr):
-    """(modified scores, scores between softcap and the rest, scores before SCORE), natural base. distances: see
-    `ruled`."""
+def modify(b_dots, place, rules, o_query, o_key, distances, META: tl.constexpr, SCORE: tl.constexpr):
+    """(modified scores, the tanh of softcap, scores before SCORE), natural base. distances: see `ruled`."""
     modifiers = rules.modifiers
+    b_tanh = b_dots
     if modifiers.softcap is not None:
-        b_scores = capped(b_scores, modifiers.softcap, META)
-    b_capped = b_scores
+        b_scores, b_tanh = capped(b_dots, rules.scale, modifiers.softcap, META)
+    else:
+        b_scores = b_dots * rules.scale
     if modifiers.bias is not None:
         m_tile = (o_query < place.seqlen_q) & (o_key < place.seqlen_k)
         pointers = bias_pointers(modifiers, place, o_query, o_key)
@@ -107,7 +106,7 @@ def modify(b_scores, place, rules, o_query, o_key, distances, META: tl.constexpr
     if SCORE is not None:
         b_apart = apart(o_query, o_key) if distances is None else distances[0]
         b_scores = SCORE(b_scores, place.batch, place.head, o_query, o_key, b_apart, modifiers.score)
-    return b_scores, b_capped, b_plain
+    return b_scores, b_tanh, b_plain
 
 
 @triton.jit
@@ -171,17 +170,17 @@ def ruled(
     b_dots, m_edge, o_query, o_key, place, rules,
     META: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr, distances=None,
 ):  # fmt: skip
-    """(scores as modifiers and the mask leave them, what the mask allows, scores after softcap, scores before SCORE).
+    """(scores as modifiers and the mask leave them, what the mask allows, the tanh of softcap, scores before SCORE).
 
     The tile lies either way round: `o_query` and `o_key` broadcast to it. MASKED: the mask is evaluated "always",
     "never", or at the "edges": where `m_edge` says that this is one. distances: where a backend has them for less,
     query less key, and aligned query less key, in float32.
     """
     b_scores = b_dots
-    b_capped = b_dots
+    b_tanh = b_dots
     b_plain = b_dots
     if META.modified:
-        b_scores, b_capped, b_plain = modify(b_dots * rules.scale, place, rules, o_query, o_key, distances, META, SCORE)
+        b_scores, b_tanh, b_plain = modify(b_dots, place, rules, o_query, o_key, distances, META, SCORE)
     m_valid = o_query < place.seqlen_q
     if MASKED == "edges":
         m_valid = m_valid & (o_key == o_key)
@@ -189,12 +188,12 @@ def ruled(
             b_scores, m_valid = masked(b_scores, place, rules, o_query, o_key, META, MASK)
     if MASKED == "always":
         b_scores, m_valid = masked(b_scores, place, rules, o_query, o_key, META, MASK)
-    return b_scores, m_valid, b_capped, b_plain
+    return b_scores, m_valid, b_tanh, b_plain
 
 
 @triton.jit
 def grad_dots(
-    b_weights, b_grad_weights, b_delta, m_valid, b_capped, b_plain, o_query, o_key, place, rules,
+    b_weights, b_grad_weights, b_delta, m_valid, b_tanh, b_plain, o_query, o_key, place, rules,
     META: tl.constexpr, SCORE: tl.constexpr, DERIVATIVE: tl.constexpr, GUARDED: tl.constexpr, COLLECT: tl.constexpr,
 ):  # fmt: skip
     """(gradient at the dot products, gradient at the scores before ALiBi), from that at the weights.
@@ -223,8 +222,7 @@ def grad_dots(
     b_outer = b_grad
     if META.modified:
         if modifiers.softcap is not None:
-            b_ratio = b_capped * (1.0 / modifiers.softcap)
-            b_grad *= 1.0 - b_ratio * b_ratio
+            b_grad *= 1.0 - b_tanh * b_tanh
     return b_grad, b_outer
 
 
@@ -238,9 +236,7 @@ def grad_scores(
 
     `b_lse`, `b_delta`: they broadcast to the tile; the rest: see `ruled` and `grad_dots`.
     """
-    b_scores, m_valid, b_capped, b_plain = ruled(
-        b_dots, m_edge, o_query, o_key, place, rules, META, SCORE, MASK, MASKED
-    )
+    b_scores, m_valid, b_tanh, b_plain = ruled(b_dots, m_edge, o_query, o_key, place, rules, META, SCORE, MASK, MASKED)
     if META.modified:
         # The difference first: a large score times log2(e) would be rounded where it is large.
         b_weights = tl.exp2((b_scores - b_lse) * rules.factor)
@@ -251,7 +247,7 @@ def grad_scores(
         b_dropped = only(m_kept, b_weights * rules.dropout.factor)
         b_grad_weights = only(m_kept, b_grad_weights * rules.dropout.factor)
     b_grad, b_outer = grad_dots(
-        b_weights, b_grad_weights, b_delta, m_valid, b_capped, b_plain, o_query, o_key, place, rules,
+        b_weights, b_grad_weights, b_delta, m_valid, b_tanh, b_plain, o_query, o_key, place, rules,
         META, SCORE, DERIVATIVE, GUARDED, COLLECT,
     )  # fmt: skip
     return b_dropped, b_grad, b_outer

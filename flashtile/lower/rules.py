@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 NAN = tl.constexpr(tl.PropagateNan.ALL)
+TWICE_LOG2E = tl.constexpr(2.885390081777927)
 
 
 class Unsupported(Exception):
@@ -26,7 +27,7 @@ def spread(x, like):
 def tanh(x):
     """From the exponential of -|x|, which never overflows; a series where the difference would cancel."""
     size = tl.abs(x)
-    e = tl.exp2(size * -2.885390081777927)  # 2 log2(e)
+    e = tl.exp2(size * -TWICE_LOG2E)
     square = x * x
     series = size * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
     value = tl.where(size < 0.1, series, (1.0 - e) / (1.0 + e))
@@ -35,9 +36,15 @@ def tanh(x):
 
 @triton.jit
 def quick_tanh(x):
-    """Within 2e-7, for a third of the work: 1 - 2 / (exp(2x) + 1), one over a number by its square, for which there is
-    one instruction."""
-    power = tl.exp2(x * 2.885390081777927) + 1.0  # 2 log2(e)
+    """Within 2e-7, for a third of the work."""
+    return tanh_of_power(tl.exp2(x * TWICE_LOG2E))
+
+
+@triton.jit
+def tanh_of_power(power):
+    """tanh(x) = 1 - 2 / (exp(2x) + 1), given exp(2x); one over a number by its square, for which there is one
+    instruction."""
+    power = power + 1.0
     return 1.0 - 2.0 * tl.rsqrt(power * power)
 
 

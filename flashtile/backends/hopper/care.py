@@ -139,7 +139,7 @@ def careful_output(
             b_scores = multiply(q, k, place, first, i_key, META)
             if META.eight and META.modified:
                 b_scores = b_scores * unit
-            b_scores, m_tile, _capped, _plain = ruled(
+            b_scores, m_tile, _tanh, _plain = ruled(
                 b_scores, True, o_query[:, None], o_key[None, :], place, rules, META, SCORE, MASK, "always"
             )
             factor = factor_of(rules, unit, META)

@@ -63,7 +63,7 @@ def step(
     if META.early:
         free_slot(KEYS_FREED, count, META.stages, META)
     MASKED: gl.constexpr = META.asked
-    b_scores, _valid, _capped, _plain = rule(
+    b_scores, _valid, _tanh, _plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit, META, SCORE, MASK, MASKED
     )
     GUARDED: gl.constexpr = MASKED != "never" or META.modified
@@ -115,7 +115,7 @@ def first_step(
     b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(0, [token])
     free_slot(KEYS_FREED if META.early else VALUES_FREED, count, META.stages, META)
-    b_scores, _valid, _capped, _plain = rule(
+    b_scores, _valid, _tanh, _plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, unit, META, SCORE, MASK, "always"
     )
     ROW: gl.constexpr = gl.SliceLayout(1, scores)

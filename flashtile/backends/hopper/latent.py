@@ -133,7 +133,7 @@ def scores(descs, memory, barriers, arriving, lse, call, k_scale, META: gl.const
         m_edge = (n < full_begin) | (n >= full_end)
         if META.narrow:
             b_scores *= unit_of_rows(b_unit)
-        b_scores, _valid, _capped, _plain = ruled(
+        b_scores, _valid, _tanh, _plain = ruled(
             b_scores, m_edge, o_query[:, None], o_key[None, :], place, rules, META, None, None, "edges"
         )
         b_weights, b_max, b_sum, b_rescale = online_softmax(b_scores, b_max, b_sum, rules.factor, True, 0)

@@ -94,7 +94,7 @@ def grad_scores(
     o_query, first, b_lse, b_delta = rows
     b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(1 + LATER, [score_token])
-    b_scores, m_valid, b_capped, b_plain = rule(
+    b_scores, m_valid, b_tanh, b_plain = rule(
         b_scores, i_tile, m_edge, b_words, place, o_query, first, rules, None, META, SCORE, MASK, MASKED
     )
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[:, None])
@@ -103,7 +103,7 @@ def grad_scores(
     o_columns = i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores))
     GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
     b_grad, b_outer = grad_dots(
-        b_weights, b_grad_weights, b_delta[:, None], m_valid, b_capped, b_plain, o_query[:, None], o_columns[None, :],
+        b_weights, b_grad_weights, b_delta[:, None], m_valid, b_tanh, b_plain, o_query[:, None], o_columns[None, :],
         place, rules, META, SCORE, DERIVATIVE, GUARDED, META.collects,
     )  # fmt: skip
     b_slope = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, scores))

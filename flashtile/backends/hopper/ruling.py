@@ -20,11 +20,11 @@ def ruled_tile(
     distances = None
     if META.modified:
         distances = distances_of(first_row, first_column, place, LAYOUT, META, KEYS)
-    b_scores, m_valid, b_capped, b_plain = ruled(
+    b_scores, m_valid, b_tanh, b_plain = ruled(
         b_scores, m_edge, o_query, o_key, place, rules, META, SCORE, MASK, MASKED_AT, distances
     )
     if b_words is not None:
         b_scores = cut(b_scores, b_words, m_edge)
     if WINDOW and MASKED != "never":
         b_scores = cut_window(b_scores, m_edge, first_row, first_column, place, rules.window, META, KEYS)
-    return b_scores, m_valid, b_capped, b_plain
+    return b_scores, m_valid, b_tanh, b_plain

@@ -23,11 +23,11 @@ def scores_of(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     o_query = (i_row * TILE_Q + gl.arange(0, TILE_Q, gl.SliceLayout(0, scores)))[None, :]
     MASKED: gl.constexpr = "always" if META.masked == "always" else "edges"
-    b_scores, m_valid, b_capped, b_plain = ruled_tile(
+    b_scores, m_valid, b_tanh, b_plain = ruled_tile(
         b_scores, m_edge, b_words, first_key, i_row * TILE_Q, o_query, o_key[:, None], place, rules,
         META, SCORE, MASK, MASKED, True,
     )  # fmt: skip
-    return b_scores, m_valid, b_capped, b_plain, o_query
+    return b_scores, m_valid, b_tanh, b_plain, o_query
 
 
 @gluon.jit
@@ -104,7 +104,7 @@ def step(
         b_scores = b_carried[2]
     else:
         b_scores = warpgroup_mma_wait(1, [score_token])
-    b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
+    b_scores, m_valid, b_tanh, b_plain, o_query = scores_of(
         b_scores, i_row, m_edge, b_words, place, o_key, first_key, rules, META, SCORE, MASK
     )
     b_lse = lse_smem.index(slot).load(gl.SliceLayout(0, scores))
@@ -117,7 +117,7 @@ def step(
     # Elsewhere a weight of 0 is enough: keys and values hold numbers alone by now.
     GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
     b_grad, _outer = grad_dots(
-        b_weights, b_grad_weights, b_delta[None, :], m_valid, b_capped, b_plain, o_query, o_key[:, None], place, rules,
+        b_weights, b_grad_weights, b_delta[None, :], m_valid, b_tanh, b_plain, o_query, o_key[:, None], place, rules,
         META, SCORE, DERIVATIVE, GUARDED, META.collects,
     )  # fmt: skip
     b_half = b_grad.to(k_smem.dtype)
@@ -182,7 +182,7 @@ def value_step(
     b_kept = kept_at(rules, place, i_row * TILE_Q, place.tile * ROWS, TILE_Q, True)
     b_lse = lse_smem.index(slot_of(count, META.stages)).load(gl.SliceLayout(0, scores))
     b_scores = warpgroup_mma_wait(0, [token])
-    b_scores, m_valid, b_capped, b_plain, o_query = scores_of(
+    b_scores, m_valid, b_tanh, b_plain, o_query = scores_of(
         b_scores, i_row, m_edge, b_words, place, o_key, place.tile * ROWS, rules, META, SCORE, MASK
     )
     b_weights = gl.exp2(b_scores * rules.factor - b_lse[None, :])
@@ -192,7 +192,7 @@ def value_step(
         # The derivative is linear in what it is given, here the weights themselves.
         GUARDED: gl.constexpr = META.guarded and DERIVATIVE is not None
         b_weights, _outer = grad_dots(
-            b_weights, 1.0, 0.0, m_valid, b_capped, b_plain, o_query, o_key[:, None], place, rules,
+            b_weights, 1.0, 0.0, m_valid, b_tanh, b_plain, o_query, o_key[:, None], place, rules,
             META, SCORE, DERIVATIVE, GUARDED, False,
         )  # fmt: skip
     half = slot_of(count, 2)
