@@ -258,6 +258,12 @@ class TestTiming:
         before = Counter(itertools.pairwise(calls[4:]))
         assert all(before[first, second] >= 4 for first, second in itertools.permutations("abcd", 2))
 
+    def test_what_a_warm_up_took_is_forgotten(self) -> None:
+        samples = timing.Samples([1.0], [2.0], {"forward": [3.0], "backward": [4.0]}, {"forward": 1.0})
+        samples.forget()
+        assert (samples.forward, samples.backward, samples.host_us("forward")) == ([], [], None)
+        assert samples.last == {"forward": 1.0}
+
     def test_rounds_follow_the_time_of_one(self) -> None:
         effort = Effort(seconds=10, least=3, most=30)
         assert [effort.rounds(one) for one in (100.0, 2.0, 0.001)] == [3, 5, 30]

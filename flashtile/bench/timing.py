@@ -41,11 +41,18 @@ class Effort:
 
 @dataclass
 class Samples:
-    """Seconds of every round of one peer; on a GPU also those that the host took to launch it."""
+    """Seconds of every round of one peer; on a GPU also those that the host took to launch it, and what a call took
+    last, forgotten rounds among them."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
     host: dict[str, list[float]] = field(default_factory=lambda: {which: [] for which in PASSES})
+    last: dict[str, float] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """What was measured so far was a warm-up."""
+        for rounds in (self.forward, self.backward, *self.host.values()):
+            rounds.clear()
 
     def of(self, which: str) -> list[float]:
         return self.forward if which == "forward" else self.backward
@@ -120,8 +127,7 @@ def _one_round_on_gpu(bound: Bound, samples: Samples) -> float:
 def burst(samples: Samples, which: str, call: Callable[[], Any]) -> float:
     """Seconds a call by the GPU's clock, of as many in a row as earlier rounds ask for."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    known = samples.of(which)
-    repeats = max(REPEATS, round(BURST / known[-1])) if known else REPEATS
+    repeats = max(REPEATS, round(BURST / samples.last[which])) if which in samples.last else REPEATS
     torch.cuda.synchronize()
     begin.record()
     start = time.perf_counter()
@@ -130,7 +136,8 @@ def burst(samples: Samples, which: str, call: Callable[[], Any]) -> float:
     samples.host[which].append((time.perf_counter() - start) / repeats)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / repeats
+    samples.last[which] = begin.elapsed_time(end) / 1e3 / repeats
+    return samples.last[which]
 
 
 def interleave(
@@ -142,16 +149,18 @@ def interleave(
 ) -> dict[str, Samples]:
     """Rounds of every peer in turns (see above), after one that does not count; a peer with all its rounds drops out.
 
-    `known`: seconds of a call of each peer just before. Where that was long, it was warm-up enough.
+    `known`: seconds of a call of each peer just before. Where that was long on a CPU, it was warm-up enough; on a GPU
+    it built kernels.
     """
     wanted = {}
+    samples = {name: Samples() for name in bounds}
     for name, bound in bounds.items():
         one = (known or {}).get(name, 0.0)
-        if one < LONG:
+        if one < LONG or torch.device(device).type == "cuda":
             progress(f"{name}: warm-up")
-            one = one_round(bound, device, Samples())
+            one = one_round(bound, device, samples[name])
+            samples[name].forget()
         wanted[name] = effort.rounds(one)
-    samples = {name: Samples() for name in bounds}
     drawn = random.Random(0)
     for turn in range(max(wanted.values(), default=0)):
         names = [name for name in bounds if turn < wanted[name]]
