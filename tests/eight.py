@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile import State, fp8, reference, scaled
+import flashtile
+from flashtile import State, fp8, masks, reference, scaled
 from flashtile.fp8 import Quantized
 from tests import oracle
 from tests.oracle import Ratio
-from tests.problems import Draw, Shape, dense
+from tests.problems import Draw, Shape, dense, offsets, packed
 
 LIFT = 2.0**8
 """What weights are multiplied by before they are rounded to 8 bits."""
@@ -41,11 +42,14 @@ class Eight:
     def tensors(self, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, of which some blocks are far larger than others."""
         shape, draw = self.shape, Draw(self.name, device)
-        q = draw.normal(shape.batch, shape.seqlen_q, shape.heads, shape.headdim)
-        k = draw.normal(shape.batch, shape.seqlen_kv, shape.heads_kv, shape.headdim)
-        v = draw.normal(shape.batch, shape.seqlen_kv, shape.heads_kv, shape.headdim_v)
-        v[:, :128] *= 20.0
-        k[:, 128:256] *= 2.0
+        queries, keys = (shape.batch, shape.seqlen_q), (shape.batch, shape.seqlen_kv)
+        if shape.lengths_q is not None and shape.lengths_kv is not None:
+            queries, keys = (sum(shape.lengths_q),), (sum(shape.lengths_kv),)
+        q = draw.normal(*queries, shape.heads, shape.headdim)
+        k = draw.normal(*keys, shape.heads_kv, shape.headdim)
+        v = draw.normal(*keys, shape.heads_kv, shape.headdim_v)
+        v[..., :128, :, :] *= 20.0
+        k[..., 128:256, :, :] *= 2.0
         return q.to(dtype), k.to(dtype), v.to(dtype)
 
     def quantized(self, device: str = "cpu") -> Quantized:
@@ -69,9 +73,54 @@ CASES = (
 )
 
 
+PACKED = (
+    Eight("packed_tensor", packed((70, 30), (90, 60), 1, 1, 64), "tensor"),
+    Eight("packed_heads_causal", packed((100, 0, 33, 7), (37, 21, 0, 250), 2, 1, 64), "head", {"causal": True}),
+    Eight("packed_blocks", packed((37, 150, 1), (101, 5, 200), 2, 2, 128), "block"),
+    Eight("packed_causal_gqa", packed((70, 5, 130), (200, 0, 290), 2, 1, 128), "block", {"causal": True}),
+    Eight("packed_window", packed((300, 20), (330, 50), 1, 1, 64), "block", {"window": (70, 3)}),
+    Eight("packed_top_left", packed((20, 150), (50, 170), 1, 1, 64), "block", {"mask": masks.causal("top_left")}),
+    Eight("packed_wide", packed((30, 40), (150, 90), 1, 1, 256), "block", {"causal": True}),
+    Eight("packed_softcap", packed((20, 70), (90, 150), 1, 1, 64), "block", {"causal": True, "softcap": 10.0}),
+    Eight("packed_document", packed((20, 150), (50, 170), 1, 1, 64), "block", {"mask": _document}),
+    Eight("packed_e5m2", packed((70, 50), (90, 60), 1, 1, 96), "head", {}, torch.float8_e5m2, False),
+    Eight("packed_float32", packed((33, 50), (90, 60), 1, 1, 64), "block", {"out_dtype": torch.float32}),
+)
+"""Sequences that begin within blocks and within groups of values, some of them empty."""
+
+
+def attend_packed(case: Eight, quantized: Quantized, **options: Any) -> State:
+    """`attention_varlen` over the sequences of a case."""
+    device = quantized.q.data.device
+    bounds = [offsets(lengths or ()).to(device) for lengths in (case.shape.lengths_q, case.shape.lengths_kv)]
+    state: State = flashtile.attention_varlen(*quantized, *bounds, return_lse=True, **{**case.options, **options})
+    return state
+
+
+def check_packed(case: Eight, quantized: Quantized, found: State, lse_extra: float = 0.0) -> list[Ratio]:
+    """`check` of each sequence."""
+    q, k, v = (part.dequantize(torch.float64).cpu() for part in quantized)
+    out, lse, ratios = found.out.cpu(), found.lse.cpu(), []
+    bounds = [offsets(lengths or ()).tolist() for lengths in (case.shape.lengths_q, case.shape.lengths_kv)]
+    for first_q, end_q, first_k, end_k in zip(bounds[0], bounds[0][1:], bounds[1], bounds[1][1:], strict=False):
+        rows, keys = slice(first_q, end_q), slice(first_k, end_k)
+        if first_k == end_k:
+            assert not out[rows].any()
+            assert bool((lse[:, rows] == -torch.inf).all())
+        elif first_q < end_q:
+            one = State(out[None, rows], lse[None, :, rows])
+            ratios += check_numbers(case, q[None, rows], k[None, keys], v[None, keys], one, lse_extra)
+    return ratios
+
+
 def check(case: Eight, quantized: Quantized, found: State, lse_extra: float = 0.0) -> list[Ratio]:
     """Asserts the tolerance rule; `lse_extra`: of accumulators that hold fewer bits than float32."""
     q, k, v = (part.dequantize(torch.float64).cpu() for part in quantized)
+    return check_numbers(case, q, k, v, found, lse_extra)
+
+
+def check_numbers(case: Eight, q: Tensor, k: Tensor, v: Tensor, found: State, lse_extra: float) -> list[Ratio]:
+    """The same of what 8-bit numbers stand for."""
     truth = reference.attention(q, k, v, **case.formula)
     single = reference.attention(q.float(), k.float(), v.float(), dtype=torch.float32, **case.formula)
     errors = {"out": _textbook(case, q, k, v) - truth.out, "lse": oracle._error(single.lse, truth.lse)}
