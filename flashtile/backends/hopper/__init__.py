@@ -53,7 +53,7 @@ def refuses(problem: Problem) -> str | None:
         (problem.dtype not in (_EIGHT if problem.scaled else _HALF), f"it takes no {problem.dtype}"),
         (problem.out_dtype not in _outputs(problem), f"it writes no {problem.out_dtype} for {problem.dtype}"),
         (in_blocks and problem.dropout_p > 0, "it drops nothing of packed sequences of 8 bits"),
-        (in_blocks and problem.batch_invariant, "where packed sequences of 8 bits begin, their tiles do not"),
+        (in_blocks and problem.batch_invariant, "tiles of packed sequences of 8 bits depend on those before"),
         (_width(problem) > 256, "it takes up to headdim 256"),
         (not problem.described, "rows of q, k or v do not begin at multiples of 16 bytes, or several are one"),
         (0 in (problem.batch, problem.seqlen_q, problem.seqlen_kv), "it takes no empty tensors"),
