@@ -225,4 +225,7 @@ def _breaches(row: Row) -> Iterator[str]:
         yield "no matrix instruction"
 
 
-_WITHOUT_PRODUCTS = ("append_kernel", "combine_kernel", "delta_kernel", "before_kernel", "after_kernel", "bits_kernel")
+_WITHOUT_PRODUCTS = (
+    *("append_kernel", "combine_kernel", "delta_kernel"),
+    *("before_kernel", "after_kernel", "bits_kernel", "turn_kernel"),
+)

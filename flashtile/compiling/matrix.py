@@ -56,7 +56,13 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 """Name -> the options of a call; `varlen` is a packed one, and in `heads` each head of queries has keys of its own."""
 
-OWN_KERNELS = dict.fromkeys(("deterministic", "heads", "out_float32", "decode_some", "decode_some_fp8"), "sm_90a")
+OWN_KERNELS = dict.fromkeys(
+    (
+        *("deterministic", "heads", "out_float32", "decode_some", "decode_some_fp8"),
+        *("fp8_varlen", "fp8_varlen_heads"),
+    ),
+    "sm_90a",
+)
 """Variants that have kernels of their own on one target alone."""
 
 FORWARD_ALONE = ("out_float32",)
@@ -83,8 +89,10 @@ EIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8_heads": ("head", {"causal": True}),
     "fp8_softcap": ("block", {"causal": True, "softcap": 20.0}),
     "fp8_mask_mod": ("block", {"mask": _documents}),
+    "fp8_varlen": ("block", {"causal": True}),
+    "fp8_varlen_heads": ("head", {"causal": True}),
 }
-"""Name -> what shares a scale, and options of a forward pass with 8-bit inputs."""
+"""Name -> what shares a scale, and options of a forward pass with 8-bit inputs; `varlen`: packed ones."""
 
 NAMES = (*VARIANTS, *CACHED, *EIGHT)
 
@@ -127,11 +135,7 @@ def cached_call(entry: Entry) -> decoding.Call:
 def call(entry: Entry) -> tuple[Inputs, Options]:
     """The inputs, on the CPU, and options of an entry; two query heads share a key head, but for a bias and `heads`."""
     heads = 2 if entry.variant in ("bias", "heads") else 4
-    packing = None
-    if entry.variant == "varlen":
-        offsets = torch.tensor([0, 100, SEQLEN], dtype=torch.int32)
-        packing = Packing(offsets, offsets, None, None, None, None)
-    shape = (1, SEQLEN) if packing is None else (SEQLEN,)
+    packing, shape = _packed("varlen" in entry.variant)
     q, k, v = (torch.zeros(*shape, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (heads, 2, 2))
     return build(q, k, v, Arguments(**VARIANTS[entry.variant]()), packing)
 
@@ -139,9 +143,18 @@ def call(entry: Entry) -> tuple[Inputs, Options]:
 def eight_call(entry: Entry, dtype: torch.dtype) -> tuple[Inputs, Options]:
     """The same of an entry with 8-bit inputs."""
     granularity, options = EIGHT[entry.variant]
-    q, k, v = (torch.zeros(1, SEQLEN, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (4, 2, 2))
+    packing, shape = _packed("varlen" in entry.variant)
+    q, k, v = (torch.zeros(*shape, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (4, 2, 2))
     parts = fp8.quantize(q, k, v, granularity, dtype=dtype)
-    return build(parts.q, parts.k, parts.v, Arguments(**options))
+    return build(parts.q, parts.k, parts.v, Arguments(**options), packing)
+
+
+def _packed(wanted: bool) -> tuple[Packing | None, tuple[int, ...]]:
+    """(where sequences lie, the sizes of tensors in front of their heads)."""
+    if not wanted:
+        return None, (1, SEQLEN)
+    offsets = torch.tensor([0, 100, SEQLEN], dtype=torch.int32)
+    return Packing(offsets, offsets, None, None, None, None), (SEQLEN,)
 
 
 def entries(targets: list[str], headdims: list[int], dtypes: list[str], variants: list[str]) -> Iterator[Entry]:

@@ -76,9 +76,10 @@ FORWARD: dict[str, tuple[Row, ...]] = {
 }
 """By what the scores meet: nothing, a window that ends on the right alone, a window, anything, or dropout, whose random
 numbers take registers, whatever else there is; then all but the last with 8-bit inputs, whose tiles of keys hold no
-more than the 128 that share a scale. The first row that fits counts. Those without a mask and with a window were timed
-on an H100, at 1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k; those of dropout were chosen by
-spills alone; where `rows`, `early` and `apart` pay was timed on an H200."""
+more than the 128 that share a scale, packed ones as if they met anything. The first row that fits counts. Those without
+a mask and with a window were timed on an H100, at 1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k;
+those of dropout and of packed 8 bits were chosen by spills alone; where `rows`, `early` and `apart` pay was timed on an
+H200."""
 
 COARSER = {"causal": "window", "eight_causal": "eight_window"}
 """Whose rows hold for heads that have none of their own in a kind."""
@@ -211,6 +212,8 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "mask_mod": 20,
         "varlen": 10,
         "fp8_mask_mod": 20,
+        "fp8_varlen": 10,
+        "fp8_varlen_heads": 10,
     },
     ("forward_kernel", 256): {
         "bias": 70,
@@ -221,6 +224,8 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "fp8_causal": 10,
         "fp8_heads": 10,
         "fp8_mask_mod": 40,
+        "fp8_varlen": 60,
+        "fp8_varlen_heads": 50,
     },
     ("latent_kernel", 576): {"decode_some": 20, "decode_some_fp8": 30},
     ("bias_kernel", 64): {"bias": 10},

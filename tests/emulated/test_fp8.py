@@ -17,6 +17,7 @@ from tests.conformance import watched
 from tests.eight import Eight
 from tests.emulated.hopper import emulated, plain
 from tests.oracle import assert_equal_bits
+from tests.problems import packed
 from tools.ptx_emulation import SWEEP, emulate_kernel
 
 BY_NAME = {case.name: case for case in eight.CASES}
@@ -47,6 +48,83 @@ def test_every_schedule_gives_the_same_bits(name: str) -> None:
         state = _run(BY_NAME[name], schedule)
         first = first or state
         assert_equal_bits([state.out, state.lse], [first.out, first.lse])
+
+
+def _run_packed(case: Eight, schedule: dict[str, Any]) -> flashtile.State:
+    quantized = case.quantized()
+    with emulated(schedule) as device, watched() as ran:
+        state = eight.attend_packed(case, quantized, backend="hopper")
+    assert device.complaints == []
+    assert [(plan.backend, plan.problem.varlen, plan.problem.scaled != "") for plan in ran] == [("hopper", True, True)]
+    assert state.out.dtype is case.options.get("out_dtype", torch.bfloat16)
+    eight.check_packed(case, quantized, state)
+    return state
+
+
+@pytest.mark.parametrize("case", eight.PACKED, ids=lambda case: case.name)
+def test_packed_sequences(case: Eight) -> None:
+    _run_packed(case, SWEEP[0])
+
+
+@pytest.mark.parametrize("name", ["packed_heads_causal", "packed_causal_gqa"])
+def test_packed_sequences_have_the_same_bits_under_every_schedule(name: str) -> None:
+    case = next(case for case in eight.PACKED if case.name == name)
+    first = None
+    for schedule in SWEEP:
+        state = _run_packed(case, schedule)
+        first = first or state
+        assert_equal_bits([state.out, state.lse], [first.out, first.lse])
+
+
+@pytest.mark.parametrize("granularity", ["head", "block"])
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 10.0}], ids=str)
+def test_nan_of_other_sequences_does_not_spread(granularity: str, options: dict[str, Any]) -> None:
+    """A sequence between two others, and rows behind one that are not in use."""
+    case = Eight("neighbours", packed((70, 40, 90), (150, 70, 100), 2, 1, 64), granularity)
+    bounds_q, bounds_k = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 70, 110, 200], [0, 150, 220, 320]))
+    used = torch.tensor([130, 70, 90], dtype=torch.int32)
+    q, k, v = case.tensors()
+    others = [slice(130, 220), slice(310, 320)]
+    found = []
+    for poison in (0.0, torch.nan):
+        for rows in others:
+            k[rows], v[rows] = poison, poison
+        with emulated(SWEEP[0]) as device:
+            state = flashtile.attention_varlen(
+                *flashtile.fp8.quantize(q, k, v, granularity), bounds_q, bounds_k, seqused_k=used, return_lse=True,
+                backend="hopper", **options,
+            )  # fmt: skip
+        assert device.complaints == []
+        found.append(state)
+    alone = [slice(0, 70), slice(110, 200)]
+    assert bool(found[1].out[70:110].isnan().any())
+    for rows in alone:
+        # Tiles that are done again multiply 16-bit weights.
+        one, other = (state.out[rows].float() for state in found)
+        torch.testing.assert_close(other, one, rtol=0.0, atol=2**-4 * float(one.abs().max()))
+        torch.testing.assert_close(found[1].lse[:, rows], found[0].lse[:, rows])
+
+
+@pytest.mark.parametrize(("option", "value"), [("dropout_p", 0.1), ("batch_invariant", True)])
+def test_what_packed_sequences_may_not_ask(option: str, value: Any) -> None:
+    case = eight.PACKED[0]
+    with emulated(SWEEP[0]), pytest.raises(NotImplementedError, match="packed sequences of 8 bits"):
+        eight.attend_packed(case, case.quantized(), backend="hopper", **{option: value})
+
+
+@pytest.mark.parametrize("case", eight.PACKED[2:4], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "config",
+    [
+        HopperConfig(consumers=3, tile_kv=64, stages=2, turns=True),
+        HopperConfig(consumers=2, tile_kv=64, stages=1, section=1, apart=True),
+    ],
+    ids=str,
+)
+def test_tiles_of_packed_sequences(case: Eight, config: HopperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of keys that are smaller than the blocks that share a scale."""
+    monkeypatch.setattr(tables, "FORWARD", dict.fromkeys(tables.FORWARD, (tables.Row(256, None, config),)))
+    _run_packed(case, SWEEP[-1])
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,18 @@ from flashtile import fp8, plan
 from flashtile.backends.pytorch import quantize as eager
 from tests import eight
 from tests.conformance import watched
-from tests.problems import dense
+from tests.problems import dense, packed
 
 LSE = 2.0**-8
 """What the log-sum-exp may carry: Hopper's sums of 8-bit products hold 14 bits, and scores here reach some tens."""
 
+LONG_PACKED = tuple(
+    eight.Eight(f"long_{granularity}_{headdim}", packed((1000, 1, 700, 0, 333), (2000, 77, 900, 5, 333), 4, 2, headdim),
+                granularity, options)
+    for headdim in (64, 128, 256)
+    for granularity, options in (("tensor", {}), ("head", {"causal": True}), ("block", {"causal": True}),
+                                 ("block", {"window": (300, 10)}))
+)  # fmt: skip
 LONG = eight.Eight("long", dense(1, 1000, 2000, 4, 2, 128), "block", {"causal": True})
 BACKENDS = [name for name in ("hopper", "portable") if dict(plan.available()).get(name, "") is None]
 
@@ -39,7 +46,10 @@ def test_matches_reference(case: eight.Eight, backend: str) -> None:
     quantized = case.quantized("cuda")
     with watched() as ran:
         # The first is planned, the second written down, the third done again.
-        states = [flashtile.attention(*quantized, return_lse=True, backend=backend, **case.options) for _ in range(3)]
+        states = [
+            flashtile.attention(*quantized, return_lse=True, backend=backend, **case.options_on("cuda"))
+            for _ in range(3)
+        ]
     assert {chosen.backend for chosen in ran} == {backend}
     for state in states:
         eight.check(case, quantized, state, LSE)
@@ -58,13 +68,41 @@ def test_gradients_err_as_the_output_does() -> None:
     assert max(errors) < 2 * error
 
 
-def test_packed_sequences_leave_the_hopper_backend() -> None:
-    q, k, v = (tensor.flatten(0, 1) for tensor in LONG.tensors("cuda"))
-    offsets_q = torch.tensor([0, 300, 1000], device="cuda", dtype=torch.int32)
-    offsets_k = torch.tensor([0, 900, 2000], device="cuda", dtype=torch.int32)
-    quantized = fp8.quantize(q, k, v)
-    found, expected = (
-        flashtile.attention_varlen(*quantized, offsets_q, offsets_k, causal=True, backend=backend).float()
-        for backend in ("portable", "pytorch")
-    )
-    assert float((found - expected).norm() / expected.norm()) < 0.04
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [*eight.PACKED, *LONG_PACKED], ids=lambda case: case.name)
+def test_packed_sequences_match_the_reference(case: eight.Eight, backend: str) -> None:
+    quantized = case.quantized("cuda")
+    with watched() as ran:
+        states = [eight.attend_packed(case, quantized, backend=backend) for _ in range(3)]
+    assert {chosen.backend for chosen in ran} == {backend}
+    for state in states:
+        eight.check_packed(case, quantized, state, LSE)
+
+
+@pytest.mark.skipif("hopper" not in BACKENDS, reason="there is no Hopper")
+@pytest.mark.parametrize("granularity", ["head", "block"])
+def test_nan_of_other_sequences_does_not_spread(granularity: str) -> None:
+    """A sequence between two others, all of it."""
+    case = eight.Eight("neighbours", packed((700, 400, 900), (1500, 700, 1000), 4, 2, 128), granularity)
+    q, k, v = case.tensors("cuda")
+    k[1500:2200], v[1500:2200] = 0.0, 0.0
+    found = []
+    for poison in (0.0, torch.nan):
+        k[1500:2200], v[1500:2200] = poison, poison
+        found.append(eight.attend_packed(case, fp8.quantize(q, k, v, granularity), causal=True, backend="hopper"))
+    assert bool(found[1].out[700:1100].isnan().all())
+    for rows in (slice(0, 700), slice(1100, 2000)):
+        # Tiles that are done again multiply 16-bit weights.
+        one, other = (state.out[rows].float() for state in found)
+        torch.testing.assert_close(other, one, rtol=0.0, atol=2**-4 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_sequences_written_down_for_other_offsets(backend: str) -> None:
+    """Calls of one kind are done again, whatever lengths the device reads."""
+    lengths = ((700, 1300), (1999, 1), (0, 2000), (128, 1872), (1001, 999))
+    for each in lengths:
+        shape = packed(each, each, 4, 2, 64)
+        case = eight.Eight("offsets", shape, "block", {"causal": True})
+        quantized = case.quantized("cuda")
+        eight.check_packed(case, quantized, eight.attend_packed(case, quantized, backend=backend), LSE)

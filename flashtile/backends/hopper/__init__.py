@@ -46,11 +46,14 @@ def builds() -> int:
 
 def refuses(problem: Problem) -> str | None:
     """Takes half precision with rows that the copy engine can read."""
+    # Tiles of keys begin where blocks of all rows do.
+    in_blocks = bool(problem.scaled) and problem.varlen
     checks = (
         *_elsewhere(problem),
         (problem.dtype not in (_EIGHT if problem.scaled else _HALF), f"it takes no {problem.dtype}"),
         (problem.out_dtype not in _outputs(problem), f"it writes no {problem.out_dtype} for {problem.dtype}"),
-        (bool(problem.scaled) and problem.varlen, "it takes packed sequences of 16 bits only"),
+        (in_blocks and problem.dropout_p > 0, "it drops nothing of packed sequences of 8 bits"),
+        (in_blocks and problem.batch_invariant, "tiles of packed sequences of 8 bits depend on those before"),
         (_width(problem) > 256, "it takes up to headdim 256"),
         (not problem.described, "rows of q, k or v do not begin at multiples of 16 bytes, or several are one"),
         (0 in (problem.batch, problem.seqlen_q, problem.seqlen_kv), "it takes no empty tensors"),
@@ -161,7 +164,8 @@ def _kind(problem: Problem) -> str:
     of = "eight_" if problem.scaled else ""
     if problem.dropout_p and not problem.scaled:
         return "dropout"
-    if _modified(problem) or rest:
+    # Packed sequences of 8 bits have more to keep in registers, for what lies beside a sequence.
+    if _modified(problem) or rest or (problem.scaled and problem.varlen):
         return of + "cut"
     if problem.mask == '["full"]':
         return of + "full"

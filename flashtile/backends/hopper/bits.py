@@ -96,7 +96,7 @@ def window_words(first_row, first_column, place, window, COLUMNS: gl.constexpr, 
         begin, end = key_range(window, diagonal, o_row, o_row, place.seqlen_k)
         end = gl.where(o_row < place.seqlen_q, end, 0)
     b_words = below(end - first_column, o_lane, COLUMNS)
-    BEGINS: gl.constexpr = META.right if KEYS else META.left
+    BEGINS: gl.constexpr = META.right if KEYS else META.left or META.aligned > 1
     if BEGINS:
         b_words = b_words & ~below(begin - first_column, o_lane, COLUMNS)
     return b_words

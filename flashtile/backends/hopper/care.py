@@ -10,9 +10,10 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from flashtile.backends.hopper.compat import gl
 from flashtile.backends.hopper.dropped import kept_at, only_kept
-from flashtile.backends.hopper.eight import factor_of, query_unit, units_of
+from flashtile.backends.hopper.eight import factor_of, first_key_of, numbered, query_unit, units_of
+from flashtile.backends.hopper.registers import rows_here
 from flashtile.backends.hopper.schedule import counts_of, tile_of, walk_of
-from flashtile.backends.hopper.softmax import ROWS, before_any_key, online_softmax
+from flashtile.backends.hopper.softmax import ROWS, before_any_key, for_rows, online_softmax
 from flashtile.kernels.rules import ruled
 
 KEYS = gl.constexpr(16)
@@ -41,9 +42,12 @@ def few(META):
 
 
 @gluon.jit
-def lanes(first_key, COUNT: gl.constexpr, layout: gl.constexpr):
+def lanes(first_key, COUNT: gl.constexpr, layout: gl.constexpr, META: gl.constexpr):
     """0 to COUNT - 1. No key's number is negative, but a compiler does not know: otherwise it would find out where all
     columns lie before it begins, even for the first tile, and have no registers to keep that in."""
+    if META.aligned > 1:
+        # But for those in front of a sequence.
+        first_key += META.aligned
     return (first_key >> 31) + gl.arange(0, COUNT, layout)
 
 
@@ -56,8 +60,8 @@ def half(dtype):
 @gluon.jit
 def load_queries(q, place, first, first_key, first_column, META: gl.constexpr):
     """A few columns of 64 queries as the left side of a product."""
-    o_rows = first + lanes(first_key, ROWS, gl.SliceLayout(1, LEFT))
-    o_columns = first_column + lanes(first_key, few(META), gl.SliceLayout(0, LEFT))
+    o_rows = first + lanes(first_key, ROWS, gl.SliceLayout(1, LEFT), META)
+    o_columns = first_column + lanes(first_key, few(META), gl.SliceLayout(0, LEFT), META)
     p_q = pointers_of(q, place.batch, place.head, (place.first_q + o_rows)[:, None], o_columns[None, :])
     m_q = (o_rows < place.seqlen_q)[:, None] & (o_columns < META.headdim)[None, :]
     return gl.load(p_q, mask=m_q, other=0.0).to(half(q.pointer.dtype.element_ty))
@@ -66,8 +70,8 @@ def load_queries(q, place, first, first_key, first_column, META: gl.constexpr):
 @gluon.jit
 def load_keys(k, place, first, first_column, META: gl.constexpr):
     """A few columns of some keys, transposed, as the right side of a product."""
-    o_columns = first_column + lanes(first, few(META), gl.SliceLayout(1, RIGHT))
-    o_keys = first + lanes(first, KEYS, gl.SliceLayout(0, RIGHT))
+    o_columns = first_column + lanes(first, few(META), gl.SliceLayout(1, RIGHT), META)
+    o_keys = first + lanes(first, KEYS, gl.SliceLayout(0, RIGHT), META)
     i_head = place.head // META.group
     p_k = pointers_of(k, place.batch, i_head, (place.first_k + o_keys)[None, :], o_columns[:, None])
     m_k = (o_keys < place.seqlen_k)[None, :] & (o_columns < META.headdim)[:, None]
@@ -88,10 +92,10 @@ def multiply(q, k, place, first, first_key, META: gl.constexpr):
 def load_values(v, place, first, m_tile, first_column, WIDTH: gl.constexpr, META: gl.constexpr):
     """WIDTH columns of the values of keys that some row of the tile sees, 0 for the others, as the right side of a
     product."""
-    o_keys = first + lanes(first, KEYS, gl.SliceLayout(1, RIGHT))
-    o_columns = first_column + lanes(first, WIDTH, gl.SliceLayout(0, RIGHT))
+    o_keys = first + lanes(first, KEYS, gl.SliceLayout(1, RIGHT), META)
+    o_columns = first_column + lanes(first, WIDTH, gl.SliceLayout(0, RIGHT), META)
     i_head = place.head // META.group
-    if META.eight:
+    if META.eight and not META.packed:
         # Key 8 j + 2 t + e of 16 lies at place 4 t + 2 j + e of a row of its column (see `flashtile.scaled`).
         o_places = first + 4 * ((o_keys - first) // 2 % 4) + 2 * ((o_keys - first) // 8) + o_keys % 2
         p_v = pointers_of(v, place.batch, i_head, o_columns[None, :], o_places[:, None])
@@ -126,19 +130,22 @@ def careful_output(
     """The output of 64 rows; `sources`: queries, keys and values as `Rows`, those of 8 bits with `scales`."""
     BLOCK_DV: gl.constexpr = META.block_dv
     q, k, v = sources
+    if META.aligned > 1:
+        # Kernels that keep a scale for each row have no registers for strides that nearly no tile asks for.
+        q, k, v = rows_here(q), rows_here(k), rows_here(v)
     o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
     b_max, b_sum = before_any_key(sinks, place.head, gl.SliceLayout(1, TILE), 0)
-    queries = query_unit(scales, place, first, META)
+    queries = query_unit(scales, place, first, o_query, META)
     b_out = gl.zeros([ROWS, BLOCK_DV], gl.float32, TILE)
     walk = walk_of(place, counts_of(place, visits, META), rules.window, visits, META)
     for n in range(0, walk[4]):
         unit, values = units_of(scales, queries, place, tile_of(walk, n, META), META)
-        first_key = tile_of(walk, n, META) * META.tile_kv
+        first_key = first_key_of(tile_of(walk, n, META), place, META)
         for i_key in range(first_key, first_key + META.tile_kv, KEYS):
-            o_key = i_key + gl.arange(0, KEYS, gl.SliceLayout(0, TILE))
+            o_key = numbered(i_key + gl.arange(0, KEYS, gl.SliceLayout(0, TILE)), place, META)
             b_scores = multiply(q, k, place, first, i_key, META)
             if META.eight and META.modified:
-                b_scores = b_scores * unit
+                b_scores = b_scores * for_rows(unit)
             b_scores, m_tile, _tanh, _plain = ruled(
                 b_scores, True, o_query[:, None], o_key[None, :], place, rules, META, SCORE, MASK, "always"
             )

@@ -2,6 +2,9 @@
 
 Scales of queries and keys go into the softmax's factor. Those of values, where each block of keys has one, would change
 within a sum: the output is kept in the unit of the last tile's values, and changes it where it is rescaled anyway.
+
+Packed sequences begin anywhere within a block. Their tiles of keys begin where blocks do, the first one in front of the
+sequence, and what lies there is hidden; a tile of queries has a scale for each row.
 """
 
 import triton
@@ -24,10 +27,30 @@ def scale_at(scale, i_batch, i_head, i_block):
 
 
 @gluon.jit
-def query_unit(scales, place, first, META: gl.constexpr):
-    """That of the 64 queries from `first` on."""
+def first_key_of(i_tile, place, META: gl.constexpr):
+    """The number of a tile's first key, negative in front of the sequence."""
+    first = i_tile * META.tile_kv
+    if META.aligned > 1:
+        first -= place.first_k & (META.aligned - 1)
+    return first
+
+
+@gluon.jit
+def numbered(o_keys, place, META: gl.constexpr):
+    """Numbers of keys, those in front of the sequence as if they were behind it: there nothing is seen or read."""
+    if META.aligned > 1:
+        o_keys = gl.where(o_keys < 0, place.seqlen_k, o_keys)
+    return o_keys
+
+
+@gluon.jit
+def query_unit(scales, place, first, o_query, META: gl.constexpr):
+    """That of the 64 queries from `first` on; of packed blocks one for each `o_query`."""
     unit = 1.0
-    if META.eight:
+    if META.scaled == "block" and META.packed:
+        o_rows = place.first_q + gl.minimum(o_query, place.seqlen_q - 1)
+        unit = scale_at(scales[0], place.batch, place.head, o_rows // QUERY_ROWS)
+    elif META.eight:
         i_block = first // QUERY_ROWS if META.scaled == "block" else 0
         # A warpgroup whose rows lie beyond the sequence takes the last block's.
         i_block = gl.minimum(i_block, (place.seqlen_q - 1) // QUERY_ROWS)
@@ -43,8 +66,9 @@ def units_of(scales, queries, place, i_tile, META: gl.constexpr):
     if META.eight:
         i_block = place.tile * 0
         if META.scaled == "block":
-            last = (place.seqlen_k - 1) // KEY_ROWS
-            i_block = gl.minimum(gl.maximum(i_tile * META.tile_kv // KEY_ROWS, 0), last)
+            last = (place.first_k + place.seqlen_k - 1) // KEY_ROWS
+            first = place.first_k + first_key_of(i_tile, place, META)
+            i_block = gl.minimum(gl.maximum(first // KEY_ROWS, 0), last)
         i_head = place.head // META.group
         dots = queries * scale_at(scales[1], place.batch, i_head, i_block)
         values = scale_at(scales[2], place.batch, i_head, i_block)

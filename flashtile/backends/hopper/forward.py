@@ -43,7 +43,7 @@ def walk_keys(
     # An empty list has bits that hide the tile of its one step.
     m_first = (full_begin > 0) | (full_end == 0)
     b_first = words_at(visits, place, 0, m_first, META, False, I_GROUP)
-    queries = query_unit(scales, place, first, META)
+    queries = query_unit(scales, place, first, o_query, META)
     unit, values = units_of(scales, queries, place, tile_of(walk, 0, META), META)
     b_weights, b_out, softmax = first_step(
         tile_of(walk, 0, META), m_first, b_first, unit, count, place, o_query, first, memory, barriers, rules, sinks,
@@ -226,7 +226,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Persistent programs. Descriptors cover (batch, seqlen, heads, headdim), of packed tensors (1, total, ...).
 
-    Values of 8 bits lie on their side: (batch, heads, headdim, seqlen).
+    Values of 8 bits lie on their side: (batch, heads, headdim, seqlen), packed (1, heads, headdim, total).
     sources: queries, keys and values once more, as `Rows`, where `careful`; scales: theirs, of 8-bit ones.
     """
     CONSUMERS: gl.constexpr = META.consumers

@@ -9,13 +9,14 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from flashtile.backends.hopper.compat import gl
 from flashtile.backends.hopper.dropped import kept_at, only_kept
-from flashtile.backends.hopper.eight import factor_of
+from flashtile.backends.hopper.eight import factor_of, first_key_of, numbered
 from flashtile.backends.hopper.memory import KEYS_FREED, VALUES_FREED, free_slot, pass_turn, take_turn
 from flashtile.backends.hopper.products import multiply_scores, multiply_values, narrowed
 from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.softmax import (
     ROWS,
     before_any_key,
+    for_rows,
     online_softmax,
     rescaled,
     softmax_of_rows,
@@ -31,11 +32,12 @@ def rule(
     """What `ruled_tile` says. first: of `o_query`; unit: of 8-bit products, what nothing modifies keeps it."""
     TILE_KV: gl.constexpr = META.tile_kv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
-    o_columns = (i_tile * TILE_KV + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores)))[None, :]
+    first_key = first_key_of(i_tile, place, META)
+    o_columns = numbered(first_key + gl.arange(0, TILE_KV, gl.SliceLayout(0, scores)), place, META)[None, :]
     if META.eight and META.modified:
-        b_scores = b_scores * unit
+        b_scores = b_scores * for_rows(unit)
     return ruled_tile(
-        b_scores, m_edge, b_words, first, i_tile * TILE_KV, o_query[:, None], o_columns, place, rules,
+        b_scores, m_edge, b_words, first, first_key, o_query[:, None], o_columns, place, rules,
         META, SCORE, MASK, MASKED, False,
     )  # fmt: skip
 

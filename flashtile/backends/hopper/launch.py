@@ -17,6 +17,7 @@ from flashtile.backends.hopper.meta import block
 from flashtile.backends.hopper.queries import query_kernel
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.sums import PIECE_COLUMNS
+from flashtile.backends.hopper.turning import room_for, turn, turn_kernel
 from flashtile.kernels import bias
 from flashtile.kernels.again import Again, tensors_of
 from flashtile.kernels.arguments import (
@@ -40,7 +41,16 @@ from flashtile.region import region
 from flashtile.scores import Grads, sink_gradient, slope_gradient, zero_grads
 from flashtile.tuning.hopper import BackwardConfig, BiasConfig, HopperConfig, bias_config
 
-KERNELS = (forward_kernel, before_kernel, backward_kernel, query_kernel, after_kernel, bias_kernel, bits_kernel)
+KERNELS = (
+    forward_kernel,
+    turn_kernel,
+    before_kernel,
+    backward_kernel,
+    query_kernel,
+    after_kernel,
+    bias_kernel,
+    bits_kernel,
+)
 
 
 def forward(
@@ -54,17 +64,21 @@ def forward(
     q, k, v = inputs.q, inputs.k, inputs.v
     out = outputs_of(inputs, problem)
     lse = _stats(inputs, problem, -torch.inf)
+    turned = room_for(v, problem)
+    made = (out, lse) if turned is None else (out, lse, turned)
     number = counter(q.device)
 
     def launches(tape: Tape | None) -> None:
         call = Call.of(machine, inputs, problem, config, tape)
+        if turned is not None:
+            turn(call, turned)
         total, where = call.tiles(keys=False)
         meta, rows = call.meta, ROWS.value
         columns = meta.block_dv // 2 if meta.halves else meta.block_dv
         given = {
             "q_desc": descriptor(q, rows, meta.block_d),
             "k_desc": descriptor(k, meta.tile_kv, meta.block_d),
-            "v_desc": value_descriptor(v, meta),
+            "v_desc": value_descriptor(v if turned is None else turned, meta),
             "o_desc": None if meta.wide else descriptor(out, rows, columns),
             "sources": (rows_of(q), rows_of(k), values_of(inputs)) if meta.careful else None,
             "scales": tuple(map(numbers_of, inputs.scaled[:3])) if meta.eight else None,
@@ -81,8 +95,8 @@ def forward(
         call.launch(forward_kernel, call.machine.programs(total, q.device), given, **call.warps())
 
     lists = lists_of(machine, inputs, problem, config, False)
-    tape = perform(launches, (*tensors_of(inputs), out, lse, number, *lists), memory)
-    _leave(memory, tape, problem, (out, lse), True, (0.0, -torch.inf), inputs)
+    tape = perform(launches, (*tensors_of(inputs), *made, number, *lists), memory)
+    _leave(memory, tape, problem, made, True, (0.0, -torch.inf), inputs)
     return out, lse
 
 

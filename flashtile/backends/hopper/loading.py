@@ -4,6 +4,7 @@ up what comes next."""
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_load
+from flashtile.backends.hopper.eight import first_key_of
 from flashtile.backends.hopper.memory import KEYS_FREED, VALUES_FREED, await_slot
 from flashtile.backends.hopper.registers import here
 from flashtile.backends.hopper.schedule import announce, counts_of, end, query_tile, tile_of, walk_of
@@ -73,7 +74,8 @@ def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers
     i_after = tile_of(walk, n + 1, META)
     slot = count % k_smem.shape[0]
     slot_v = count % v_smem.shape[0]
-    where = [place.batch * META.dense, place.first_k + i_tile * META.tile_kv, place.head // META.group, 0]
+    first_row = place.first_k + first_key_of(i_tile, place, META)
+    where = [place.batch * META.dense, first_row, place.head // META.group, 0]
     # Otherwise they are free since the last values were.
     if META.for_dq or META.early:
         await_slot(KEYS_FREED, count + META.keys_late, META.stages, META)
@@ -84,7 +86,7 @@ def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers
     await_slot(VALUES_FREED, count + META.values_late, META.stages_v, META)
     mbarrier.expect(v_full.index(slot_v), v_desc.block_type.nbytes)
     if META.eight:
-        where = [place.batch, place.head // META.group, 0, i_tile * META.tile_kv]
+        where = [place.batch * META.dense, place.head // META.group, 0, first_row]
     tma_load(v_desc, where, v_full.index(slot_v), v_smem.index(slot_v))
     return i_after
 

@@ -9,6 +9,7 @@ from flashtile import lower
 from flashtile.kernels.arguments import exact, modified
 from flashtile.problem import Problem
 from flashtile.region import region
+from flashtile.scaled import GROUP, KEYS
 from flashtile.tuning.hopper import BackwardConfig, Config, HopperConfig, QueryConfig
 
 LIFT = 8
@@ -94,11 +95,20 @@ class Meta:
         return int(not self.for_dq and not self.early)
 
     @property
+    def aligned(self) -> int:
+        """What tiles of keys begin at multiples of, counted from the first row of all packed sequences; 1: they begin
+        where their sequence does. Groups of values on their side and blocks of a scale know nothing of sequences."""
+        if not (self.eight and self.packed):
+            return 1
+        return KEYS if self.scaled == "block" else GROUP
+
+    @property
     def asked(self) -> str:
         """Where steps after the first evaluate the mask, see `rules.ruled`."""
         if self.masked == "always":
             return "always"
-        return "edges" if self.left or self.right or self.masked == "lists" else "never"
+        some = self.left or self.right or self.masked == "lists" or self.aligned > 1
+        return "edges" if some else "never"
 
 
 @lru_cache(maxsize=4096)
@@ -108,6 +118,8 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
     always = bool(rest) or any(problem.wanted.score)
     adds = isinstance(config, BackwardConfig) and config.queries is None
     for_dq = isinstance(config, QueryConfig)
+    # Then the first tile of a sequence may begin in front of it.
+    in_blocks = bool(problem.scaled) and problem.varlen
     return Meta(
         tile_q=config.tile_q,
         tile_kv=config.tile_kv,
@@ -141,7 +153,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score) and (adds or for_dq),
         slope_gradient=problem.wanted.alibi_slopes and for_dq,
-        apart=isinstance(config, HopperConfig | BackwardConfig) and config.apart and left is None,
+        apart=isinstance(config, HopperConfig | BackwardConfig) and config.apart and left is None and not in_blocks,
         ahead=isinstance(config, BackwardConfig) and config.ahead and problem.group == 1,
         lean=not problem.bias,
         adds=adds,

@@ -4,7 +4,7 @@ import triton
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl
-from flashtile.kernels.words import Numbers
+from flashtile.kernels.words import Numbers, Rows
 
 
 @triton.constexpr_function
@@ -27,3 +27,9 @@ def here(number):
 def numbers_here(numbers):
     """The strides of `Numbers`."""
     return Numbers(numbers.pointer, here(numbers.batch), here(numbers.head))
+
+
+@gluon.jit
+def rows_here(rows):
+    """The strides of `Rows`."""
+    return Rows(rows.pointer, here(rows.batch), here(rows.row), here(rows.head))

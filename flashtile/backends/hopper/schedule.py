@@ -4,15 +4,19 @@ import triton
 from triton.experimental import gluon
 
 from flashtile.backends.hopper.compat import gl, mbarrier
+from flashtile.backends.hopper.eight import first_key_of
 from flashtile.backends.hopper.registers import here
 from flashtile.kernels.places import (
     SCANNED,
     diagonal_of,
+    key_range,
     keys_of_tile,
     number_of,
     place_at,
     query_span,
     row_of,
+    rows_of_tile,
+    span,
     visited,
 )
 from flashtile.kernels.words import Place
@@ -82,6 +86,20 @@ def counts_of(place, visits, META: gl.constexpr):
 
 
 @gluon.jit
+def keys_in_blocks(place, window, META: gl.constexpr):
+    """`keys_of_tile`, where the first tile begins in front of the sequence."""
+    first_row, last_row = rows_of_tile(place, META.tile_q)
+    diagonal = diagonal_of(place, META.window_top_left)
+    begin, end = key_range(window, diagonal, first_row, last_row, place.seqlen_k)
+    every_begin, every_end = key_range(window, diagonal, last_row, first_row, place.seqlen_k)
+    before = -first_key_of(0, place, META)
+    return span(
+        before + begin, before + gl.maximum(end, 0), before + every_begin, before + gl.maximum(every_end, 0),
+        before + place.seqlen_k, META.tile_kv,
+    )  # fmt: skip
+
+
+@gluon.jit
 def walk_of(place, counts, window, visits, META: gl.constexpr):
     """(tiles, first, full_begin, full_end, steps): how a query tile walks its keys, at least one step.
 
@@ -95,7 +113,10 @@ def walk_of(place, counts, window, visits, META: gl.constexpr):
         full_begin = partial
         full_end = steps
     else:
-        begin, every_begin, every_end, end = keys_of_tile(place, window, META)
+        if META.aligned > 1:
+            begin, every_begin, every_end, end = keys_in_blocks(place, window, META)
+        else:
+            begin, every_begin, every_end, end = keys_of_tile(place, window, META)
         end = gl.maximum(end, begin + 1)
         tiles = end - 1
         first = end - 1

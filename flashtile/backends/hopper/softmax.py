@@ -34,6 +34,14 @@ def before_any_key(sinks, i_head, layout: gl.constexpr, LIFT: gl.constexpr):
 
 
 @gluon.jit
+def for_rows(factor):
+    """What a tile is multiplied by, where that is a number or one for each row."""
+    if len(factor.shape) == 1:
+        factor = factor[:, None]
+    return factor
+
+
+@gluon.jit
 def online_softmax(b_scores, b_max, b_sum, factor, MASKED: gl.constexpr, LIFT: gl.constexpr):
     """(weights, raised maximum, new sum, what older sums are multiplied with); maxima in base 2, -inf: nothing seen.
 
@@ -46,7 +54,7 @@ def online_softmax(b_scores, b_max, b_sum, factor, MASKED: gl.constexpr, LIFT: g
         # A row that has seen nothing: -inf less -inf would be NaN.
         b_base = gl.maximum(b_raised, LEAST)
     b_lifted = b_base - LIFT if LIFT != 0 else b_base
-    b_weights = gl.exp2(b_scores * factor - b_lifted[:, None])
+    b_weights = gl.exp2(b_scores * for_rows(factor) - b_lifted[:, None])
     b_rescale = gl.exp2(b_max - b_base)
     return b_weights, b_raised, b_sum * b_rescale + gl.sum(b_weights, 1), b_rescale
 

@@ -16,6 +16,7 @@ from flashtile.kernels.arguments import numbers_of, rows_of
 from flashtile.kernels.places import number_of
 from flashtile.kernels.storage import kept
 from flashtile.kernels.tape import Tape, perform, prepared
+from flashtile.kernels.turning import store_turned
 from flashtile.kernels.words import Numbers, Rows, odd
 from flashtile.scaled import GROUP, KEYS, QUERIES, SMALLEST, blocks, largest, rotation
 
@@ -33,18 +34,6 @@ def rotate(b_rows, signs, matrix, factor, DIM: tl.constexpr, WIDTH: tl.constexpr
     b_matrix = tl.load(matrix + o_width[:, None] * WIDTH + o_width[None, :])
     b_runs = b_signed.reshape(ROWS * BLOCK // WIDTH, WIDTH)
     return tl.dot(b_runs, b_matrix, input_precision="ieee").reshape(ROWS, BLOCK) * factor
-
-
-@triton.jit
-def store_turned(out, stride_column, b_rows, first, length, DIM: tl.constexpr, GROUP: tl.constexpr):
-    """Rows as columns, in each group of 16 key 8 j + 2 t + e at place 4 t + 2 j + e (see `flashtile.scaled`)."""
-    ROWS: tl.constexpr = b_rows.shape[0]
-    BLOCK: tl.constexpr = b_rows.shape[1]
-    b_groups = b_rows.reshape(ROWS // GROUP, 2, 4, 2, BLOCK)
-    b_columns = tl.permute(b_groups, (4, 0, 2, 1, 3)).reshape(BLOCK, ROWS)
-    o_columns, o_rows = tl.arange(0, BLOCK), first + tl.arange(0, ROWS)
-    m_tile = (o_columns < DIM)[:, None] & (o_rows < length)[None, :]
-    tl.store(out + o_columns[:, None] * stride_column + o_rows[None, :], b_columns, mask=m_tile)
 
 
 @triton.jit
