@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,9 +105,39 @@ class TestCases:
         expected = reference.attention(q, k, v, **cases.options(case)).out
         torch.testing.assert_close(PEERS[name].prepare(case)(q, k, v), expected.float(), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("feature", ["window", "causal document softcap"])
+    @pytest.mark.parametrize("feature", ["plain", "causal", "window 1024", "packed causal"])
+    def test_other_flash_attentions_are_asked_for_the_same(self, feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By a package of the same functions, which computes what it is told."""
+
+        def dense(
+            q: Tensor, k: Tensor, v: Tensor, *, window_size: Any = None, softmax_scale: float, **options: Any
+        ) -> Any:
+            return reference.attention(q, k, v, window=window_size, scale=softmax_scale, **options).out, "its lse"
+
+        def packed(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, **options: Any) -> Tensor:
+            offsets = [options.pop(f"cu_seqlens_{of}") for of in "qk"]
+            assert options.pop("max_seqlen_q") == options.pop("max_seqlen_k") == int(offsets[0].diff().max())
+            return reference.attention_varlen(q, k, v, *offsets, scale=softmax_scale, **options).out
+
+        package = SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=packed)
+        monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+        case = Case(feature, seqlen=1300, heads=2, heads_kv=1, headdim=24, headdim_v=16)
+        q, k, v, _ = cases.tensors(case)
+        expected = reference.attention(q, k, v, **cases.options(case)).out
+        torch.testing.assert_close(PEERS["fa4"].prepare(case)(q, k, v), expected)
+
+    @pytest.mark.parametrize("feature", ["alibi", "document"])
+    def test_other_flash_attentions_are_not_asked_for_more(self, feature: str) -> None:
+        with pytest.raises(Refused, match=f"no {feature}"):
+            PEERS["fa4"].prepare(Case(feature))
+
+    def test_flex_attention_is_not_asked_for_what_is_no_function(self) -> None:
+        with pytest.raises(Refused, match="sinks has no function"):
+            PEERS["flex"].prepare(Case("sinks"))
+
+    @pytest.mark.parametrize("feature", ["window", "window 1024", "causal document softcap"])
     def test_functions_say_what_options_say(self, feature: str) -> None:
-        case = Case(feature, seqlen=600, heads=2, heads_kv=2, headdim=16)
+        case = Case(feature, seqlen=1300, heads=2, heads_kv=2, headdim=16)
         q, k, v, _ = cases.tensors(case)
         found = PEERS["flashtile_functions"].prepare(case)(q, k, v)
         torch.testing.assert_close(found, PEERS["flashtile"].prepare(case)(q, k, v), rtol=1e-4, atol=1e-5)
@@ -140,6 +171,9 @@ class TestCases:
         case = Case(seqlen=100, heads=2, heads_kv=2, headdim=8)
         assert cases.flops(case, backward=False) == 4 * 2 * 100 * 100 * 8
         assert cases.flops(case, backward=True) == 10 * 2 * 100 * 100 * 8
+        wide = replace(case, headdim=12, headdim_v=8)
+        assert cases.flops(wide, backward=False) == 2 * 2 * 100 * 100 * (12 + 8)
+        assert cases.flops(wide, backward=True) == 2 * 2 * 100 * 100 * (3 * 12 + 2 * 8)
 
     def test_the_formula_in_plain_words(self) -> None:
         q, k, v = torch.randn(3, 1, 1, 5, 4, dtype=torch.float64)
@@ -151,7 +185,14 @@ class TestCases:
 
 class TestGate:
     @pytest.mark.parametrize("name", ["flashtile", "textbook", "sdpa", "sdpa_math"])
-    @pytest.mark.parametrize("case", [SMALL, replace(SMALL, feature="causal", heads_kv=2, dtype="bfloat16")])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            SMALL,
+            replace(SMALL, feature="causal", heads_kv=2, dtype="bfloat16"),
+            replace(SMALL, feature="causal", headdim=24, headdim_v=16),
+        ],
+    )
     def test_passes_the_peers_that_are_right(self, name: str, case: Case) -> None:
         inputs = cases.tensors(case)
         truth = accuracy.truth(case, inputs)

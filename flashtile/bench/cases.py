@@ -25,7 +25,7 @@ DOCUMENT = 700
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call. inputs: "normal", or with "outliers"."""
+    """One attention call. inputs: "normal", or with "outliers". headdim_v: of values, 0: as many as of keys."""
 
     feature: str = "plain"
     batch: int = 1
@@ -36,6 +36,12 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     inputs: str = "normal"
+    headdim_v: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Of values and outputs."""
+        return self.headdim_v or self.headdim
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -84,9 +90,10 @@ def tensors(case: Case) -> Tensors:
     """Inputs as the case asks for, and a normal gradient; the same on every device."""
     queries = (case.batch, case.seqlen, case.heads, case.headdim)
     keys = (case.batch, case.seqlen, case.heads_kv, case.headdim)
+    values, outputs = (*keys[:-1], case.columns), (*queries[:-1], case.columns)
     generator = torch.Generator().manual_seed(case.seqlen)
     draw = with_outliers if case.inputs == "outliers" else normal
-    drawn = [draw(queries, generator), draw(keys, generator), draw(keys, generator), normal(queries, generator)]
+    drawn = [draw(queries, generator), draw(keys, generator), draw(values, generator), normal(outputs, generator)]
     return Tensors(*(tensor.to(case.device, case.torch_dtype) for tensor in drawn))
 
 
@@ -170,17 +177,17 @@ def _blocks(case: Case) -> dict[str, Any]:
     return {"mask": masks.block(block_table(case)[None, None], (BLOCK, BLOCK))}
 
 
-def _reach(case: Case) -> int:
+def reach_of(case: Case) -> int:
     """Keys that a window sees to the left: `window 2048`, or the usual `window`."""
     return int(case.feature.removeprefix("window") or WINDOW)
 
 
 def _in_window(case: Case, query: Tensor, key: Tensor) -> Tensor:
-    return (key <= query) & (key >= query - _reach(case))
+    return (key <= query) & (key >= query - reach_of(case))
 
 
 def _window(case: Case) -> dict[str, Any]:
-    return {"causal": True, "window": (_reach(case), 0)}
+    return {"causal": True, "window": (reach_of(case), 0)}
 
 
 def slopes(case: Case) -> Tensor:
@@ -235,6 +242,9 @@ def functions(case: Case) -> tuple[Callable[..., Any] | None, Callable[..., Any]
     """(mask_mod, score_mod) that say the feature in FlexAttention's way."""
     ids = document_ids(case)
     steep = slopes(case)
+    # "window", "window 1024" and so on have one name here.
+    name = "window" if case.feature.startswith("window") else case.feature
+    reach = reach_of(case) if name == "window" else 0
 
     def same(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return (ids[q_idx] == ids[kv_idx]) & (kv_idx <= q_idx)
@@ -244,7 +254,7 @@ def functions(case: Case) -> tuple[Callable[..., Any] | None, Callable[..., Any]
 
     mask_mods: dict[str, Callable[..., Any]] = {
         "causal": lambda b, h, q_idx, kv_idx: kv_idx <= q_idx,
-        "window": lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (kv_idx >= q_idx - WINDOW),
+        "window": lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (kv_idx >= q_idx - reach),
         "document": lambda b, h, q_idx, kv_idx: ids[q_idx] == ids[kv_idx],
         "causal document": same,
         "causal document softcap": same,
@@ -254,7 +264,7 @@ def functions(case: Case) -> tuple[Callable[..., Any] | None, Callable[..., Any]
         "softcap": capped,
         "causal document softcap": capped,
     }
-    return mask_mods.get(case.feature), score_mods.get(case.feature)
+    return mask_mods.get(name), score_mods.get(name)
 
 
 def options(case: Case) -> dict[str, Any]:
@@ -281,7 +291,7 @@ def added(case: Case) -> Tensor | None:
 def pairs(case: Case) -> int:
     """(query, key) pairs of one head that attend: what the work is proportional to."""
     if case.feature.startswith("window"):
-        return int(torch.arange(1, case.seqlen + 1).clamp(max=_reach(case) + 1).sum())
+        return int(torch.arange(1, case.seqlen + 1).clamp(max=reach_of(case) + 1).sum())
     if case.feature.startswith("blocks"):
         sizes = torch.full((-(-case.seqlen // BLOCK),), BLOCK)
         sizes[-1] -= int(sizes.sum()) - case.seqlen
@@ -292,4 +302,5 @@ def pairs(case: Case) -> int:
 
 def flops(case: Case, backward: bool) -> int:
     """Floating-point operations of the matrix products: two forward; five backward, where scores are made again."""
-    return (10 if backward else 4) * case.batch * case.heads * case.headdim * pairs(case)
+    columns = 3 * case.headdim + 2 * case.columns if backward else case.headdim + case.columns
+    return 2 * case.batch * case.heads * columns * pairs(case)

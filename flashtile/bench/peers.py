@@ -144,11 +144,16 @@ def _flashtile(case: Case) -> Attend:
     return lambda q, k, v: flashtile.attention(q, k, v, **options)
 
 
+def _offsets(case: Case) -> tuple[Tensor, int]:
+    """(where packed sequences begin and the last one ends, the longest)."""
+    lengths = cases.lengths(case)
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(case.device, torch.int32), int(lengths.max())
+
+
 def _packed(case: Case) -> Attend:
     """Sequences side by side, told of their lengths."""
-    lengths = cases.lengths(case)
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(case.device, torch.int32)
-    options: dict[str, Any] = {"causal": "causal" in case.feature, "max_seqlen_q": int(lengths.max())}
+    offsets, longest = _offsets(case)
+    options: dict[str, Any] = {"causal": "causal" in case.feature, "max_seqlen_q": longest}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = flashtile.attention_varlen(q[0], k[0], v[0], offsets, offsets, **options)
@@ -204,7 +209,12 @@ def _by_one_backend(case: Case, backend: SDPBackend) -> Attend:
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return attend(q, k, v)
+            try:
+                return attend(q, k, v)
+            except RuntimeError as error:
+                if "No available kernel" in str(error):
+                    raise Refused("PyTorch has no such kernel for this case") from error
+                raise
 
     return call
 
@@ -242,19 +252,30 @@ def _sdpa_padded(case: Case) -> Attend:
     return call
 
 
-def _plain_or_causal(case: Case, module: str, name: str) -> Attend:
-    """A function of another package that takes q, k, v in our layout and the causal flag."""
-    if case.feature not in ("plain", "causal"):
-        raise Refused(f"it has no {case.feature}")
+def _flash_attention(case: Case, module: str) -> Attend:
+    """A package with the functions of flash-attn, in our layout: plain, causal, windowed and packed."""
+    causal = case.feature != "plain"
+    packed, windowed = case.feature == "packed causal", case.feature.startswith("window")
+    if causal and not (case.feature == "causal" or packed or windowed):
+        raise Refused(f"it is measured with no {case.feature}")
     try:
-        function = getattr(importlib.import_module(module), name)
+        package = importlib.import_module(module)
     except ImportError as error:
         raise Refused(f"{module} is not installed") from error
+    given: dict[str, Any] = {"causal": causal, "softmax_scale": case.headdim**-0.5}
+    if windowed:
+        given["window_size"] = (cases.reach_of(case), 0)
+    if packed:
+        offsets, longest = _offsets(case)
+        given |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found = function(q, k, v, causal=case.feature == "causal")
+        if packed:
+            found = package.flash_attn_varlen_func(q[0], k[0], v[0], **given)
+        else:
+            found = package.flash_attn_func(q, k, v, **given)
         out: Tensor = found[0] if isinstance(found, tuple) else found
-        return out
+        return out[None] if packed else out
 
     return call
 
@@ -262,12 +283,12 @@ def _plain_or_causal(case: Case, module: str, name: str) -> Attend:
 @peer("fa3", title="FlashAttention-3", devices=("cuda",), trains=False)
 def _fa3(case: Case) -> Attend:
     """The package `fa3-fwd`, which has the forward pass alone."""
-    return _plain_or_causal(case, "fa3_fwd_interface", "flash_attn_func")
+    return _flash_attention(case, "fa3_fwd_interface")
 
 
 @peer("fa4", title="FlashAttention-4", devices=("cuda",))
 def _fa4(case: Case) -> Attend:
-    return _plain_or_causal(case, "flash_attn.cute", "flash_attn_func")
+    return _flash_attention(case, "flash_attn.cute")
 
 
 WHOLE = 32768
@@ -314,6 +335,8 @@ def _below(mask_mod: Callable[..., Any], first: int) -> Callable[..., Any]:
 def _flex(case: Case) -> Attend:
     """Compiled, its block mask made outside of the timing."""
     mask_mod, score_mod = cases.functions(case)
+    if mask_mod is None and score_mod is None and case.feature != "plain":
+        raise Refused(f"{case.feature} has no function")
     blocks = None
     if mask_mod is not None:
         blocks = block_mask(mask_mod, case.seqlen, case.device)

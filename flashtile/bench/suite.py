@@ -165,13 +165,15 @@ def _grid_error(settings: Settings, note: Note) -> Iterator[Row]:
                 yield from _errors(case, settings, FUSED, note)
 
 
-@suite("shapes", "Grouped heads, and a window in a long sequence", "time", devices=("cuda",))
+@suite("shapes", "Grouped heads, wide keys, and a window in a long sequence", "time", devices=("cuda",))
 def _shapes(settings: Settings, note: Note) -> Iterator[Row]:
     for seqlen in (2048, 8192):
         case = Case("causal", TOKENS // seqlen, seqlen, 32, 8, 128, "bfloat16", settings.device)
         yield from timed(case, settings, FUSED, note)
+        case = Case("causal", TOKENS // seqlen, seqlen, 16, 16, 192, "bfloat16", settings.device, headdim_v=128)
+        yield from timed(case, settings, FUSED, note)
     case = Case("window 1024", 1, TOKENS, 16, 16, 128, "bfloat16", settings.device)
-    yield from timed(case, settings, ("flex", "flashtile"), note)
+    yield from timed(case, settings, ("flex", "fa3", "fa4", "flashtile"), note)
 
 
 @suite("functions", "Masks and score functions beside compiled FlexAttention", "time", devices=("cuda",))
@@ -187,7 +189,7 @@ def _packed(settings: Settings, note: Note) -> Iterator[Row]:
         for seqlen in (8192, 32768):
             heads = HIDDEN // headdim
             case = Case("packed causal", 1, seqlen, heads, heads, headdim, "bfloat16", settings.device)
-            yield from timed(case, settings, ("sdpa_padded", "flashtile"), note)
+            yield from timed(case, settings, ("sdpa_padded", "fa3", "fa4", "flashtile"), note)
 
 
 @suite("sparsity", "Time against the share of the keys that a mask leaves", "time", devices=("cuda",))

@@ -60,7 +60,8 @@ def absent(rows: Iterable[Row]) -> list[str]:
 def label(entry: Row) -> str:
     """`causal`, and what differs from the common heads: `causal, headdim 128, heads 8/2`."""
     case = records.case_of(entry)
-    headdim = f", headdim {case.headdim}" if case.headdim != Case.headdim else ""
+    columns = f"{case.headdim}/{case.headdim_v}" if case.headdim_v else str(case.headdim)
+    headdim = f", headdim {columns}" if columns != str(Case.headdim) else ""
     heads = f", heads {case.heads}/{case.heads_kv}" if case.group > 1 else ""
     inputs = f", {case.inputs}" if case.inputs != Case.inputs else ""
     return f"{case.feature}{headdim}{heads}{inputs}"
