@@ -27,6 +27,7 @@ from flashtile.backends.hopper.memory import (
     without_nan,
 )
 from flashtile.backends.hopper.products import multiply_scores
+from flashtile.backends.hopper.registers import numbers_here, rows_here
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
@@ -176,7 +177,7 @@ def consumer(
     while place.batch >= 0:
         first = place.tile * META.tile_q + I_GROUP * ROWS
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
-        b_lse, b_delta = load_statistics(lse, delta, place, o_query)
+        b_lse, b_delta = load_statistics(numbers_here(lse), numbers_here(delta), place, o_query)
         rows = (o_query, first, subtracted(b_lse), b_delta)
         mbarrier.wait(q_full.index(I_GROUP), turn & 1)
         b_dq, b_slope, count = walk_keys(
@@ -186,7 +187,8 @@ def consumer(
         if META.slope_gradient:
             gl.store(number_pointers(slope, place, o_query), -b_slope, mask=o_query < place.seqlen_q)
         # The queries have been read: dQ leaves through their memory.
-        store_tile(dq_desc, dq, dq_smem.index(I_GROUP), b_dq * rules.scale, place, first, META.headdim, META)
+        leaving = rows_here(dq) if META.packed else dq
+        store_tile(dq_desc, leaving, dq_smem.index(I_GROUP), b_dq * rules.scale, place, first, META.headdim, META)
         tma_store_wait(0)
         mbarrier.arrive(q_empty.index(I_GROUP), count=1)
         turn += 1
