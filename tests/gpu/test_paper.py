@@ -20,5 +20,6 @@ def test_busy_share() -> None:
     pair = Pair(lambda: large @ large, waits, same=False)
     found = experiment.with_busy(experiment.timed(pair, setting, print), pair, setting, print)
     busy = found.details["gpu_busy"]
-    assert 0.8 < busy["baseline"] < 1.1
+    # No more than 1, but for tests beside this one, which may slow down what is profiled and not what was timed.
+    assert busy["baseline"] > 0.8
     assert 0.0 < busy["ours"] < 0.8
