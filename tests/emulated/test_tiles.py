@@ -28,6 +28,7 @@ class Known:
     right: bool
     window_top_left: bool = False
     alibi_top_left: bool = False
+    aligned: int = 1
 
 
 @gluon.jit
@@ -49,6 +50,7 @@ def _run(
     window: tuple[int | None, int | None],
     columns: int,
     keys: bool,
+    aligned: int = 1,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """[scores of 0 that are -inf where hidden, query less key, the same aligned], queries and keys of the tile.
 
@@ -57,7 +59,7 @@ def _run(
     found = [torch.full((ROWS.value, columns), 777.0) for _ in range(3)]
     place = Place(0, 0, 0, 0, 0, *lengths)
     limits = Window(*(None if limit is None else odd(limit) for limit in window))
-    known = Known(columns, columns, *(limit is not None for limit in window))
+    known = Known(columns, columns, *(limit is not None for limit in window), aligned=aligned)
     device = Emulated(SWEEP[0])
     first = first[::-1] if keys else first
     arguments = [*found, *first, place, limits, known, keys]
@@ -82,10 +84,22 @@ def _run(
 )
 def test_what_a_window_leaves(window: Any, lengths: Any, first: Any, columns: int, keys: bool) -> None:
     """Against the definition, for tiles that windows and lengths cut anywhere."""
-    (hidden, *_), query, key = _run(first, lengths, window, columns, keys)
+    _compare(_run(first, lengths, window, columns, keys), window, lengths)
+
+
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (70, 0)])
+@pytest.mark.parametrize(("aligned", "first"), [(16, (0, -5)), (128, (0, -127)), (128, (0, -1))])
+def test_what_a_window_leaves_of_a_tile_that_begins_in_front(window: Any, aligned: int, first: Any) -> None:
+    """Of a sequence, as tiles of packed keys of 8 bits do."""
+    lengths = (150, 160)
+    _compare(_run(first, lengths, window, 128, False, aligned), window, lengths)
+
+
+def _compare(found: tuple[list[Tensor], Tensor, Tensor], window: Any, lengths: tuple[int, int]) -> None:
+    (hidden, *_), query, key = found
     left, right = window
     aligned = query + lengths[1] - lengths[0]
-    seen = (query < lengths[0]) & (key < lengths[1])
+    seen = (query < lengths[0]) & (key >= 0) & (key < lengths[1])
     seen &= (key >= aligned - left) if left is not None else True
     seen &= (key <= aligned + right) if right is not None else True
     assert torch.equal(hidden, torch.where(seen, 0.0, -torch.inf))
