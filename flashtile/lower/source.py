@@ -44,15 +44,14 @@ class Source:
     def text(self, value: Value, kind: str) -> str:
         """The value, converted to a kind."""
         if value.capture is not None:
-            value = replace(self.read(value, []), factor=value.factor)
+            value = self.read(value, [])
         if value.number is not None:
             return literal(value.number, kind)
-        name = value.name if value.factor == 1.0 else f"({value.name} * {literal(value.factor, 'f')})"
         if value.kind == kind:
-            return name
+            return value.name
         if kind == "f" and value.floating is not None:
             return value.floating
-        return f"({name} != 0)" if kind == "b" else f"{name}.to({TYPES[kind]})"
+        return f"({value.name} != 0)" if kind == "b" else f"{value.name}.to({TYPES[kind]})"
 
     def read(self, tensor: Value, at: Sequence[Value]) -> Value:
         """One element of a captured tensor for each element of the tile."""
