@@ -156,6 +156,11 @@ class Problem:
     arch: str = ""
 
     @property
+    def packed_eight(self) -> bool:
+        """Packed sequences of 8 bits, whose blocks of a scale and groups of values begin anywhere in a sequence."""
+        return self.varlen and bool(self.scaled)
+
+    @property
     def group(self) -> int:
         """Query heads that share a key/value head."""
         return self.heads // self.heads_kv

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from flashtile import reference
 from flashtile.bench import (
     accuracy,
+    block_masks,
     cases,
     decode,
     machine,
@@ -147,17 +148,17 @@ class TestCases:
         case = Case(feature, seqlen=1900, heads=2, heads_kv=2, headdim=16)
         mask_mod, _ = cases.functions(case)
         assert mask_mod is not None
-        whole = peers.block_mask(mask_mod, case.seqlen, case.device)
+        whole = block_masks.block_mask(mask_mod, case.seqlen, case.device)
         rows: list[int] = []
 
         def counted(function: Any, batch: None, heads: None, queries: int, keys: int, device: str) -> Any:
             rows.append(queries)
             return create_block_mask(function, batch, heads, queries, keys, device=device)
 
-        monkeypatch.setattr(peers, "create_block_mask", counted)
-        monkeypatch.setattr(peers, "WHOLE", 1024)
-        monkeypatch.setattr(peers, "ROWS", 512)
-        pieces = peers.block_mask(mask_mod, case.seqlen, case.device)
+        monkeypatch.setattr(block_masks, "create_block_mask", counted)
+        monkeypatch.setattr(block_masks, "WHOLE", 1024)
+        monkeypatch.setattr(block_masks, "ROWS", 512)
+        pieces = block_masks.block_mask(mask_mod, case.seqlen, case.device)
         assert rows == [512, 512, 512, 364]
         assert pieces.seq_lengths == whole.seq_lengths == (1900, 1900)
         assert (pieces.BLOCK_SIZE, pieces.mask_mod) == (whole.BLOCK_SIZE, mask_mod)

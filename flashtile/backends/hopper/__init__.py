@@ -47,7 +47,7 @@ def builds() -> int:
 def refuses(problem: Problem) -> str | None:
     """Takes half precision with rows that the copy engine can read."""
     # Tiles of keys begin where blocks of all rows do.
-    in_blocks = bool(problem.scaled) and problem.varlen
+    in_blocks = problem.packed_eight
     checks = (
         *_elsewhere(problem),
         (problem.dtype not in (_EIGHT if problem.scaled else _HALF), f"it takes no {problem.dtype}"),
@@ -165,7 +165,7 @@ def _kind(problem: Problem) -> str:
     if problem.dropout_p and not problem.scaled:
         return "dropout"
     # Packed sequences of 8 bits have more to keep in registers, for what lies beside a sequence.
-    if _modified(problem) or rest or (problem.scaled and problem.varlen):
+    if _modified(problem) or rest or problem.packed_eight:
         return of + "cut"
     if problem.mask == '["full"]':
         return of + "full"

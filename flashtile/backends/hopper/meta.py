@@ -119,7 +119,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
     adds = isinstance(config, BackwardConfig) and config.queries is None
     for_dq = isinstance(config, QueryConfig)
     # Then the first tile of a sequence may begin in front of it.
-    in_blocks = bool(problem.scaled) and problem.varlen
+    in_blocks = problem.packed_eight
     return Meta(
         tile_q=config.tile_q,
         tile_kv=config.tile_kv,

@@ -39,7 +39,7 @@ def turn_kernel(
 
 def room_for(v: Tensor, problem: Problem) -> Tensor | None:
     """Memory for values on their side, (1, heads, columns, rows); None: they lie so, or their products want no such."""
-    if not (problem.scaled and problem.varlen):
+    if not problem.packed_eight:
         return None
     rows, heads, columns = v.shape
     return memory_for((1, heads, columns, rows + -rows % GROUP), v.dtype, v.device)
