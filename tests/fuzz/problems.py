@@ -174,29 +174,36 @@ def check(problem: Problem, where: Where) -> bool:
                 raise
             return False
     known = oracle.truth_and_textbook(call)
-    oracle.compare(found, call, SLACK, known, _inherent(call, found, known[0], problem.shift))
+    oracle.compare(found, call, SLACK, known, _inherent(problem, call, found, known[0]))
     return True
 
 
-def _inherent(call: Call, found: Tensors, truth: Tensors, shift: float) -> dict[str, float]:
+def _inherent(problem: Problem, call: Call, found: Tensors, truth: Tensors) -> dict[str, float]:
     """Errors of gradients that cancel, which the textbook formula may escape by chance.
 
     The rows' sums of P * dP are taken from out as it was rounded (FlashAttention-2, Dao 2023, section 3.1), so that the
     score gradients of a row miss zero by a step of a random walk over its columns, and what is summed over rows by a
-    walk over all of them; slopes weigh each with a distance. So do the gradients of queries and keys, where no row sees
-    more than one key and they are 0 in the textbook formula, exactly. Shifted logits have an error of their size, which
-    a column of keys as large then multiplies.
+    walk over all of them; slopes weigh each with a distance, and a table that a function multiplies with the score
+    weighs each with that score, as large as the shifted logits are. So do the gradients of queries and keys, where one
+    key has all the weight of each row and they are 0 in the textbook formula, or nothing beside these errors. Shifted
+    logits have an error of their size, which a column of keys as large then multiplies.
     """
     longest = max(1, call.shape.seqlen_q, call.shape.seqlen_kv)
     wide = torch.finfo(torch.float64 if call.leaves["q"].dtype is torch.float64 else torch.float32)
     products = call.grads["out"].double() * found["out"].double()
     noise = 2 * torch.finfo(found["out"].dtype).eps * float(products.norm())
+    width = call.shape.headdim**0.5
+    shift = abs(problem.shift)
+    logits = shift * width * abs(dict(problem.options).get("scale", 1 / max(1.0, width)))
     errors = {f"d{name}": noise for name in call.leaves if name not in "qkv"}
+    if problem.score is not None:
+        errors |= {f"d{name}": noise * max(1.0, logits) for name in scores.factors(problem.score)}
     errors["dalibi_slopes"] = noise * longest
     errors["dq"] = oracle.ROUNDINGS * wide.eps * shift**2 * call.shape.headdim_v**0.5
     for name, other in (("dq", "k"), ("dk", "q")):
-        if call.leaves[other].numel() and not truth[name].any():
-            errors[name] = errors.get(name, 0.0) + noise * float(call.leaves[other].double().norm(torch.inf))
+        if call.leaves[name[1:]].numel() and call.leaves[other].numel():
+            cancelled = noise * float(call.leaves[other].double().norm(torch.inf))
+            errors[name] = errors.get(name, 0.0) + cancelled * (float(truth[name].norm(torch.inf)) < cancelled)
     return errors
 
 

@@ -61,7 +61,7 @@ def expressions() -> st.SearchStrategy[Expression]:
 
 def feature(expression: Expression) -> Feature:
     """The argument `score_mod`; the tables that it reads are leaves with gradients."""
-    names = sorted({_READ[name] for name in _terms(expression) if name in _READ})
+    names = _tables(expression)
 
     def options(tensors: Tensors, shape: Shape) -> dict[str, Any]:
         held = {name: tensors[name] for name in names}
@@ -75,6 +75,18 @@ def feature(expression: Expression) -> Feature:
         return {name: draw.normal(*_SIZES[name](shape)) for name in names}
 
     return Feature(options, leaves=leaves)
+
+
+def _tables(expression: Expression) -> list[str]:
+    """The names of the leaves that an expression reads."""
+    return sorted({_READ[name] for name in _terms(expression) if name in _READ})
+
+
+def factors(expression: Expression) -> list[str]:
+    """The names of the leaves that are part of a product."""
+    if expression[0] == "multiply":
+        return _tables(expression)
+    return [name for part in expression[1:] if isinstance(part, tuple) for name in factors(part)]
 
 
 def _terms(expression: Expression) -> list[str]:
