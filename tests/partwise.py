@@ -8,8 +8,9 @@ from torch import Tensor
 from flashtile import parts
 from flashtile.distributed import balance
 from flashtile.distributed.scheme import Running, call, rectangles, saved_of
-from flashtile.parts import Grads, Sums, Wanted, Whole
+from flashtile.parts import Grads, Wanted, Whole
 from flashtile.request import Arguments, Packing, build
+from flashtile.sums import Sums
 from tests.problems import Call, Tensors
 
 QKV = ("q", "k", "v")

@@ -22,7 +22,7 @@ ROOMS = {
     "kernels": {"kernels"},
     "machines": {"backends"},
     "choice": {"plan", "tuning"},
-    "doors": {"sharding", "request", "autograd", "recall", "dtensors", "decoding", "gradients", "parts", "fp8",
+    "doors": {"sharding", "request", "autograd", "recall", "dtensors", "decoding", "gradients", "parts", "sums", "fp8",
               "api"},
     "guests": {"distributed", "integrations", "bench", "demo", "cli", "compiling", "__main__"},
 }  # fmt: skip
@@ -143,7 +143,7 @@ def test_distributed_and_integrations_use_public_names() -> None:
     errors of both kinds of users are in `check`."""
     public = {"", "api", "masks", "reference", "state", "dropout", "fp8", "kvcache"}
     doors = {
-        "distributed": {"parts", "sharding", "check"},
+        "distributed": {"parts", "sums", "sharding", "check"},
         "integrations": {"check", "gradients", "request", "sharding"},
     }
     for module, targets in INTERNAL.items():

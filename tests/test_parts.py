@@ -6,6 +6,7 @@ import torch
 from flashtile import cut, parts
 from flashtile.parts import Part
 from flashtile.problem import Inputs, Options
+from flashtile.sums import Sums
 from tests import oracle, partwise
 from tests.conformance import watched
 from tests.problems import FEATURES, dense, make, packed
@@ -70,14 +71,14 @@ def test_dropout_on_packed_parts_is_refused() -> None:
 def test_sums_keep_a_single_gradient_as_it_is() -> None:
     like = torch.zeros(1, 4, 2, 3, dtype=torch.bfloat16)
     one = torch.ones(1, 4, 2, 3, dtype=torch.bfloat16)
-    total = parts.Sums(like)
+    total = Sums(like)
     total.add(slice(0, 4), one)
     assert total.result() is one
-    total = parts.Sums(like)
+    total = Sums(like)
     total.add(slice(0, 4), one)
     total.add(slice(1, 2), one[:, :1])
     assert total.result()[0, :, 0, 0].tolist() == [1, 2, 1, 1]
-    assert not parts.Sums(like).result().any()
+    assert not Sums(like).result().any()
 
 
 def test_windows_only() -> None:

@@ -15,6 +15,7 @@ from flashtile.distributed.balance import Piece
 from flashtile.distributed.groups import as_bytes
 from flashtile.distributed.scheme import Rectangle, Running, Scheme, call, rectangles, saved_of
 from flashtile.parts import Grads, Whole
+from flashtile.sums import Sums
 
 
 class Gather(Scheme):
@@ -50,7 +51,7 @@ class Gather(Scheme):
         totals: Grads,
     ) -> tuple[Tensor, Tensor, Tensor]:
         k, v = self._keys(whole)
-        sums = parts.Sums(whole.inputs.q), parts.Sums(k), parts.Sums(v)
+        sums = Sums(whole.inputs.q), Sums(k), Sums(v)
         for found in self._rectangles(whole):
             part = call(whole, found, k, v)
             given = parts.backward(part, *saved_of(found, saved, grads), totals)

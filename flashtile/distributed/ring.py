@@ -23,6 +23,7 @@ from flashtile import parts
 from flashtile.distributed.groups import peer
 from flashtile.distributed.scheme import Rectangle, Running, Scheme, call, hull, rows_of, saved_of
 from flashtile.parts import Grads, Whole
+from flashtile.sums import Sums
 
 FORWARD_PAIRS, BACKWARD_PAIRS = 2**35, 2**29
 """Pairs of a query and a key in a step of some heads, at least: enough work to keep a GPU busy, for longer than the
@@ -111,10 +112,10 @@ class Work:
     whole: Whole
     saved: _Saved
     grads: _Grads
-    sums: list[parts.Sums]
+    sums: list[Sums]
     results: list[Tensor] = field(default_factory=list)
 
-    def finish(self, sums: Sequence[parts.Sums]) -> None:
+    def finish(self, sums: Sequence[Sums]) -> None:
         """The next of the results: dq first, then dk and dv."""
         self.results += [each.result() for each in sums]
 
@@ -138,7 +139,7 @@ class Heads(NamedTuple):
         sums = []
         for place, each in enumerate(tensors_of(self.whole)):
             heads = self.keys if place else queries
-            sums.append(parts.Sums(each, None if results is None else results[place][..., heads, :]))
+            sums.append(Sums(each, None if results is None else results[place][..., heads, :]))
         return Work(
             self.whole,
             (out[..., queries, :], lse[..., queries, :]),
@@ -252,7 +253,7 @@ class Ring(Scheme):
 
     def _differentiate(self, work: Work, arrival: Arrival, totals: Grads) -> tuple[Tensor, Tensor] | None:
         """Adds to dq, and of the first step to dk and dv; of the others returns what belongs to the keys' owner."""
-        here = [parts.Sums(arrival.k), parts.Sums(arrival.v)] if arrival.step else work.sums[1:]
+        here = [Sums(arrival.k), Sums(arrival.v)] if arrival.step else work.sums[1:]
         for found in arrival.found:
             part = call(work.whole, found, arrival.k, arrival.v, arrival.first)
             dq, dk, dv = parts.backward(part, *saved_of(found, work.saved, work.grads), totals)

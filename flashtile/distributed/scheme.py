@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashtile import parts
+from flashtile import parts, sums
 from flashtile.check import sharding as check
 from flashtile.distributed import balance
 from flashtile.distributed.balance import Piece
@@ -115,7 +115,7 @@ class Running:
             self.out, self.lse = out, lse
             return
         held, held_lse = self._wide() if not last or self.out is None or self.lse is None else (self.out, self.lse)
-        parts.merge(rows_of(held, rows), held_lse[..., rows], out, lse)
+        sums.merge(rows_of(held, rows), held_lse[..., rows], out, lse)
 
     def _wide(self) -> tuple[Tensor, Tensor]:
         """(out, lse) to be written to, out in the accumulator's type."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashtile import parts
+from flashtile import parts, sums
 from flashtile.distributed.ring import Ring
 from flashtile.parts import Inputs, Options, Wanted
 
@@ -74,7 +74,7 @@ def hollow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that only allocate, merges that only take place, messages that only have memory."""
     monkeypatch.setattr(parts, "forward", _forward)
     monkeypatch.setattr(parts, "backward", _backward)
-    monkeypatch.setattr(parts, "merge", lambda *_: None)
+    monkeypatch.setattr(sums, "merge", lambda *_: None)
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [])
     yield
     dist.destroy_process_group()
