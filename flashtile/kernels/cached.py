@@ -1,6 +1,5 @@
 """What goes on around a sweep over a KV cache, any backend's: rows are appended before, parts are joined after."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +46,10 @@ def append(
     problem: Problem,
     words: Cache,
     turned: Tensor,
-    tile_of: Callable[[int, int], int],
+    most: int,
     early: bool,
 ) -> Launch | None:
-    """New rows, and queries that are to be turned; None: there are none. tile_of(rows, columns): rows of a program.
+    """New rows, and queries that are to be turned; None: there are none. most: rows of a program, a power of two.
     early: the next kernel may begin meanwhile."""
     cached = problem.cached
     if cached is None or cache.k is None or cache.v is None:
@@ -58,7 +57,7 @@ def append(
     rotary = rotary_of(cache)
     heads = problem.heads_kv + (problem.heads if rotary is not None else 0)
     rows = max(cached.appended, problem.seqlen_q if rotary is not None else 0)
-    tile = tile_of(rows, max(problem.headdim, problem.headdim_v))
+    tile = min(most, triton.next_power_of_2(max(1, rows)))
     count = -(-rows // tile)
     window = region(problem.mask)
     arguments = (

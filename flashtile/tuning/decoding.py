@@ -12,7 +12,7 @@ class DecodeConfig(NamedTuple):
     tiles: Tiles
     splits: int
     part: int | None = None
-    append: int = 4
+    append: int = 1
 
 
 Rows = tuple[tuple[int, Tiles], ...]
@@ -102,13 +102,12 @@ parts at a time, and about 11 as parts began and ended; 3 and 8 parts took 14 an
 LATENT_REGISTERS = 168
 """A thread that it is compiled for; its warps trade them once it runs."""
 
-APPEND = (1, 2, 4)
-"""New rows of a program: the first that holds all, or as many programs as it takes. Rows of more than 512 columns have
-programs of their own."""
+APPEND = 4
+"""New rows of a program at most; those of more than 512 columns have programs of their own."""
 
 APPEND_WIDE = {"blackwell": 1, "ampere": 1, "rdna": 1}
-"""By family, new rows of a program at most where they have more than 256 columns: a warp of 32 lanes that turns four of
-512 spills up to 191 registers, and two of them up to 8. Hopper's are left as they were; CDNA's warps have 64 lanes."""
+"""By family, the same for rows of more than 256 columns: a warp of 32 lanes that turns four of 512 spills up to 191
+registers, and two of them up to 8. Hopper's are left as they were; CDNA's warps have 64 lanes."""
 
 COMBINE = (4, 16, 32)
 """Parts that are joined at a time: the first that holds all. Of more than the last, `IN_TURN` at a time are.
@@ -185,14 +184,10 @@ def room_for(tiles: Tiles, row: int, narrow: bool, family: str) -> Room:
 
 
 def append_most(columns: int, family: str) -> int:
-    """New rows of a program at most."""
-    return APPEND_WIDE.get(family, APPEND[-1]) if columns > 256 else APPEND[-1]
-
-
-def append_rows(rows: int, columns: int, most: int) -> int:
-    """New rows of a program, from `APPEND`."""
-    fitting = [tile for tile in APPEND if tile <= most] if columns <= 512 else APPEND[:1]
-    return next((tile for tile in fitting if rows <= tile), fitting[-1])
+    """New rows of a program at most, a power of two."""
+    if columns > 512:
+        return 1
+    return APPEND_WIDE.get(family, APPEND) if columns > 256 else APPEND
 
 
 def parts_at_once(splits: int) -> int:

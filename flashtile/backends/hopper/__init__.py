@@ -126,11 +126,13 @@ def configure(problem: Problem) -> HopperConfig | BackwardConfig:
 def configure_latent(problem: Problem) -> DecodeConfig:
     """As many parts of the keys as fill the device; no length is known here."""
     tiles = _latent_tiles(problem)
+    append = decoding.append_most(problem.headdim, "hopper")
     if problem.cached is not None and problem.cached.splits is not None:
-        return DecodeConfig(tiles, problem.cached.splits)
+        return DecodeConfig(tiles, problem.cached.splits, append=append)
     programs = problem.batch * -(-problem.seqlen_q * problem.heads // tiles.tile_q)
     counted = -(-problem.seqlen_kv // decoding.LATENT_COUNTED)
-    return DecodeConfig(tiles, decode_splits(programs, counted, _cached().calls.DEVICE.room(), decoding.Room(1, 1)))
+    splits = decode_splits(programs, counted, _cached().calls.DEVICE.room(), decoding.Room(1, 1))
+    return DecodeConfig(tiles, splits, append=append)
 
 
 def _latent_tiles(problem: Problem) -> Tiles:

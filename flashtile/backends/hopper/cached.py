@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from flashtile.kernels.caches import cache_of, scale_of
 from flashtile.kernels.tape import Tape, perform
 from flashtile.problem import CacheTensors, Inputs, Problem
 from flashtile.region import region
-from flashtile.tuning.decoding import COLUMNS, LATENT_NARROW, LATENT_REGISTERS, DecodeConfig, append_rows, parts_at_once
+from flashtile.tuning.decoding import COLUMNS, LATENT_NARROW, LATENT_REGISTERS, DecodeConfig, parts_at_once
 
 KERNELS = (latent_kernel, *cached.KERNELS)
 
@@ -78,7 +78,7 @@ def decode(
         shared = {"rules": rules_of(inputs, problem, *arguments), "cache": words}
         meta: Any = meta_of(problem, config)
         call = Call(machine or calls.DEVICE, tape, inputs, problem, config, meta, shared, functions)
-        _run(call, cached.append(inputs, cache, problem, words, turned, partial(append_rows, most=config.append), True))
+        _run(call, cached.append(inputs, cache, problem, words, turned, config.append, True))
         _attend(call, cache, turned, parts)
         if splits > 1:
             _run(call, cached.combine(problem, splits, parts, (out, lse), parts_at_once(splits), COLUMNS, True))

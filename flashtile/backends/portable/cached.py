@@ -1,6 +1,5 @@
 """Launches of a call over a KV cache: rows are appended, parts of the keys attended to, and the parts joined."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from flashtile.kernels.caches import cache_of, scale_of, stored
 from flashtile.kernels.tape import Tape, perform
 from flashtile.kernels.words import Cache
 from flashtile.problem import CacheTensors, Inputs, Problem
-from flashtile.tuning.decoding import COLUMNS, DecodeConfig, append_rows, parts_at_once
+from flashtile.tuning.decoding import COLUMNS, DecodeConfig, parts_at_once
 from flashtile.tuning.portable import Tiles
 
 KERNELS = (decode_kernel, *cached.KERNELS)
@@ -42,7 +41,7 @@ def decode(
         call = Call.of(machine._replace(tape=tape), inputs, problem)
         words = cache_of(cache)
         early = _early(call)
-        _run(call, append(inputs, cache, problem, words, turned, partial(append_rows, most=config.append), early))
+        _run(call, append(inputs, cache, problem, words, turned, config.append, early))
         _attend(call, cache, words, config, turned, parts, early)
         if splits > 1:
             _run(call, combine(problem, splits, parts, (out, lse), parts_at_once(splits), COLUMNS, early))
