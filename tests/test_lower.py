@@ -68,5 +68,14 @@ def test_which_tanh_may_be_quick(name: str, quickly: bool) -> None:
     """One that is added to scores of half precision: there an absolute error counts, not a relative one."""
     lifted = trace.lift(functions.SCORES[name], "score")
     exact, quick = (lower.score_hook(lifted.key, lifted.tensors, quick).function.src for quick in (False, True))
-    assert "quick_tanh" not in exact
-    assert ("quick_tanh" in quick) == quickly
+    assert "tanh_of_power" not in exact
+    assert ("tanh_of_power" in quick) == quickly
+
+
+def test_numbers_that_follow_each_other_are_one() -> None:
+    """For half precision: of a softcap, forward and back, two products are left, and none of the gradient."""
+    lifted = trace.lift(functions.SCORES["tanh"], "score")
+    forward = lower.score_hook(lifted.key, lifted.tensors, True).function.src
+    backward = lower.derivative_hook(lifted.key, [], True)
+    assert backward is not None
+    assert (forward.count(" * "), backward.function.src.count(" * ")) == (2, 3)

@@ -26,6 +26,9 @@ from flashtile.tuning import hopper as hopper_tables
 from flashtile.tuning import portable as portable_tables
 from flashtile.tuning.portable import Tiles
 
+_WIDTHS = (64, 128, 256, 512)
+"""Of the rows in the tables of tiles."""
+
 
 @dataclass
 class Row:
@@ -128,7 +131,7 @@ def _portable_machine(entry: Entry, found: list[Row]) -> portable_launch.Machine
         given = dict(zip(names, arguments, strict=False)) | {key: options[key] for key in options if key in names}
         beside = {key: value for key, value in options.items() if key not in names}
         row = _named(entry, "portable", kernel, tiles.chosen())
-        row.spills_allowed = portable_tables.spills_allowed(target.family, row.kernel, row.headdim, row.variant)
+        row.spills_allowed = _allowed(portable_tables.HOPPER_SPILLS, row) if target.family == "hopper" else 0
         _measure(row, kernel, given, {**beside, **tiles.options()})
         if row.shared > target.shared and _smaller_left(tiles):
             # What the driver would say; the launch tries the next smaller tiles.
@@ -162,6 +165,12 @@ def _hopper(entry: Entry) -> list[Row]:
     return found
 
 
+def _allowed(limits: dict[tuple[str, int], dict[str, int]], row: Row) -> int:
+    """How many spilling instructions, by the head dimension of the table's row that serves the kernel's."""
+    width = next((width for width in _WIDTHS if row.headdim <= width), row.headdim)
+    return limits.get((row.kernel, width), {}).get(row.variant, 0)
+
+
 def _tiles(config: Any) -> tuple[int, ...]:
     """Of a row of the Hopper backend's tables."""
     return config.tile_q, config.tile_kv, 4 * config.consumers, config.stages
@@ -173,7 +182,7 @@ def _compiling(entry: Entry, tiles: tuple[int, ...], found: list[Row]) -> Hopper
     def compile_instead(kernel: Any, programs: int | Grid, arguments: Any, options: dict[str, Any]) -> None:
         given = {parameter.name: value for parameter, value in zip(kernel.params, arguments, strict=True)}
         row = _named(entry, "hopper", kernel, tiles)
-        row.spills_allowed = hopper_tables.spills_allowed(row.kernel, row.headdim, row.variant)
+        row.spills_allowed = _allowed(hopper_tables.SPILLS, row)
         _measure(row, kernel, given, options)
         found.append(row)
 

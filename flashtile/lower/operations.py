@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import torch
 
-from flashtile.lower.rules import ARITHMETIC, BOUNDS, COMPARE, FLOATING, OMITTED, TRUTH, WHOLE, Bounds, Unsupported
+from flashtile.lower.rules import (
+    ARITHMETIC,
+    BOUNDS,
+    COMPARE,
+    FLOATING,
+    OMITTED,
+    TRUTH,
+    TWICE_LOG2E,
+    WHOLE,
+    Bounds,
+    Unsupported,
+)
 from flashtile.lower.source import Source
 from flashtile.lower.values import BOTH, INT64, LONGEST, TYPES, Value, axes_of, constant, width
 
@@ -30,6 +41,13 @@ def apply(source: Source, name: str, values: Sequence[Value], dtype: torch.dtype
         name, values = "square", values[:1]
     if source.quick and name == "div" and dtype is torch.float32 and _invertible(values[1]):
         name, values = "mul", [values[0], constant(1.0 / float(values[1].number or 1.0))]
+    if source.quick and (product := _multiplied(name, values, dtype)) is not None:
+        return product
+    if name == "quick_tanh":
+        values = [_times(values[0], TWICE_LOG2E.value)]
+    # What the first operand is multiplied with, the result is.
+    factor = values[0].factor if name == "tanh_backward" else 1.0
+    values = [replace(values[0], factor=1.0), *values[1:]] if factor != 1.0 else values
     missing = OMITTED.get(name, ())[len(values) - 1 :]
     values = [*values, *map(constant, missing)]
     half = _half(values)
@@ -44,7 +62,25 @@ def apply(source: Source, name: str, values: Sequence[Value], dtype: torch.dtype
         text, bounds = wrapped[0].format(text), wrapped[1]
     elif kind == "i64" and width(bounds) == "i32":
         text = f"({text}).to(tl.int32)"
-    return replace(source.bind(text, dtype, axes, bounds), floating=_floating(source, name, values, bounds))
+    found = source.bind(text, dtype, axes, bounds)
+    return replace(found, floating=_floating(source, name, values, bounds), factor=factor)
+
+
+def _multiplied(name: str, values: Sequence[Value], dtype: torch.dtype) -> Value | None:
+    """A product with a number, written where it is wanted (`Value.factor`); None: of other operands, or by so large or
+    small a number that the order of products counts."""
+    numbers = [value for value in values if value.number is not None]
+    others = [value for value in values if value.number is None and value.dtype is dtype and value.capture is None]
+    if name != "mul" or dtype is not torch.float32 or (len(numbers), len(others)) != (1, 1):
+        return None
+    product = _times(others[0], float(numbers[0].number or 0.0))
+    return product if _invertible(constant(product.factor)) else None
+
+
+def _times(value: Value, number: float) -> Value:
+    if value.number is not None:
+        return constant(float(value.number) * number)
+    return replace(value, factor=value.factor * number)
 
 
 def _invertible(value: Value) -> bool:

@@ -44,14 +44,15 @@ class Source:
     def text(self, value: Value, kind: str) -> str:
         """The value, converted to a kind."""
         if value.capture is not None:
-            value = self.read(value, [])
+            value = replace(self.read(value, []), factor=value.factor)
         if value.number is not None:
             return literal(value.number, kind)
+        name = value.name if value.factor == 1.0 else f"({value.name} * {literal(value.factor, 'f')})"
         if value.kind == kind:
-            return value.name
+            return name
         if kind == "f" and value.floating is not None:
             return value.floating
-        return f"({value.name} != 0)" if kind == "b" else f"{value.name}.to({TYPES[kind]})"
+        return f"({name} != 0)" if kind == "b" else f"{name}.to({TYPES[kind]})"
 
     def read(self, tensor: Value, at: Sequence[Value]) -> Value:
         """One element of a captured tensor for each element of the tile."""

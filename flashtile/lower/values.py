@@ -29,6 +29,7 @@ class Value:
 
     `number`: it is this constant. `capture`: it is this captured tensor, of `ndim` dimensions. `floating`: how to get
     the same whole number of a tile in float32 without converting every element, which costs as much as an exponential.
+    `factor`: it is so many times what the name holds, a product that the next steps may take together with theirs.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Value:
     capture: int | None = None
     ndim: int = 0
     floating: str | None = None
+    factor: float = 1.0
 
     @property
     def kind(self) -> str:

@@ -283,10 +283,5 @@ SPILLS: dict[tuple[str, int], dict[str, int]] = {
         "heads": 40,
     },
 }
-"""How many spilling instructions a kernel may have, by head dimension and variant, where not 0: what the worst of the
-supported Tritons makes, rounded up to tens. To be brought to none."""
-
-
-def spills_allowed(kernel: str, headdim: int, variant: str) -> int:
-    """The limit of a row, for `flashtile compile`."""
-    return SPILLS.get((kernel, headdim), {}).get(variant, 0)
+"""How many spilling instructions a kernel may have, by the row's head dimension and the variant, where not 0: what the
+worst of the supported Tritons makes, rounded up to tens. To be brought to none."""

@@ -205,6 +205,11 @@ AMPERE["masked"] = (
     (128, AMPERE["eight"][1][1]._replace(forward=Tiles(64, 64, 8, 2))),
     *AMPERE["eight"][2:],
 )
+AMPERE["function"] = (
+    (64, AMPERE["modified"][0][1]._replace(key=Tiles(32, 32, 4, 1, lean=True))),
+    *AMPERE["modified"][1:],
+)
+AMPERE["table"] = AMPERE["modified"]
 AMPERE["packed"] = (
     (64, AMPERE["masked"][0][1]._replace(forward=Tiles(128, 32, 8, 2, registers=REGISTERS))),
     *AMPERE["masked"][1:],
@@ -308,17 +313,13 @@ HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
     ("key_kernel", 256): {"plain": 20, "dropout": 40, "bias": 30, "table": 20, "mask_mod": 50},
     ("key_kernel", 512): {"plain": 30, "causal": 30, "window": 20, "dropout": 30, "bias": 20, "softcap": 20,
                           "score_mod": 130, "table": 40, "mask_mod": 300, "varlen": 40, "deterministic": 30},
+    ("decode_kernel", 128): {"decode": 10},
     ("decode_kernel", 512): {"decode": 10, "decode_paged": 10, "decode_fp8": 40, "decode_int8": 50, "decode_some": 20,
                              "decode_some_fp8": 80, "decode_many": 10},
 }  # fmt: skip
-"""How many spilling instructions a kernel may have on sm_90a by kernel, head dimension and variant of the call, rounded
-up to tens; elsewhere, and where none is named, none. There, tiles that spill nothing took 1.1 to 3.7 times as long
-on an H100; over KV caches none were timed (docs/portable.md). This keeps the numbers from growing."""
-
-
-def spills_allowed(family: str, kernel: str, headdim: int, variant: str) -> int:
-    """The limit of a row, for `flashtile compile`."""
-    return HOPPER_SPILLS.get((kernel, headdim), {}).get(variant, 0) if family == "hopper" else 0
+"""How many spilling instructions a kernel may have on sm_90a by kernel, the row's head dimension and the variant,
+rounded up to tens; elsewhere, and where none is named, none. There, tiles that spill nothing took 1.1 to 3.7 times as
+long on an H100; over KV caches none were timed (docs/portable.md). This keeps the numbers from growing."""
 
 
 def portable_config(headdim: int, kind: str, family: str = "hopper") -> PortableConfig:
