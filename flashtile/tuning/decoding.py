@@ -65,6 +65,11 @@ NARROW["blackwell"] = {
     kind: rows if kind == "single" else (*rows[:-1], (512, Tiles(32, 32, 8, 3, registers=REGISTERS)))
     for kind, rows in NARROW["hopper"].items()
 }
+NARROW["blackwell"]["half"] = (
+    NARROW["blackwell"]["half"][0],
+    (120, Tiles(16, 64, 4, 4)),
+    *NARROW["blackwell"]["half"][1:],
+)
 NARROW["ampere"]["narrow"] = ((64, Tiles(64, 64, 4, 3, registers=REGISTERS)), *NARROW["ampere"]["half"][1:])
 NARROW["ampere"]["narrow_paged"] = NARROW["ampere"]["narrow"]
 NARROW["rdna"]["narrow_paged"] = NARROW["rdna"]["narrow"]

@@ -164,12 +164,17 @@ BLACKWELL: dict[str, Rows] = {
     "modified": (
         (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 8, 2, registers=REGISTERS))),
         (128, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 4, 1))),
-        (256, PortableConfig(Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 1),
+        (256, PortableConfig(Tiles(128, 32, 8, 2, lean=True), Tiles(64, 32, 8, 2), Tiles(16, 64, 8, 1),
                              Tiles(64, 64, 8, 1, registers=REGISTERS))),
         _WIDE_BLACKWELL,
     ),
     "single": HOPPER["single"],
 }  # fmt: skip
+BLACKWELL["modified"] = (
+    BLACKWELL["modified"][0],
+    (120, BLACKWELL["modified"][1][1]._replace(query=Tiles(64, 32, 8, 1, registers=REGISTERS))),
+    *BLACKWELL["modified"][1:],
+)
 """sm_100, 227 KB of shared memory. The largest tiles that do not spill; timed on none. Rows of 512 columns have 64 that
 accumulate: with 32 it is not `tcgen05` that multiplies, and with 128 they do not fit into tensor memory."""
 
@@ -202,6 +207,7 @@ AMPERE["eight"] = (
 )
 AMPERE["masked"] = (
     AMPERE["eight"][0],
+    (120, AMPERE["eight"][1][1]._replace(forward=Tiles(64, 64, 8, 2), key=Tiles(32, 32, 8, 2, registers=REGISTERS))),
     (128, AMPERE["eight"][1][1]._replace(forward=Tiles(64, 64, 8, 2))),
     *AMPERE["eight"][2:],
 )
@@ -226,17 +232,21 @@ _WIDE_CDNA_ASKED = (512, PortableConfig(_EIGHTHS_64, _EIGHTHS_64._replace(tile_q
 
 CDNA: dict[str, Rows] = {
     "half": (
-        (64, PortableConfig(Tiles(128, 64, 8, 2, aside=True), Tiles(64, 64, 8, 2, aside=True), Tiles(32, 64, 8, 1))),
-        (128, PortableConfig(Tiles(128, 64, 8, 2, 16, aside=True), Tiles(64, 32, 4, 2, aside=True),
-                             Tiles(32, 64, 4, 1))),
-        (256, PortableConfig(Tiles(64, 32, 4, 2, aside=True), Tiles(64, 32, 4, 2, 16, aside=True),
-                             Tiles(16, 32, 4, 1))),
+        (64, PortableConfig(Tiles(128, 64, 8, 2, aside=True), Tiles(128, 32, 4, 2, aside=True),
+                            Tiles(32, 128, 4, 1))),
+        (128, PortableConfig(Tiles(128, 64, 8, 2, 16, aside=True), Tiles(64, 32, 4, 1, 16, aside=True),
+                             Tiles(32, 64, 4, 1, 16))),
+        (256, PortableConfig(Tiles(64, 32, 4, 2, 16, aside=True), Tiles(64, 16, 4, 1, 16, aside=True),
+                             Tiles(16, 64, 4, 1))),
         _WIDE_CDNA,
     ),
     "modified": (
-        (64, PortableConfig(Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2, aside=True), Tiles(32, 64, 4, 1))),
-        (128, PortableConfig(Tiles(64, 64, 4, 2, aside=True), Tiles(64, 32, 4, 2, aside=True), Tiles(16, 32, 4, 1))),
-        (256, PortableConfig(Tiles(64, 32, 4, 2, aside=True), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1))),
+        (64, PortableConfig(Tiles(128, 64, 8, 2, aside=True), Tiles(64, 32, 4, 2, 16, aside=True),
+                            Tiles(32, 128, 4, 1, 16))),
+        (128, PortableConfig(Tiles(64, 64, 4, 2, 16, aside=True), Tiles(64, 32, 4, 1, 16, aside=True),
+                             Tiles(16, 128, 8, 1))),
+        (256, PortableConfig(Tiles(64, 32, 4, 2, 16, aside=True), Tiles(64, 16, 4, 1, 16, aside=True),
+                             Tiles(16, 64, 4, 1))),
         _WIDE_CDNA_MODIFIED,
     ),
     "single": HOPPER["single"],
@@ -244,42 +254,50 @@ CDNA: dict[str, Rows] = {
 CDNA["masked"] = (
     (64, CDNA["modified"][0][1]._replace(forward=Tiles(128, 64, 8, 2, 16, aside=True))),
     CDNA["modified"][1],
-    (256, CDNA["modified"][2][1]._replace(forward=Tiles(64, 32, 4, 2))),
+    (256, CDNA["modified"][2][1]._replace(forward=Tiles(64, 32, 4, 2), key=Tiles(16, 64, 4, 1, lean=True))),
     _WIDE_CDNA_ASKED,
 )
-CDNA["function"] = (*CDNA["modified"][:3], _WIDE_CDNA_ASKED)
+CDNA["packed"] = CDNA["half"]
+CDNA["function"] = (
+    CDNA["modified"][0],
+    (128, CDNA["modified"][1][1]._replace(forward=CDNA["half"][1][1].forward)),
+    CDNA["modified"][2],
+    _WIDE_CDNA_ASKED,
+)
 CDNA["table"] = (
     (32, CDNA["modified"][0][1]._replace(forward=Tiles(128, 32, 8, 2))),
-    *CDNA["function"],
+    *CDNA["modified"][:3],
+    _WIDE_CDNA_ASKED,
 )
-"""gfx90a, gfx942, gfx950: 64 KB of LDS. The largest tiles that do not spill; timed on none of them. Warps share rows of
-512 columns in half precision, which one does not hold.
-Products of 16 rows, and rows loaded aside, where a comparison by counts was made (docs/amd.md)."""
+CDNA["modified"] = ((32, CDNA["modified"][0][1]._replace(forward=Tiles(128, 64, 8, 2))), *CDNA["modified"])
+"""gfx90a, gfx942, gfx950: 64 KB of LDS; timed on none of them. Of tiles that do not spill, those of which no product is
+made twice, with two waves where there are such, and then the fewest cycles of LDS and vector instructions in emulation
+(docs/amd.md). Warps share rows of 512 columns in half precision, which one does not hold."""
 
 _QUARTERS, _EIGHTHS = Tiles(16, 16, 4, 1, parts=4), Tiles(16, 16, 8, 1, parts=8)
 _SIXTEENTHS = Tiles(16, 16, 16, 1, parts=16)
 
 RDNA: dict[str, Rows] = {
     "half": (
-        (64, PortableConfig(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 8, 1))),
+        (64, PortableConfig(Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(16, 32, 4, 1, parts=4))),
         (128, PortableConfig(Tiles(64, 32, 8, 1), Tiles(16, 32, 4, 1, parts=4), Tiles(16, 32, 8, 1, parts=8))),
         (256, PortableConfig(Tiles(16, 32, 8, 1, parts=8), Tiles(16, 32, 8, 1, parts=8), _EIGHTHS)),
         (512, PortableConfig(_SIXTEENTHS._replace(tile_q=32), _SIXTEENTHS._replace(tile_q=32), _SIXTEENTHS)),
     ),
     "masked": (
-        (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 8, 1))),
+        (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1, parts=4))),
         (128, PortableConfig(Tiles(32, 16, 8, 1, parts=4), _QUARTERS, _QUARTERS)),
         (512, PortableConfig(_SIXTEENTHS._replace(tile_q=32), _SIXTEENTHS, _SIXTEENTHS)),
     ),
     "modified": (
-        (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(32, 16, 4, 1), Tiles(16, 32, 8, 1))),
+        (64, PortableConfig(Tiles(64, 32, 8, 1), Tiles(64, 16, 4, 1), Tiles(16, 32, 4, 1, parts=4))),
         (128, PortableConfig(Tiles(64, 32, 8, 1), _QUARTERS, _QUARTERS)),
         (512, PortableConfig(_SIXTEENTHS._replace(tile_q=32), _SIXTEENTHS, _SIXTEENTHS)),
     ),
     "single": HOPPER["single"],
 }
 RDNA["function"] = (
-    RDNA["modified"][0],
+    (64, RDNA["modified"][0][1]._replace(query=RDNA["masked"][0][1].query)),
     (128, RDNA["modified"][1][1]._replace(forward=Tiles(64, 32, 8, 1, aside=True))),
     *RDNA["modified"][2:],
 )
@@ -288,9 +306,10 @@ RDNA["eight_masked"] = (
     (64, RDNA["masked"][0][1]._replace(forward=Tiles(128, 32, 8, 1, lean=True))),
     *RDNA["masked"][1:],
 )
-"""gfx1100, gfx1201: 64 KB of LDS. The largest tiles that do not spill on gfx1100, whose registers do not hold rows of
-128 columns whole for the backward pass, nor of 256 for the forward pass: there warps share the columns, sixteen of them
-where there are 512. Timed on none of them."""
+"""gfx1100, gfx1201: 64 KB of LDS; timed on none of them. Large tiles that do not spill on gfx1100; those of 64 columns
+make no product twice, but for dQ under masks and scores that are functions. Its registers do not hold rows of 128
+columns whole for the backward pass, nor of 256 for the forward pass: there warps share the columns, sixteen of them
+where there are 512."""
 
 TABLES: dict[str, dict[str, Rows]] = {
     "hopper": HOPPER,

@@ -8,8 +8,10 @@ chooses, so that version must be the one that is imported:
     PYTHONPATH=.venv/triton-3.6 TINYGRAD=tinygrad .venv/bin/python -m pytest tests/amd
 """
 
+import math
+import re
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +43,13 @@ def missing() -> str | None:
 class Emulated:
     """A GPU. reverse_waves: the last wave goes first, so that a missing barrier shows. ran: launches, by kernel;
     instructions: of them all, one a wave; seconds: that they took. conflicts: what conflicts of LDS banks
-    cost, counted if it is a dictionary: kernel -> instruction -> (accesses, cycles, cycles if there were none)."""
+    cost, counted if it is a dictionary: kernel -> instruction -> (accesses, cycles, cycles if there were none).
+    multiplied: numbers with others by matrix instructions, by kernel."""
 
     arch: str
     reverse_waves: bool = False
     ran: Counter[str] = field(default_factory=Counter)
+    multiplied: Counter[str] = field(default_factory=Counter)
     instructions: int = 0
     seconds: float = 0.0
     conflicts: dict[str, dict[str, tuple[int, int, int]]] | None = None
@@ -86,8 +90,15 @@ class Emulated:
         if self.conflicts is not None:
             self.conflicts[kernel.fn.__name__] = report.conflicts
         self.ran[kernel.fn.__name__] += 1
+        self.multiplied[kernel.fn.__name__] += _multiplied(report.counts)
         self.instructions += report.instructions
         self.seconds += report.seconds
+
+
+def _multiplied(counts: Mapping[str, int]) -> int:
+    """Of matrix instructions, by how often each ran, as V_MFMA_F32_32X32X8_F16 or V_WMMA_F32_16X16X16_F16."""
+    found = [(re.search(r"V_(?:MF|WM)MA_F32_(\d+)X(\d+)X(\d+)", name), times) for name, times in counts.items()]
+    return sum(times * math.prod(map(int, match.groups())) for match, times in found if match is not None)
 
 
 def device_arguments(values: tuple[Any, ...], constants: Container[tuple[int, ...]]) -> list[Any]:

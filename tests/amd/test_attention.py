@@ -165,6 +165,16 @@ def test_banks_of_shared_memory(headdim: int, device: Emulated) -> None:
     assert {key: pair for key, pair in counted.items() if pair[0] > 2 * pair[1]} == {}
 
 
+@pytest.mark.parametrize("headdim", [64, 128])
+def test_no_product_is_made_twice(headdim: int, device: Emulated) -> None:
+    """By waves that have the same rows and columns, as those of tiles have that are too small for all of them."""
+    _check(_case("products", dense(1, 128, 128, 1, 1, headdim), dtype=BRAIN), device)
+    kernels = {"forward_kernel": 2, "query_kernel": 3, "key_kernel": 4}
+    assert {name: device.multiplied[name] for name in kernels} == {
+        name: count * 128 * 128 * headdim for name, count in kernels.items()
+    }
+
+
 @pytest.mark.parametrize("case", BARRIERS, ids=str)
 def test_no_barrier_is_missing(case: Case, device: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between barriers it does not matter which wave goes first."""
