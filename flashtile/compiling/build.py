@@ -22,12 +22,8 @@ from flashtile.compiling.targets import TARGETS
 from flashtile.kernels import aot
 from flashtile.kernels.tape import Grid
 from flashtile.problem import describe, describe_cached
-from flashtile.tuning import hopper as hopper_tables
-from flashtile.tuning import portable as portable_tables
+from flashtile.tuning import spills
 from flashtile.tuning.portable import Tiles
-
-_WIDTHS = (64, 128, 256, 512)
-"""Of the rows in the tables of tiles."""
 
 
 @dataclass
@@ -131,7 +127,8 @@ def _portable_machine(entry: Entry, found: list[Row]) -> portable_launch.Machine
         given = dict(zip(names, arguments, strict=False)) | {key: options[key] for key in options if key in names}
         beside = {key: value for key, value in options.items() if key not in names}
         row = _named(entry, "portable", kernel, tiles.chosen())
-        row.spills_allowed = _allowed(portable_tables.HOPPER_SPILLS, row) if target.family == "hopper" else 0
+        limits = spills.PORTABLE if target.family == "hopper" else {}
+        row.spills_allowed = spills.allowed(limits, row.kernel, row.headdim, row.variant)
         _measure(row, kernel, given, {**beside, **tiles.options()})
         if row.shared > target.shared and _smaller_left(tiles):
             # What the driver would say; the launch tries the next smaller tiles.
@@ -165,12 +162,6 @@ def _hopper(entry: Entry) -> list[Row]:
     return found
 
 
-def _allowed(limits: dict[tuple[str, int], dict[str, int]], row: Row) -> int:
-    """How many spilling instructions, by the head dimension of the table's row that serves the kernel's."""
-    width = next((width for width in _WIDTHS if row.headdim <= width), row.headdim)
-    return limits.get((row.kernel, width), {}).get(row.variant, 0)
-
-
 def _tiles(config: Any) -> tuple[int, ...]:
     """Of a row of the Hopper backend's tables."""
     return config.tile_q, config.tile_kv, 4 * config.consumers, config.stages
@@ -182,7 +173,7 @@ def _compiling(entry: Entry, tiles: tuple[int, ...], found: list[Row]) -> Hopper
     def compile_instead(kernel: Any, programs: int | Grid, arguments: Any, options: dict[str, Any]) -> None:
         given = {parameter.name: value for parameter, value in zip(kernel.params, arguments, strict=True)}
         row = _named(entry, "hopper", kernel, tiles)
-        row.spills_allowed = _allowed(hopper_tables.SPILLS, row)
+        row.spills_allowed = spills.allowed(spills.HOPPER, row.kernel, row.headdim, row.variant)
         _measure(row, kernel, given, options)
         found.append(row)
 

@@ -320,26 +320,6 @@ TABLES: dict[str, dict[str, Rows]] = {
 }
 """By family of GPUs, then by kind."""
 
-HOPPER_SPILLS: dict[tuple[str, int], dict[str, int]] = {
-    ("forward_kernel", 256): {"table": 20},
-    ("forward_kernel", 512): {"mask_mod": 20},
-    ("query_kernel", 128): {"table": 60},
-    ("query_kernel", 256): {"table": 50},
-    ("query_kernel", 512): {"dropout": 20, "score_mod": 30, "table": 40, "mask_mod": 30},
-    ("key_kernel", 64): {"dropout": 10, "bias": 10, "score_mod": 20},
-    ("key_kernel", 128): {"plain": 70, "causal": 30, "window": 40, "dropout": 10, "score_mod": 20, "table": 20,
-                          "deterministic": 30},
-    ("key_kernel", 256): {"plain": 20, "dropout": 40, "bias": 30, "table": 20, "mask_mod": 50},
-    ("key_kernel", 512): {"plain": 30, "causal": 30, "window": 20, "dropout": 30, "bias": 20, "softcap": 20,
-                          "score_mod": 130, "table": 40, "mask_mod": 300, "varlen": 40, "deterministic": 30},
-    ("decode_kernel", 128): {"decode": 10},
-    ("decode_kernel", 512): {"decode": 10, "decode_paged": 10, "decode_fp8": 40, "decode_int8": 50, "decode_some": 20,
-                             "decode_some_fp8": 80, "decode_many": 10},
-}  # fmt: skip
-"""How many spilling instructions a kernel may have on sm_90a by kernel, the row's head dimension and the variant,
-rounded up to tens; elsewhere, and where none is named, none. There, tiles that spill nothing took 1.1 to 3.7 times as
-long on an H100; over KV caches none were timed (docs/portable.md). This keeps the numbers from growing."""
-
 
 def portable_config(headdim: int, kind: str, family: str = "hopper") -> PortableConfig:
     """The tiles for heads of this many columns, the wider of keys and values."""
