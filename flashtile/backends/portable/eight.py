@@ -1,4 +1,11 @@
-"""8-bit queries, keys and values (see `flashtile.scaled`): their scales, and values that lie on their side."""
+"""8-bit queries, keys and values (see `flashtile.scaled`): their scales, units, and values that lie on their side.
+
+Before weights are rounded to 8 bits they are multiplied by the scales of their values and divided by a unit, so that
+they fill what 8 bits hold; the output is added up in the unit of the tile at hand. Where all values of a tile share a
+scale, the unit is that scale, and a row's largest weight, 1, is exact in 8 bits. Where they do not (`Meta.mixed`), each
+row has a unit of its own, in which its largest product of weight and scale is exact: in another it may err by 2^-4, and
+so may all of a row that sees hardly anything else.
+"""
 
 import triton
 import triton.language as tl
@@ -10,6 +17,7 @@ from flashtile.scaled import GROUP, KEYS, QUERIES
 QUERY_ROWS = tl.constexpr(QUERIES)
 KEY_ROWS = tl.constexpr(KEYS)
 SIXTEEN = tl.constexpr(GROUP)
+LEAST = tl.constexpr(2.0**-40)
 
 
 @triton.jit
@@ -38,15 +46,42 @@ def key_scales(scale, place, i_tile, META: tl.constexpr):
     i_head = place.head // META.group
     SCALED: tl.constexpr = META.scaled
     TILE: tl.constexpr = META.tile_kv
-    # Only packed sequences begin within a block.
-    SHARED: tl.constexpr = SCALED != "block" or (not META.packed and KEY_ROWS % TILE == 0)
-    o_keys = i_tile * TILE if SHARED else i_tile * TILE + tl.arange(0, TILE)
+    o_keys = i_tile * TILE + tl.arange(0, TILE) if META.mixed else i_tile * TILE
     found = scales_at(scale, place.batch, i_head, place.first_k, o_keys, place.seqlen_k, KEY_ROWS, SCALED)
-    if SHARED:
-        b_scales, largest = found, found
-    else:
+    if META.mixed:
         b_scales, largest = found[None, :], tl.max(found, 0)
+    else:
+        b_scales, largest = found, found
     return b_scales, largest
+
+
+@triton.jit
+def first_unit(META: tl.constexpr):
+    """The output's unit before any tile: one number, or one a row, as it is in all steps of a loop."""
+    return tl.full([META.tile_q], 1.0, tl.float32) if META.mixed else 1.0
+
+
+@triton.jit
+def in_own_unit(b_out, b_weights, b_unit, scale, place, i_tile, META: tl.constexpr):
+    """(output, weights times the scales of a tile's values, unit): both in this unit, the output so far in `b_unit`."""
+    b_scales, largest = key_scales(scale, place, i_tile, META)
+    if META.mixed:
+        b_weights *= b_scales
+        # A row that sees nothing of the tile, or next to nothing, would divide what it has added up by almost 0.
+        b_own = tl.maximum(tl.max(b_weights, 1), largest * LEAST) * META.lowered
+        b_out *= (b_unit / b_own)[:, None]
+        b_weights *= (1.0 / b_own)[:, None]
+    else:
+        b_own = largest * META.lowered
+        b_out *= b_unit / b_own
+        b_weights *= b_scales / b_own
+    return b_out, b_weights, b_own
+
+
+@triton.jit
+def out_of_unit(b_out, b_unit, META: tl.constexpr):
+    """The output itself."""
+    return b_out * (b_unit[:, None] if META.mixed else b_unit)
 
 
 @triton.jit

@@ -4,10 +4,13 @@ import triton
 import triton.language as tl
 
 from flashtile.backends.portable.eight import (
+    first_unit,
+    in_own_unit,
     in_places,
     key_scales,
     load_turned,
     only_seen_turned,
+    out_of_unit,
     query_scales,
 )
 from flashtile.kernels.places import keys_of_tile, locate, masked_in, phases_of, stats_pointers, steps_of, tile_at
@@ -65,9 +68,8 @@ def forward_sweep(
     i_next = tile_at(steps, steps.begin, LISTS)
     if META.page:
         b_next = pages_of_tile(keys, stored.table, i_next, TILE, META.page, META.whole)
-    # What the output is multiplied by, once all is added up.
-    b_unit = 1.0
     if META.scaled != "":
+        b_unit = first_unit(META)
         b_q_scale = query_scales(scales, place, o_query, META)
     for i_step in tl.range(steps.begin, steps.end, num_stages=STAGES, disable_licm=META.lean):
         i_tile = i_next
@@ -117,17 +119,12 @@ def forward_sweep(
         if rules.dropout is not None:
             b_weights = only(kept(rules, place, o_query, i_tile * TILE, TILE), b_weights)
         if META.scaled != "":
-            # The largest scale of the tile becomes the output's unit, so that weights fill what 8 bits hold.
-            b_v_scale, largest = key_scales(scales[2], place, i_tile, META)
-            unit = largest * META.lowered
-            b_out *= b_unit / unit
-            b_weights *= b_v_scale / unit
-            b_unit = unit
+            b_out, b_weights, b_unit = in_own_unit(b_out, b_weights, b_unit, scales[2], place, i_tile, META)
         if META.turned:
             b_weights, b_v = in_places(b_weights), tl.trans(b_v)
         b_out = tl.dot(b_weights.to(b_v.dtype), b_v, b_out, input_precision=META.precision)
     if META.scaled != "":
-        b_out *= b_unit
+        b_out = out_of_unit(b_out, b_unit, META)
     return b_out, b_max, b_sum
 
 

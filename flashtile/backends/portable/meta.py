@@ -10,6 +10,7 @@ from flashtile.kernels.arguments import exact, modified
 from flashtile.kernels.words import Rows
 from flashtile.problem import INT4, Problem
 from flashtile.region import region
+from flashtile.scaled import KEYS
 from flashtile.tuning.portable import Tiles
 
 
@@ -71,6 +72,11 @@ class Meta:
     turned: bool
     lowered: float
     lean: bool
+
+    @property
+    def mixed(self) -> bool:
+        """Whether 8-bit keys of a tile may have several scales: only packed sequences begin within a block of them."""
+        return self.scaled == "block" and (self.packed or KEYS % self.tile_kv != 0)
 
 
 @lru_cache(maxsize=4096)
