@@ -10,9 +10,6 @@ from tests import eight
 from tests.conformance import watched
 from tests.problems import dense, packed
 
-LSE = 2.0**-8
-"""What the log-sum-exp may carry: Hopper's sums of 8-bit products hold 14 bits, and scores here reach some tens."""
-
 LONG_PACKED = tuple(
     eight.Eight(f"long_{granularity}_{headdim}", packed((1000, 1, 700, 0, 333), (2000, 77, 900, 5, 333), 4, 2, headdim),
                 granularity, options)
@@ -21,7 +18,19 @@ LONG_PACKED = tuple(
                                  ("block", {"window": (300, 10)}))
 )  # fmt: skip
 LONG = eight.Eight("long", dense(1, 1000, 2000, 4, 2, 128), "block", {"causal": True})
+COLUMNS = 32
+"""Products of 8 bits that an instruction of Hopper's tensor cores sums up."""
 BACKENDS = [name for name in ("hopper", "portable") if dict(plan.available()).get(name, "") is None]
+
+
+def _lse_extra(case: eight.Eight) -> float:
+    """What the log-sum-exp may carry beside float32's roundings.
+
+    Hopper's tensor cores keep 14 bits of a sum of 8-bit products, and cut it once an instruction. As scores the sums
+    here are below 16, where the last of 14 bits is worth 2^-10: so much each instruction may take. Columns of padding
+    add 0 and take nothing.
+    """
+    return 2.0**-10 * -(-case.shape.headdim // COLUMNS)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
@@ -52,7 +61,7 @@ def test_matches_reference(case: eight.Eight, backend: str) -> None:
         ]
     assert {chosen.backend for chosen in ran} == {backend}
     for state in states:
-        eight.check(case, quantized, state, LSE)
+        eight.check(case, quantized, state, _lse_extra(case))
 
 
 def test_gradients_err_as_the_output_does() -> None:
@@ -76,7 +85,7 @@ def test_packed_sequences_match_the_reference(case: eight.Eight, backend: str) -
         states = [eight.attend_packed(case, quantized, backend=backend) for _ in range(3)]
     assert {chosen.backend for chosen in ran} == {backend}
     for state in states:
-        eight.check_packed(case, quantized, state, LSE)
+        eight.check_packed(case, quantized, state, _lse_extra(case))
 
 
 @pytest.mark.skipif("hopper" not in BACKENDS, reason="there is no Hopper")
@@ -105,4 +114,4 @@ def test_packed_sequences_written_down_for_other_offsets(backend: str) -> None:
         shape = packed(each, each, 4, 2, 64)
         case = eight.Eight("offsets", shape, "block", {"causal": True})
         quantized = case.quantized("cuda")
-        eight.check_packed(case, quantized, eight.attend_packed(case, quantized, backend=backend), LSE)
+        eight.check_packed(case, quantized, eight.attend_packed(case, quantized, backend=backend), _lse_extra(case))
