@@ -335,8 +335,16 @@ def rehearse(inputs: Inputs, options: Options) -> None:
     with torch.no_grad():
         output = run_forward(inputs, call)
         chosen = call.plan(inputs, False)
-        for config in plan.kernel(chosen).configs(chosen.problem):
-            if config != chosen.config:
-                plan.kernel(chosen).forward(inputs, chosen.problem, config, {})
+        for config in _others(chosen):
+            plan.kernel(chosen).forward(inputs, chosen.problem, config, {})
         if _requires_grad(_sources(inputs)):
-            run_backward(inputs.exact(), call, output, (torch.zeros_like(output[0]), None))
+            inputs, grads = inputs.exact(), (torch.zeros_like(output[0]), None)
+            run_backward(inputs, call, output, grads)
+            chosen = call.plan(inputs, True)
+            for config in _others(chosen):
+                plan.kernel(chosen).backward(inputs, chosen.problem, config, *output, *grads, {})
+
+
+def _others(chosen: plan.Plan) -> list[Any]:
+    """What such passes take at other lengths."""
+    return [config for config in plan.kernel(chosen).configs(chosen.problem) if config != chosen.config]

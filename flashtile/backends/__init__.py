@@ -55,7 +55,7 @@ class Kernel:
     configure(problem): the tile sizes and other tuning; never changes results beyond rounding.
     forward(inputs, problem, config, memory) -> (out, lse), contiguous, as `State` describes.
     backward(inputs, problem, config, out, lse, grad_out, grad_lse, memory) -> Gradients; either gradient may be None.
-    configs(problem): all that forward passes of such calls take, whatever their length; empty: one serves all.
+    configs(problem): all that such passes take, whatever their length; empty: one serves all.
     """
 
     name: str

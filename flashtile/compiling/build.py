@@ -143,7 +143,7 @@ def _smaller_left(tiles: Tiles) -> bool:
 
 
 def _hopper(entry: Entry) -> list[Row]:
-    """Forward passes with the tiles of every length."""
+    """With the tiles of every length."""
     found: list[Row] = []
     inputs, options = matrix.call(entry)
     out, lse = torch.empty_like(inputs.q), torch.zeros(inputs.q.shape[:-1]).transpose(-1, -2)
@@ -151,14 +151,13 @@ def _hopper(entry: Entry) -> list[Row]:
         problem = describe(inputs, options, backward=backward, wanted=wanted_of(inputs) if backward else None)
         if hopper.refuses(replace(problem, device=hopper.DEVICE)):
             continue
-        if backward:
-            config: Any = hopper.configure(problem)
-            hopper_launch.backward(
-                inputs, problem, config, out, lse, out, None, _compiling(entry, _tiles(config), found)
-            )
-            continue
+        config: Any
         for config in hopper.configs(problem):
-            hopper_launch.forward(inputs, problem, config, _compiling(entry, _tiles(config), found))
+            machine = _compiling(entry, _tiles(config), found)
+            if backward:
+                hopper_launch.backward(inputs, problem, config, out, lse, out, None, machine)
+            else:
+                hopper_launch.forward(inputs, problem, config, machine)
     return found
 
 

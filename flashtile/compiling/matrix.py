@@ -52,13 +52,16 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "varlen": lambda: {"causal": True},
     "deterministic": lambda: {"causal": True, "deterministic": True},
     "heads": lambda: {"causal": True},
+    "heads_plain": dict,
+    "heads_alibi": lambda: {"causal": True, "alibi_slopes": torch.zeros(2)},
     "out_float32": lambda: {"causal": True, "out_dtype": torch.float32},
 }
-"""Name -> the options of a call; `varlen` is a packed one, and in `heads` each head of queries has keys of its own."""
+"""Name -> the options of a call; `varlen` is a packed one, and where a name begins with `heads` each head
+of queries has keys of its own."""
 
 OWN_KERNELS = dict.fromkeys(
     (
-        *("deterministic", "heads", "out_float32", "decode_some", "decode_some_fp8"),
+        *("deterministic", "heads", "heads_plain", "heads_alibi", "out_float32", "decode_some", "decode_some_fp8"),
         *("fp8_varlen", "fp8_varlen_heads"),
     ),
     "sm_90a",
@@ -133,8 +136,8 @@ def cached_call(entry: Entry) -> decoding.Call:
 
 
 def call(entry: Entry) -> tuple[Inputs, Options]:
-    """The inputs, on the CPU, and options of an entry; two query heads share a key head, but for a bias and `heads`."""
-    heads = 2 if entry.variant in ("bias", "heads") else 4
+    """The inputs, on the CPU, and options of an entry; two query heads share a key head, but for a bias and some."""
+    heads = 2 if entry.variant == "bias" or entry.variant.startswith("heads") else 4
     packing, shape = _packed("varlen" in entry.variant)
     q, k, v = (torch.zeros(*shape, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (heads, 2, 2))
     return build(q, k, v, Arguments(**VARIANTS[entry.variant]()), packing)

@@ -33,11 +33,12 @@ class HopperConfig(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Of a table: the tiles for heads of up to `headdim` columns, and up to `longest` queries (None: any number)."""
+    """Of a table: the tiles for heads of up to `headdim` columns, and up to `longest` rows (None: any number), of
+    queries and, in a backward pass, of keys."""
 
     headdim: int
     longest: int | None
-    config: HopperConfig
+    config: Any
 
 
 _TWO = HopperConfig(consumers=2, tile_kv=128, stages=3)
@@ -87,13 +88,14 @@ COARSER = {"causal": "window", "eight_causal": "eight_window"}
 
 class QueryConfig(NamedTuple):
     """Of the kernel for dQ alone. stages, stages_v: tiles of keys, which are kept a step longer, and of values in
-    flight; section: as above."""
+    flight; section, query_stages: as above."""
 
     tile_kv: int
     stages: int
     stages_v: int
     section: int = 16
     consumers: int = 2
+    query_stages: int = 1
 
     @property
     def tile_q(self) -> int:
@@ -106,7 +108,8 @@ class BackwardConfig(NamedTuple):
 
     queries: None, or the tiles of another kernel for dQ; otherwise dQ is added up here, in any order. apart: steps that
     need the mask have code of their own, in front of the others, unless a window ends on the left. ahead: a step's
-    scores are multiplied at the end of the step before, unless several heads of queries share keys.
+    scores are multiplied at the end of the step before, unless several heads of queries share keys; then they are not
+    taken apart either.
     """
 
     tile_q: int
@@ -142,29 +145,44 @@ BIAS = (
 Config = HopperConfig | BackwardConfig | QueryConfig
 
 QUERIES = (
-    (64, QueryConfig(tile_kv=128, stages=3, stages_v=2)),
-    (128, QueryConfig(tile_kv=64, stages=3, stages_v=3)),
+    (64, QueryConfig(tile_kv=128, stages=3, stages_v=2, query_stages=2)),
+    (128, QueryConfig(tile_kv=64, stages=3, stages_v=2, query_stages=2)),
     (256, QueryConfig(tile_kv=32, stages=4, stages_v=2)),
 )
-"""Tiles of the kernel for dQ, by head dimension: where a call wants the same bits every time, and for wide heads. Timed
-on an H100, plain and causal."""
+"""Tiles of the kernel for dQ, by head dimension: where a call wants the same bits every time, for short sequences, and
+for wide heads. Timed on an H100, plain and causal, `query_stages` on an H200."""
 
-_WIDE_BACKWARD = (256, BackwardConfig(tile_q=64, stages=2, tile_kv=64, queries=QUERIES[-1][1]))
+_ADDED_64 = BackwardConfig(tile_q=128, stages=2, apart=True)
+_ADDED_128 = BackwardConfig(tile_q=64, stages=2, ahead=True)
+_ADDED_128_APART = _ADDED_128._replace(apart=True)
+_WIDE = Row(256, None, BackwardConfig(tile_q=64, stages=2, tile_kv=64, queries=QUERIES[2][1]))
 
-BACKWARD: dict[str, tuple[tuple[int, BackwardConfig], ...]] = {
-    "plain": (
-        (64, BackwardConfig(tile_q=128, stages=2, apart=True)),
-        (128, BackwardConfig(tile_q=64, stages=2, ahead=True)),
-        _WIDE_BACKWARD,
+BACKWARD: dict[str, tuple[Row, ...]] = {
+    "full": (
+        Row(64, 256, _ADDED_64._replace(queries=QUERIES[0][1])),
+        Row(64, None, _ADDED_64),
+        Row(128, 512, _ADDED_128_APART._replace(queries=QUERIES[1][1])),
+        Row(128, None, _ADDED_128_APART),
+        _WIDE,
     ),
+    "causal": (
+        Row(64, 512, _ADDED_64._replace(queries=QUERIES[0][1])),
+        Row(64, None, _ADDED_64),
+        Row(128, 768, _ADDED_128._replace(queries=QUERIES[1][1])),
+        Row(128, None, _ADDED_128),
+        _WIDE,
+    ),
+    "plain": (Row(64, None, _ADDED_64), Row(128, None, _ADDED_128), _WIDE),
+    "alibi": (Row(64, None, BackwardConfig(tile_q=64, stages=3)), Row(128, None, _ADDED_128_APART), _WIDE),
     "modified": (
-        (64, BackwardConfig(tile_q=64, stages=3)),
-        (128, BackwardConfig(tile_q=64, stages=2)),
-        _WIDE_BACKWARD,
+        Row(64, None, BackwardConfig(tile_q=64, stages=3)),
+        Row(128, None, BackwardConfig(tile_q=64, stages=2)),
+        _WIDE,
     ),
 }
-"""By whether anything changes scores: (head dimension, tiles), as above. The plain ones are timed, plain and causal;
-the others have the registers that the way back through a function needs."""
+"""By what the scores meet: nothing, or a window that ends on the right alone, in batches; another mask, or the same in
+packed sequences; ALiBi alone, under one of the first two masks; anything. The first row that fits counts. All but the
+last are timed; that one has the registers that the way back through a function needs."""
 
 
 CACHED = 32 << 20
@@ -175,11 +193,30 @@ def _fitting(rows: Iterable[tuple[int, Any]], headdim: int) -> Any:
     return next(config for limit, config in rows if headdim <= limit)
 
 
-def backward_config(headdim: int, kind: str, apart: bool = False) -> BackwardConfig:
-    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `BACKWARD`. apart: dQ is to
-    have its own kernel."""
-    config: BackwardConfig = _fitting(BACKWARD[kind], headdim)
-    return config._replace(queries=_fitting(QUERIES, headdim)) if apart else config
+def _by_length(rows: Iterable[Row], headdim: int) -> dict[int | None, Any]:
+    """Those for the narrowest heads that are wide enough, by `longest`; none where all are too narrow."""
+    width = next((row.headdim for row in rows if headdim <= row.headdim), None)
+    return {row.longest: row.config for row in rows if row.headdim == width}
+
+
+def _first_long_enough(configs: dict[int | None, Any], length: float) -> Any:
+    return next(config for longest, config in configs.items() if longest is None or length <= longest)
+
+
+def backward_configs(headdim: int, kind: str, apart: bool = False) -> dict[int | None, BackwardConfig]:
+    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `BACKWARD`, by `longest`.
+    apart: dQ is to have its own kernel."""
+    found = _by_length(BACKWARD[kind], headdim)
+    if apart:
+        queries = _fitting(QUERIES, headdim)
+        found = {longest: config._replace(queries=queries) for longest, config in found.items()}
+    return found
+
+
+def backward_config(headdim: int, kind: str, length: float, apart: bool = False) -> BackwardConfig:
+    """Those for this many queries and keys at most."""
+    config: BackwardConfig = _first_long_enough(backward_configs(headdim, kind, apart), length)
+    return config
 
 
 def bias_config(headdim: int) -> BiasConfig:
@@ -191,14 +228,10 @@ def bias_config(headdim: int) -> BiasConfig:
 def forward_configs(headdim: int, kind: str) -> dict[int | None, HopperConfig]:
     """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD` or `COARSER`, by
     `longest`."""
-    rows = FORWARD.get(kind, ())
-    width = next((row.headdim for row in rows if headdim <= row.headdim), None)
-    if width is None:
-        return forward_configs(headdim, COARSER[kind])
-    return {row.longest: row.config for row in rows if row.headdim == width}
+    return _by_length(FORWARD.get(kind, ()), headdim) or forward_configs(headdim, COARSER[kind])
 
 
 def forward_config(headdim: int, kind: str, queries: int) -> HopperConfig:
     """Those for this many queries."""
-    configs = forward_configs(headdim, kind)
-    return next(config for longest, config in configs.items() if longest is None or queries <= longest)
+    config: HopperConfig = _first_long_enough(forward_configs(headdim, kind), queries)
+    return config

@@ -54,6 +54,7 @@ HOPPER: Limits = {
         "fp8_mask_mod": 40,
         "fp8_varlen": 60,
         "fp8_varlen_heads": 50,
+        "heads_alibi": 30,
     },
     ("latent_kernel", 576): {"decode_some": 20, "decode_some_fp8": 30},
     ("bias_kernel", 64): {"bias": 10},
@@ -68,6 +69,7 @@ HOPPER: Limits = {
         "varlen": 80,
         "deterministic": 10,
         "heads": 20,
+        "heads_plain": 30,
     },
     ("backward_kernel", 128): {
         "dropout": 30,
@@ -81,6 +83,8 @@ HOPPER: Limits = {
         "mask_mod": 20,
         "varlen": 30,
         "heads": 20,
+        "heads_plain": 30,
+        "heads_alibi": 40,
     },
     ("backward_kernel", 256): {
         "dropout": 10,
@@ -95,6 +99,8 @@ HOPPER: Limits = {
         "varlen": 20,
         "deterministic": 10,
         "heads": 10,
+        "heads_plain": 10,
+        "heads_alibi": 10,
     },
     ("query_kernel", 256): {
         "dropout": 80,
@@ -109,6 +115,8 @@ HOPPER: Limits = {
         "varlen": 130,
         "deterministic": 30,
         "heads": 40,
+        "heads_plain": 40,
+        "heads_alibi": 70,
     },
 }
 """The Hopper backend's: what the worst of the supported Tritons makes, rounded up to tens. To be brought to none."""

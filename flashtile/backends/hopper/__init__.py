@@ -3,6 +3,7 @@
 Half precision: every mask, score_mod, softcap, ALiBi, bias, sinks, dropout, packed sequences; headdim up to 256.
 """
 
+import math
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from flashtile.tuning.hopper import (
     BackwardConfig,
     HopperConfig,
     backward_config,
+    backward_configs,
     forward_config,
     forward_configs,
 )
@@ -116,10 +118,8 @@ def _no_kernel_takes(problem: Problem) -> str | None:
 def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
     if problem.backward:
-        kind = "modified" if _modified(problem) else "plain"
-        # Gradients of slopes are sums over a query's keys, as dQ is.
-        apart = problem.deterministic or problem.wanted.alibi_slopes
-        return backward_config(_width(problem), kind, apart)
+        length = math.inf if _any_length(problem) else max(problem.seqlen_q, problem.seqlen_kv)
+        return backward_config(_width(problem), _backward_kind(problem), length, _apart(problem))
     return forward_config(_width(problem), _kind(problem), 0 if _any_length(problem) else problem.seqlen_q)
 
 
@@ -140,10 +140,13 @@ def _latent_tiles(problem: Problem) -> Tiles:
     return decoding.LATENT_WIDENED if narrow else decoding.LATENT
 
 
-def configs(problem: Problem) -> tuple[HopperConfig, ...]:
-    """All that forward passes of such calls take, whatever their length."""
+def configs(problem: Problem) -> tuple[Any, ...]:
+    """All that such passes take, whatever their length."""
     if _any_length(problem):
-        return (forward_config(_width(problem), _kind(problem), 0),)
+        return (configure(problem),)
+    if problem.backward:
+        found = backward_configs(_width(problem), _backward_kind(problem), _apart(problem)).values()
+        return tuple(dict.fromkeys(found))
     return tuple(forward_configs(_width(problem), _kind(problem)).values())
 
 
@@ -158,6 +161,23 @@ def _width(problem: Problem) -> int:
 
 def _modified(problem: Problem) -> bool:
     return bool(set(problem.modified) - {"sinks"})
+
+
+def _apart(problem: Problem) -> bool:
+    """Whether dQ has its own kernel at any length. Gradients of slopes are sums over a query's keys, as dQ is."""
+    return problem.deterministic or problem.wanted.alibi_slopes
+
+
+def _backward_kind(problem: Problem) -> str:
+    """Of `tuning.hopper.BACKWARD`."""
+    left, right, _top_left, rest = region(problem.mask)
+    modified = set(problem.modified) - {"sinks"}
+    window = left is None and not rest and not problem.varlen
+    if modified:
+        return "alibi" if window and modified == {"alibi_slopes"} else "modified"
+    if not window:
+        return "plain"
+    return "full" if right is None else "causal"
 
 
 def _kind(problem: Problem) -> str:

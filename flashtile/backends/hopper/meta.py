@@ -146,14 +146,14 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         halves=isinstance(config, HopperConfig) and config.halves and block(problem.headdim_v) > 128,
         wide=isinstance(config, HopperConfig) and problem.out_dtype is torch.float32,
         turns=isinstance(config, HopperConfig) and config.turns,
-        query_stages=config.query_stages if isinstance(config, HopperConfig) else 1,
+        query_stages=1 if isinstance(config, BackwardConfig) else config.query_stages,
         rows=isinstance(config, HopperConfig) and config.rows,
         early=isinstance(config, HopperConfig) and config.early,
         guarded=bool(rest) or (bool(problem.score_mod) and not lower.only_adds(problem.score_mod)),
         careful=bool(rest) or problem.varlen,
         collects=any(problem.wanted.score) and (adds or for_dq),
         slope_gradient=problem.wanted.alibi_slopes and for_dq,
-        apart=isinstance(config, HopperConfig | BackwardConfig) and config.apart and left is None and not in_blocks,
+        apart=_apart(config, problem) and left is None and not in_blocks,
         ahead=isinstance(config, BackwardConfig) and config.ahead and problem.group == 1,
         lean=not problem.bias,
         adds=adds,
@@ -163,6 +163,13 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         scaled=problem.scaled,
         lift=LIFT if problem.scaled else 0,
     )
+
+
+def _apart(config: Config, problem: Problem) -> bool:
+    """As the table says; of rows that also multiply `ahead` this holds where that does."""
+    if isinstance(config, BackwardConfig) and config.ahead and problem.group > 1:
+        return False
+    return isinstance(config, HopperConfig | BackwardConfig) and config.apart
 
 
 def block(headdim: int) -> int:

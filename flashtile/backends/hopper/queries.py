@@ -16,7 +16,7 @@ from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at
 from flashtile.backends.hopper.forward import store_tile
 from flashtile.backends.hopper.forward_steps import rule
-from flashtile.backends.hopper.loading import loader
+from flashtile.backends.hopper.loading import loader, query_slot
 from flashtile.backends.hopper.memory import (
     KEYS_FREED,
     VALUES_FREED,
@@ -63,8 +63,8 @@ def start_products(i_tile, count, place, memory, barriers, I_GROUP: gl.constexpr
         mbarrier.wait(k_full.index(slot), (count // k_smem.shape[0]) & 1)
         mbarrier.wait(v_full.index(slot_v), (count // v_smem.shape[0]) & 1)
         clear_hidden(k_smem.index(slot), v_smem.index(slot_v), i_tile, place, I_GROUP, META)
-    score_token = multiply_scores(q_smem.index(I_GROUP), k_smem, k_full, count, META)
-    weight_token = multiply_scores(do_smem.index(I_GROUP), v_smem, v_full, count, META)
+    score_token = multiply_scores(q_smem, k_smem, k_full, count, META)
+    weight_token = multiply_scores(do_smem, v_smem, v_full, count, META)
     return score_token, weight_token
 
 
@@ -165,7 +165,7 @@ def consumer(
 ):  # fmt: skip
     """One math warpgroup: 64 rows of each query tile."""
     _q_desc, _k_desc, _v_desc, dq_desc, _do_desc = descriptors
-    _q_smem, _k_smem, _v_smem, dq_smem, _do_smem = memory
+    q_smem, k_smem, v_smem, dq_smem, do_smem = memory
     q_full, q_empty, _k_full, _v_full = barriers
     TILE_KV: gl.constexpr = META.tile_kv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
@@ -179,18 +179,19 @@ def consumer(
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
         b_lse, b_delta = load_statistics(numbers_here(lse), numbers_here(delta), place, o_query)
         rows = (o_query, first, subtracted(b_lse), b_delta)
-        mbarrier.wait(q_full.index(I_GROUP), turn & 1)
+        slot = query_slot(turn, I_GROUP, META)
+        mbarrier.wait(q_full.index(slot), (turn // META.query_stages) & 1)
+        own = (q_smem.index(slot), k_smem, v_smem, dq_smem, do_smem.index(slot))
         b_dq, b_slope, count = walk_keys(
-            place, counts, rows, count, memory, barriers, rules, visits,
-            META, SCORE, DERIVATIVE, MASK, I_GROUP,
+            place, counts, rows, count, own, barriers, rules, visits, META, SCORE, DERIVATIVE, MASK, I_GROUP
         )  # fmt: skip
         if META.slope_gradient:
             gl.store(number_pointers(slope, place, o_query), -b_slope, mask=o_query < place.seqlen_q)
         # The queries have been read: dQ leaves through their memory.
         leaving = rows_here(dq) if META.packed else dq
-        store_tile(dq_desc, leaving, dq_smem.index(I_GROUP), b_dq * rules.scale, place, first, META.headdim, META)
+        store_tile(dq_desc, leaving, dq_smem.index(slot), b_dq * rules.scale, place, first, META.headdim, META)
         tma_store_wait(0)
-        mbarrier.arrive(q_empty.index(I_GROUP), count=1)
+        mbarrier.arrive(q_empty.index(slot), count=1)
         turn += 1
         place, counts = hear(mailbox, size, turn, META)
 
@@ -238,13 +239,14 @@ def query_kernel(
     TILE_KV: gl.constexpr = META.tile_kv
     BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, ROWS, 1, BLOCK_D], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(dtype, [2, 1, ROWS, 1, BLOCK_DV], do_desc.layout)
+    QUERIES: gl.constexpr = 2 * META.query_stages
+    q_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, ROWS, 1, BLOCK_D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, ROWS, 1, BLOCK_DV], do_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES_V, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
     told = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = new_barriers(2, 1)
-    q_empty = new_barriers(2, 1)
+    q_full = new_barriers(QUERIES, 1)
+    q_empty = new_barriers(QUERIES, 1)
     k_full = new_barriers(STAGES, 1)
     v_full = new_barriers(STAGES_V, 1)
     told_full = new_barriers(1, 1).index(0)
