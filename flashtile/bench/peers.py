@@ -283,7 +283,9 @@ def _flash_attention(case: Case, module: str) -> Attend:
 
 @peer("fa3", title="FlashAttention-3", devices=("cuda",), trains=False)
 def _fa3(case: Case) -> Attend:
-    """The package `fa3-fwd`, which has the forward pass alone."""
+    """The package `fa3-fwd`, which has the forward pass alone, and was built without windows."""
+    if case.feature.startswith("window"):
+        raise Refused(f"it has no {case.feature}")
     return _flash_attention(case, "fa3_fwd_interface")
 
 
