@@ -22,6 +22,7 @@ from flashtile.kernels.again import Again, _maker, tensors_of
 from flashtile.problem import Inputs, describe_cached
 from flashtile.tuning import decoding as tuning
 from flashtile.tuning.decoding import DecodeConfig
+from tests.lengths import of_long_sequences
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -74,7 +75,12 @@ class Computing:
             dq, dk, dv = _gradients(q.base, k.base, v.base, do.base)
             given["dk_desc"].base.copy_(dk)
             given["dv_desc"].base.copy_(dv)
-            self._dq[given["sums_desc"].base.data_ptr()] = dq
+            if given["sums_desc"] is not None:
+                self._dq[given["sums_desc"].base.data_ptr()] = dq
+        elif name == "query_kernel":
+            assert given["counter"][0] == 0
+            given["counter"] += 1
+            given["dq_desc"].base.copy_(_gradients(q.base, k.base, v.base, do.base)[0])
         elif name == "bias_kernel":
             of_entries = _bias_gradients(*(given[each].pointer for each in ("q", "k", "v", "grad_out")))
             for part, entries in enumerate(of_entries.split(given["batches"])):
@@ -104,9 +110,11 @@ class _Compiled:
         return lambda *arguments: self.machine.play(self.name, dict(zip(self.fields, arguments, strict=True)))
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Computing]:
+@pytest.fixture(params=["dQ apart", "dQ added"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Computing]:
     """Calls on the CPU go to Hopper's backend, and are kept as a GPU's are."""
+    if request.param == "dQ added":
+        of_long_sequences(monkeypatch)
     made = Computing()
     monkeypatch.setattr(recall, "worth_it", lambda q: True)
     monkeypatch.setattr(recall, "_known", {})

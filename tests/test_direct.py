@@ -85,13 +85,14 @@ def test_every_parameter_gets_its_argument(
     inputs, rest = build(q, k, v, Arguments(**options))
     problem: Any = describe(inputs, rest, backward=backward)
     machine = calls.Machine(check, 4)
-    config: Any = hopper.configure(problem)
-    if backward:
-        launch.backward(inputs, problem, config, torch.zeros_like(q), torch.zeros(1, 2, 256), q, None, machine)
-        assert seen == ["before_kernel", "backward_kernel", "after_kernel"]
-    else:
-        launch.forward(inputs, problem, config, machine)
-        assert seen == ["forward_kernel"]
+    for config in hopper.configs(problem):
+        seen.clear()
+        if backward:
+            launch.backward(inputs, problem, config, torch.zeros_like(q), torch.zeros(1, 2, 256), q, None, machine)
+            assert seen == ["before_kernel", "backward_kernel", "query_kernel" if config.queries else "after_kernel"]
+        else:
+            launch.forward(inputs, problem, config, machine)
+            assert seen == ["forward_kernel"]
 
 
 def test_what_is_not_understood_is_left_to_triton(encoded: list[tuple[int, Tensor]]) -> None:

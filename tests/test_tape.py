@@ -15,6 +15,7 @@ from flashtile.backends.hopper import calls, launch
 from flashtile.kernels.tape import Tape, perform
 from flashtile.kernels.words import Rows, Stats
 from flashtile.problem import Inputs, Options, describe
+from tests.lengths import of_long_sequences
 
 
 class Noting:
@@ -199,6 +200,7 @@ def test_saved_tensors_may_come_back_with_other_strides() -> None:
 
 def test_hopper_launches_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second call of a kind, forward and backward, gives the kernels what a first one would, but for addresses."""
+    of_long_sequences(monkeypatch)
     kernel = Noting()
     asked: list[str] = []
     played: list[int] = []

@@ -1,5 +1,6 @@
 """The tables of tiles: which row a call gets."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,14 @@ from flashtile import fp8, masks
 from flashtile.backends import hopper
 from flashtile.problem import Problem, describe
 from flashtile.request import Arguments, build
-from flashtile.tuning.hopper import COARSER, FORWARD, HopperConfig, forward_config, forward_configs
+from flashtile.tuning.hopper import (
+    COARSER,
+    FORWARD,
+    HopperConfig,
+    backward_configs,
+    forward_config,
+    forward_configs,
+)
 
 
 def _problem(headdim: int = 64, queries: int = 64, eight: bool = False, **options: Any) -> Problem:
@@ -54,6 +62,36 @@ def test_hopper_rows_by_length() -> None:
     assert (long.rows, long.early, long.apart) == (True, True, True)
     assert hopper.configure(_problem(queries=2048, causal=True)) == short
     assert hopper.configure(_problem(queries=2049, causal=True)) == long
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "full"),
+        ({"sinks": torch.zeros(2)}, "full"),
+        ({"causal": True}, "causal"),
+        ({"window": (64, 0)}, "plain"),
+        ({"mask": masks.chunk(8)}, "plain"),
+        ({"causal": True, "alibi_slopes": torch.zeros(2)}, "alibi"),
+        ({"mask": masks.chunk(8), "alibi_slopes": torch.zeros(2)}, "modified"),
+        ({"causal": True, "dropout_p": 0.1, "seed": 1}, "modified"),
+        ({"softcap": 20.0}, "modified"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "none",
+)
+def test_hopper_backward_kinds(options: dict[str, Any], kind: str) -> None:
+    problem = replace(_problem(**options), backward=True)
+    assert hopper.configs(problem) == tuple(backward_configs(64, kind).values())
+
+
+@pytest.mark.parametrize(("headdim", "longest"), [(64, 512), (128, 768)])
+def test_short_sequences_have_dq_apart(headdim: int, longest: int) -> None:
+    """Not packed ones, whose lengths nobody asks for, nor where rows are to have equal bits in any company."""
+    for queries, apart in ((longest, True), (longest + 1, False)):
+        problem = replace(_problem(headdim, queries, causal=True), backward=True)
+        assert (hopper.configure(problem).queries is not None) == apart
+        assert hopper.configure(replace(problem, batch_invariant=True)).queries is None
+        assert hopper.configure(replace(problem, deterministic=True)).queries is not None
 
 
 @pytest.mark.parametrize(("kind", "coarser"), COARSER.items())

@@ -16,6 +16,7 @@ from tests import conformance, invariance, oracle
 from tests.conformance import HALF, HOPPER_REFUSES
 from tests.emulated.hopper import emulated
 from tests.fuzz.problems import Problem
+from tests.lengths import of_long_sequences
 from tests.oracle import assert_equal_bits
 from tests.problems import CASES, Case, Feature, Shape, compose, dense, packed
 from tools.ptx_emulation import SWEEP
@@ -113,8 +114,7 @@ SOME_SCHEDULES = ("window_left", "document", "softcap", "sinks", "gqa_plain")
 def test_every_schedule_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for dQ where programs add to it, in any order, as for long sequences. Those whose loops others have get one
     random schedule."""
-    long = {kind: tuple(row for row in rows if row.longest is None) for kind, rows in tables.BACKWARD.items()}
-    monkeypatch.setattr(tables, "BACKWARD", long)
+    of_long_sequences(monkeypatch)
     case = next(case for case in (*CASES, *WIDE) if case.name == name)
     same = {"out", "lse", "dk", "dv"} | ({"dq"} if name in ADDS_NOTHING else set())
     call = case.call(torch.bfloat16, "cpu")
