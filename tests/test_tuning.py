@@ -90,7 +90,9 @@ def test_short_sequences_have_dq_apart(headdim: int, longest: int) -> None:
     for queries, apart in ((longest, True), (longest + 1, False)):
         problem = replace(_problem(headdim, queries, causal=True), backward=True)
         assert (hopper.configure(problem).queries is not None) == apart
-        assert hopper.configure(replace(problem, batch_invariant=True)).queries is None
+        packed = replace(problem, varlen=True)
+        assert hopper.configure(replace(problem, batch_invariant=True)) == hopper.configure(packed)
+        assert hopper.configure(packed).queries is None
         assert hopper.configure(replace(problem, deterministic=True)).queries is not None
 
 

@@ -172,10 +172,11 @@ def _backward_kind(problem: Problem) -> str:
     """Of `tuning.hopper.BACKWARD`."""
     left, right, _top_left, rest = region(problem.mask)
     modified = set(problem.modified) - {"sinks"}
-    window = left is None and not rest and not problem.varlen
+    # Rows are to have equal bits in packed sequences too: they get what those do.
+    usual = left is None and not rest and not _any_length(problem)
     if modified:
-        return "alibi" if window and modified == {"alibi_slopes"} else "modified"
-    if not window:
+        return "alibi" if usual and modified == {"alibi_slopes"} else "modified"
+    if not usual:
         return "plain"
     return "full" if right is None else "causal"
 
