@@ -23,6 +23,7 @@ from flashtile.backends.portable import launch as portable_launch
 from flashtile.decoding import CacheArguments
 from flashtile.problem import describe, describe_cached
 from flashtile.request import Arguments, Packing, build
+from tests.lengths import of_long_sequences
 
 LAUNCHES: dict[str, Any] = {"portable": portable_launch, "hopper": hopper_launch}
 CONFIGURE: dict[str, Callable[[Any], Any]] = {
@@ -87,7 +88,9 @@ def _tensors(batch: int, seqlen_q: int, seqlen_kv: int) -> Iterable[Tensor]:
     ids=("plain", "causal", "dropout", "mask_mod", "score_mod", "softcap_alibi"),
 )
 @pytest.mark.parametrize("backend", LAUNCHES)
-def test_one_build_serves_all_lengths(backend: str, options: dict[str, Any]) -> None:
+def test_one_build_serves_all_lengths(backend: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for short sequences, where a row of the table of their own serves those."""
+    of_long_sequences(monkeypatch)
     if backend == "hopper":
         options = options | {"dropout_p": 0.0}  # which it leaves to others
     counter = Counter()
@@ -98,6 +101,16 @@ def test_one_build_serves_all_lengths(backend: str, options: dict[str, Any]) -> 
     assert {name: len(found) for name, found in counter.found.items()} == dict.fromkeys(counter.found, 1)
     # Bits of a mask are made by query tiles and by key tiles.
     assert len(counter.found) == (6 if backend == "hopper" and "mask" in options else 4)
+
+
+@pytest.mark.parametrize(("causal", "longest"), [(True, 512), (False, 256)])
+def test_one_build_serves_all_short_sequences(causal: bool, longest: int) -> None:
+    counter = Counter()
+    for batch in (1, 3):
+        for seqlen in (1, 16, 33, 200, longest):
+            counter.call("hopper", *_tensors(batch, seqlen, seqlen), causal=causal)
+    assert {len(found) for found in counter.found.values()} == {1}
+    assert any("query_kernel" in name for name in counter.found)
 
 
 @pytest.mark.parametrize("backend", LAUNCHES)
