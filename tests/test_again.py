@@ -49,12 +49,14 @@ class Computing:
 
     def __init__(self) -> None:
         self.launched, self.played = 0, 0
+        self.names: set[str] = set()
         self._lock = threading.Lock()
         self._dq: dict[int, Tensor] = {}
 
     def launch(self, kernel: Any, programs: int, arguments: Any, options: dict[str, Any]) -> Any:
         name, fields = kernel.fn.__name__, [parameter.name for parameter in kernel.params]
         self.launched += 1
+        self.names.add(name)
         self._run(name, dict(zip(fields, arguments, strict=True)))
         return _Compiled(self, name, fields)
 
@@ -148,6 +150,16 @@ def _warm(machine: Computing) -> None:
     (call,) = recall._known.values()
     assert all(backends.AGAIN in memory for memory in call.memories)
     assert (machine.launched, machine.played) == (8, 4)
+
+
+@pytest.mark.parametrize("machine", ["dQ apart"], indirect=True)
+def test_warming_up_runs_what_other_lengths_take(machine: Computing) -> None:
+    """A call of 40 rows has dQ from a kernel of its own, a long one has it added up."""
+    q, k, v, _ = _tensors()
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    flashtile.warmup(*leaves)
+    assert {"backward_kernel", "query_kernel", "after_kernel"} <= machine.names
+    assert all(leaf.grad is None for leaf in leaves)
 
 
 def test_nothing_but_the_tape_is_left_of_a_known_call(machine: Computing, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,11 @@ BIAS = (
 
 Config = HopperConfig | BackwardConfig | QueryConfig
 
+
+def _fitting(rows: Iterable[tuple[int, Any]], headdim: int) -> Any:
+    return next(config for limit, config in rows if headdim <= limit)
+
+
 QUERIES = (
     (64, QueryConfig(tile_kv=128, stages=3, stages_v=2, query_stages=2)),
     (128, QueryConfig(tile_kv=64, stages=3, stages_v=2, query_stages=2)),
@@ -157,28 +162,20 @@ _ADDED_128 = BackwardConfig(tile_q=64, stages=2, ahead=True)
 _ADDED_128_APART = _ADDED_128._replace(apart=True)
 _WIDE = Row(256, None, BackwardConfig(tile_q=64, stages=2, tile_kv=64, queries=QUERIES[2][1]))
 
+_MODIFIED_64 = Row(64, None, BackwardConfig(tile_q=64, stages=3))
+
+
+def _short_and_long(headdim: int, short: int, config: BackwardConfig) -> tuple[Row, Row]:
+    """Up to `short` rows dQ has its own kernel: what it takes to add dQ up would be much of so little."""
+    return Row(headdim, short, config._replace(queries=_fitting(QUERIES, headdim))), Row(headdim, None, config)
+
+
 BACKWARD: dict[str, tuple[Row, ...]] = {
-    "full": (
-        Row(64, 256, _ADDED_64._replace(queries=QUERIES[0][1])),
-        Row(64, None, _ADDED_64),
-        Row(128, 512, _ADDED_128_APART._replace(queries=QUERIES[1][1])),
-        Row(128, None, _ADDED_128_APART),
-        _WIDE,
-    ),
-    "causal": (
-        Row(64, 512, _ADDED_64._replace(queries=QUERIES[0][1])),
-        Row(64, None, _ADDED_64),
-        Row(128, 768, _ADDED_128._replace(queries=QUERIES[1][1])),
-        Row(128, None, _ADDED_128),
-        _WIDE,
-    ),
+    "full": (*_short_and_long(64, 256, _ADDED_64), *_short_and_long(128, 512, _ADDED_128_APART), _WIDE),
+    "causal": (*_short_and_long(64, 512, _ADDED_64), *_short_and_long(128, 768, _ADDED_128), _WIDE),
     "plain": (Row(64, None, _ADDED_64), Row(128, None, _ADDED_128), _WIDE),
-    "alibi": (Row(64, None, BackwardConfig(tile_q=64, stages=3)), Row(128, None, _ADDED_128_APART), _WIDE),
-    "modified": (
-        Row(64, None, BackwardConfig(tile_q=64, stages=3)),
-        Row(128, None, BackwardConfig(tile_q=64, stages=2)),
-        _WIDE,
-    ),
+    "alibi": (_MODIFIED_64, Row(128, None, _ADDED_128_APART), _WIDE),
+    "modified": (_MODIFIED_64, Row(128, None, BackwardConfig(tile_q=64, stages=2)), _WIDE),
 }
 """By what the scores meet: nothing, or a window that ends on the right alone, in batches; another mask, or the same in
 packed sequences; ALiBi alone, under one of the first two masks; anything. The first row that fits counts. All but the
@@ -187,10 +184,6 @@ last are timed; that one has the registers that the way back through a function 
 
 CACHED = 32 << 20
 """Bytes that may be expected to stay in the L2 cache, of 50 MB, while tiles of the same heads read them again."""
-
-
-def _fitting(rows: Iterable[tuple[int, Any]], headdim: int) -> Any:
-    return next(config for limit, config in rows if headdim <= limit)
 
 
 def _by_length(rows: Iterable[Row], headdim: int) -> dict[int | None, Any]:

@@ -119,7 +119,7 @@ def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
     if problem.backward:
         length = math.inf if _any_length(problem) else max(problem.seqlen_q, problem.seqlen_kv)
-        return backward_config(_width(problem), _backward_kind(problem), length, _apart(problem))
+        return backward_config(_width(problem), _backward_kind(problem), length, _dq_apart(problem))
     return forward_config(_width(problem), _kind(problem), 0 if _any_length(problem) else problem.seqlen_q)
 
 
@@ -145,7 +145,7 @@ def configs(problem: Problem) -> tuple[Any, ...]:
     if _any_length(problem):
         return (configure(problem),)
     if problem.backward:
-        found = backward_configs(_width(problem), _backward_kind(problem), _apart(problem)).values()
+        found = backward_configs(_width(problem), _backward_kind(problem), _dq_apart(problem)).values()
         return tuple(dict.fromkeys(found))
     return tuple(forward_configs(_width(problem), _kind(problem)).values())
 
@@ -159,11 +159,12 @@ def _width(problem: Problem) -> int:
     return max(problem.headdim, problem.headdim_v)
 
 
-def _modified(problem: Problem) -> bool:
-    return bool(set(problem.modified) - {"sinks"})
+def _modified(problem: Problem) -> set[str]:
+    """What changes scores; sinks are none of them."""
+    return set(problem.modified) - {"sinks"}
 
 
-def _apart(problem: Problem) -> bool:
+def _dq_apart(problem: Problem) -> bool:
     """Whether dQ has its own kernel at any length. Gradients of slopes are sums over a query's keys, as dQ is."""
     return problem.deterministic or problem.wanted.alibi_slopes
 
@@ -171,7 +172,7 @@ def _apart(problem: Problem) -> bool:
 def _backward_kind(problem: Problem) -> str:
     """Of `tuning.hopper.BACKWARD`."""
     left, right, _top_left, rest = region(problem.mask)
-    modified = set(problem.modified) - {"sinks"}
+    modified = _modified(problem)
     # Rows are to have equal bits in packed sequences too: they get what those do.
     usual = left is None and not rest and not _any_length(problem)
     if modified:
