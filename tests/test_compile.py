@@ -75,7 +75,7 @@ def test_kernels_over_a_cache(target: str, variant: str) -> None:
     [
         *itertools.product(["plain", "causal", "window", "softcap"], [64, 128, 256]),
         *itertools.product(["causal", "mask_mod"], [96, 192]),
-        *(("heads_plain", 128), ("heads_alibi", 128)),
+        *(("heads_plain", 128), ("heads_alibi", 128), ("heads_values", 192)),
     ],
 )
 def test_hopper_kernels(variant: str, headdim: int) -> None:

@@ -102,3 +102,16 @@ def test_coarser_rows_stand_in(kind: str, coarser: str) -> None:
         own = any(headdim <= row.headdim for row in FORWARD.get(kind, ()))
         assert own or forward_configs(headdim, kind) == forward_configs(headdim, coarser)
         assert forward_config(headdim, kind, 1 << 20) == _tiles(kind, headdim)[-1]
+
+
+def test_rows_for_fewer_columns_of_values() -> None:
+    """Heads of 192 columns have rows of their own where values have 128 at most; kinds without one take the next."""
+    for kind, rows in FORWARD.items():
+        own = [row for row in rows if row.values is not None]
+        assert forward_configs(192, kind) == forward_configs(256, kind)
+        assert (forward_configs(192, kind, 128) == {None: own[0].config}) if own else True
+        assert forward_configs(96, kind, 128) == forward_configs(96, kind)
+        assert forward_configs(192, kind, 136) == forward_configs(256, kind)
+    narrow, wide = backward_configs(192, "full", False, 128)[None], backward_configs(192, "full")[None]
+    assert (narrow.stages, narrow.queries) == (3, backward_configs(192, "modified", True, 128)[None].queries)
+    assert wide == backward_configs(256, "full")[None] != narrow

@@ -54,15 +54,16 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "heads": lambda: {"causal": True},
     "heads_plain": dict,
     "heads_alibi": lambda: {"causal": True, "alibi_slopes": torch.zeros(2)},
+    "heads_values": lambda: {"causal": True},
     "out_float32": lambda: {"causal": True, "out_dtype": torch.float32},
 }
 """Name -> the options of a call; `varlen` is a packed one, and where a name begins with `heads` each head
-of queries has keys of its own."""
+of queries has keys of its own; `heads_values`: values have no more columns than `VALUES`."""
 
 OWN_KERNELS = dict.fromkeys(
     (
-        *("deterministic", "heads", "heads_plain", "heads_alibi", "out_float32", "decode_some", "decode_some_fp8"),
-        *("fp8_varlen", "fp8_varlen_heads"),
+        *("deterministic", "heads", "heads_plain", "heads_alibi", "heads_values", "out_float32"),
+        *("decode_some", "decode_some_fp8", "fp8_varlen", "fp8_varlen_heads"),
     ),
     "sm_90a",
 )
@@ -99,6 +100,8 @@ EIGHT: dict[str, tuple[str, dict[str, Any]]] = {
 
 NAMES = (*VARIANTS, *CACHED, *EIGHT)
 
+
+VALUES = 128
 
 LATENT = 576
 """The head dimension of multi-head latent attention, whose values are the first 512 columns of the one key head."""
@@ -140,6 +143,8 @@ def call(entry: Entry) -> tuple[Inputs, Options]:
     heads = 2 if entry.variant == "bias" or entry.variant.startswith("heads") else 4
     packing, shape = _packed("varlen" in entry.variant)
     q, k, v = (torch.zeros(*shape, n, entry.headdim, dtype=getattr(torch, entry.dtype)) for n in (heads, 2, 2))
+    if entry.variant == "heads_values":
+        v = v[..., :VALUES].contiguous()
     return build(q, k, v, Arguments(**VARIANTS[entry.variant]()), packing)
 
 

@@ -34,17 +34,23 @@ class HopperConfig(NamedTuple):
 
 class Row(NamedTuple):
     """Of a table: the tiles for heads of up to `headdim` columns, and up to `longest` rows (None: any number), of
-    queries and, in a backward pass, of keys."""
+    queries and, in a backward pass, of keys. values: columns of their values, at most, where those must be fewer."""
 
     headdim: int
     longest: int | None
     config: Any
+    values: int | None = None
+
+    def fits(self, headdim: int, headdim_v: int | None) -> bool:
+        """Whether it is for heads of so many columns; headdim_v: None where values have as many."""
+        return headdim <= self.headdim and (headdim_v or headdim) <= (self.values or self.headdim)
 
 
 _TWO = HopperConfig(consumers=2, tile_kv=128, stages=3)
 _SHORT = _TWO._replace(query_stages=2)
 _THREE = HopperConfig(consumers=3, tile_kv=128, stages=2, turns=True)
 _128 = HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)
+_192 = _128._replace(halves=True, rows=True, early=True)
 _256 = HopperConfig(consumers=2, tile_kv=64, stages=2, halves=True, section=32)
 
 _EIGHT_TWO = HopperConfig(consumers=2, tile_kv=128, stages=4)
@@ -56,6 +62,7 @@ FORWARD: dict[str, tuple[Row, ...]] = {
         Row(64, 1024, _SHORT._replace(rows=True, early=True)),
         Row(64, None, _THREE._replace(rows=True, early=True)),
         Row(128, None, _128._replace(query_stages=2, rows=True, early=True)),
+        Row(192, None, _192._replace(turns=True), values=128),
         Row(256, None, _256),
     ),
     "causal": (Row(64, 2048, _SHORT), Row(64, None, _THREE._replace(rows=True, early=True, apart=True))),
@@ -63,9 +70,15 @@ FORWARD: dict[str, tuple[Row, ...]] = {
         Row(64, 2048, _SHORT),
         Row(64, None, _THREE),
         Row(128, None, _128._replace(rows=True, early=True, apart=True)),
+        Row(192, None, _192._replace(apart=True), values=128),
         Row(256, None, _256._replace(rows=True, apart=True)),
     ),
-    "cut": (Row(64, None, _TWO), Row(128, None, _128), Row(256, None, _256)),
+    "cut": (
+        Row(64, None, _TWO),
+        Row(128, None, _128),
+        Row(192, None, _128._replace(halves=True), values=128),
+        Row(256, None, _256),
+    ),
     "dropout": (
         Row(64, None, _TWO),
         Row(128, None, HopperConfig(consumers=2, tile_kv=64, stages=4, section=32)),
@@ -145,14 +158,11 @@ BIAS = (
 Config = HopperConfig | BackwardConfig | QueryConfig
 
 
-def _fitting(rows: Iterable[tuple[int, Any]], headdim: int) -> Any:
-    return next(config for limit, config in rows if headdim <= limit)
-
-
 QUERIES = (
-    (64, QueryConfig(tile_kv=128, stages=3, stages_v=2, query_stages=2)),
-    (128, QueryConfig(tile_kv=64, stages=3, stages_v=2, query_stages=2)),
-    (256, QueryConfig(tile_kv=32, stages=4, stages_v=2)),
+    Row(64, None, QueryConfig(tile_kv=128, stages=3, stages_v=2, query_stages=2)),
+    Row(128, None, QueryConfig(tile_kv=64, stages=3, stages_v=2, query_stages=2)),
+    Row(192, None, QueryConfig(tile_kv=64, stages=3, stages_v=2), values=128),
+    Row(256, None, QueryConfig(tile_kv=32, stages=4, stages_v=2)),
 )
 """Tiles of the kernel for dQ, by head dimension: where a call wants the same bits every time, for short sequences, and
 for wide heads. Timed on an H100, plain and causal, `query_stages` on an H200."""
@@ -160,22 +170,31 @@ for wide heads. Timed on an H100, plain and causal, `query_stages` on an H200.""
 _ADDED_64 = BackwardConfig(tile_q=128, stages=2, apart=True)
 _ADDED_128 = BackwardConfig(tile_q=64, stages=2, ahead=True)
 _ADDED_128_APART = _ADDED_128._replace(apart=True)
-_WIDE = Row(256, None, BackwardConfig(tile_q=64, stages=2, tile_kv=64, queries=QUERIES[2][1]))
+_SHARED = BackwardConfig(tile_q=64, stages=2, tile_kv=64)
+_WIDE = (
+    Row(192, None, _SHARED._replace(stages=3, queries=QUERIES[2].config), values=128),
+    Row(256, None, _SHARED._replace(queries=QUERIES[3].config)),
+)
 
 _MODIFIED_64 = Row(64, None, BackwardConfig(tile_q=64, stages=3))
 
 
+def _query_config(headdim: int, headdim_v: int | None) -> QueryConfig:
+    config: QueryConfig = next(row.config for row in QUERIES if row.fits(headdim, headdim_v))
+    return config
+
+
 def _short_and_long(headdim: int, short: int, config: BackwardConfig) -> tuple[Row, Row]:
     """Up to `short` rows dQ has its own kernel: what it takes to add dQ up would be much of so little."""
-    return Row(headdim, short, config._replace(queries=_fitting(QUERIES, headdim))), Row(headdim, None, config)
+    return Row(headdim, short, config._replace(queries=_query_config(headdim, None))), Row(headdim, None, config)
 
 
 BACKWARD: dict[str, tuple[Row, ...]] = {
-    "full": (*_short_and_long(64, 256, _ADDED_64), *_short_and_long(128, 512, _ADDED_128_APART), _WIDE),
-    "causal": (*_short_and_long(64, 512, _ADDED_64), *_short_and_long(128, 768, _ADDED_128), _WIDE),
-    "plain": (Row(64, None, _ADDED_64), Row(128, None, _ADDED_128), _WIDE),
-    "alibi": (_MODIFIED_64, Row(128, None, _ADDED_128_APART), _WIDE),
-    "modified": (_MODIFIED_64, Row(128, None, BackwardConfig(tile_q=64, stages=2)), _WIDE),
+    "full": (*_short_and_long(64, 256, _ADDED_64), *_short_and_long(128, 512, _ADDED_128_APART), *_WIDE),
+    "causal": (*_short_and_long(64, 512, _ADDED_64), *_short_and_long(128, 768, _ADDED_128), *_WIDE),
+    "plain": (Row(64, None, _ADDED_64), Row(128, None, _ADDED_128), *_WIDE),
+    "alibi": (_MODIFIED_64, Row(128, None, _ADDED_128_APART), *_WIDE),
+    "modified": (_MODIFIED_64, Row(128, None, BackwardConfig(tile_q=64, stages=2)), *_WIDE),
 }
 """By what the scores meet: nothing, or a window that ends on the right alone, in batches; another mask, or the same in
 packed sequences; ALiBi alone, under one of the first two masks; anything. The first row that fits counts. All but the
@@ -186,45 +205,49 @@ CACHED = 32 << 20
 """Bytes that may be expected to stay in the L2 cache, of 50 MB, while tiles of the same heads read them again."""
 
 
-def _by_length(rows: Iterable[Row], headdim: int) -> dict[int | None, Any]:
+def _by_length(rows: Iterable[Row], headdim: int, headdim_v: int | None) -> dict[int | None, Any]:
     """Those for the narrowest heads that are wide enough, by `longest`; none where all are too narrow."""
-    width = next((row.headdim for row in rows if headdim <= row.headdim), None)
-    return {row.longest: row.config for row in rows if row.headdim == width}
+    fitting = [row for row in rows if row.fits(headdim, headdim_v)]
+    return {row.longest: row.config for row in fitting if row.headdim == fitting[0].headdim}
 
 
 def _first_long_enough(configs: dict[int | None, Any], length: float) -> Any:
     return next(config for longest, config in configs.items() if longest is None or length <= longest)
 
 
-def backward_configs(headdim: int, kind: str, apart: bool = False) -> dict[int | None, BackwardConfig]:
-    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `BACKWARD`, by `longest`.
-    apart: dQ is to have its own kernel."""
-    found = _by_length(BACKWARD[kind], headdim)
+def backward_configs(
+    headdim: int, kind: str, apart: bool = False, headdim_v: int | None = None
+) -> dict[int | None, BackwardConfig]:
+    """The tiles for heads of so many columns, their values of `headdim_v` or as many, and a kind of `BACKWARD`, by
+    `longest`. apart: dQ is to have its own kernel."""
+    found = _by_length(BACKWARD[kind], headdim, headdim_v)
     if apart:
-        queries = _fitting(QUERIES, headdim)
+        queries = _query_config(headdim, headdim_v)
         found = {longest: config._replace(queries=queries) for longest, config in found.items()}
     return found
 
 
-def backward_config(headdim: int, kind: str, length: float, apart: bool = False) -> BackwardConfig:
+def backward_config(
+    headdim: int, kind: str, length: float, apart: bool = False, headdim_v: int | None = None
+) -> BackwardConfig:
     """Those for this many queries and keys at most."""
-    config: BackwardConfig = _first_long_enough(backward_configs(headdim, kind, apart), length)
+    config: BackwardConfig = _first_long_enough(backward_configs(headdim, kind, apart, headdim_v), length)
     return config
 
 
 def bias_config(headdim: int) -> BiasConfig:
     """That for heads of this many columns, the wider of keys and values."""
-    config: BiasConfig = _fitting(BIAS, headdim)
-    return config
+    return next(config for limit, config in BIAS if headdim <= limit)
 
 
-def forward_configs(headdim: int, kind: str) -> dict[int | None, HopperConfig]:
-    """The tiles for heads of this many columns, the wider of keys and values, and a kind of `FORWARD` or `COARSER`, by
-    `longest`."""
-    return _by_length(FORWARD.get(kind, ()), headdim) or forward_configs(headdim, COARSER[kind])
+def forward_configs(headdim: int, kind: str, headdim_v: int | None = None) -> dict[int | None, HopperConfig]:
+    """The tiles for heads of so many columns, their values of `headdim_v` or as many, and a kind of `FORWARD` or
+    `COARSER`, by `longest`."""
+    found = _by_length(FORWARD.get(kind, ()), headdim, headdim_v)
+    return found or forward_configs(headdim, COARSER[kind], headdim_v)
 
 
-def forward_config(headdim: int, kind: str, queries: int) -> HopperConfig:
+def forward_config(headdim: int, kind: str, queries: int, headdim_v: int | None = None) -> HopperConfig:
     """Those for this many queries."""
-    config: HopperConfig = _first_long_enough(forward_configs(headdim, kind), queries)
+    config: HopperConfig = _first_long_enough(forward_configs(headdim, kind, headdim_v), queries)
     return config

@@ -70,6 +70,7 @@ HOPPER: Limits = {
         "deterministic": 10,
         "heads": 20,
         "heads_plain": 30,
+        "heads_values": 20,
     },
     ("backward_kernel", 128): {
         "dropout": 30,
@@ -85,6 +86,7 @@ HOPPER: Limits = {
         "heads": 20,
         "heads_plain": 30,
         "heads_alibi": 40,
+        "heads_values": 20,
     },
     ("backward_kernel", 256): {
         "dropout": 10,
@@ -117,6 +119,7 @@ HOPPER: Limits = {
         "heads": 40,
         "heads_plain": 40,
         "heads_alibi": 70,
+        "heads_values": 60,
     },
 }
 """The Hopper backend's: what the worst of the supported Tritons makes, rounded up to tens. To be brought to none."""

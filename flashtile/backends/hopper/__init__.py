@@ -119,8 +119,9 @@ def configure(problem: Problem) -> HopperConfig | BackwardConfig:
     """The row of the tuning table."""
     if problem.backward:
         length = math.inf if _any_length(problem) else max(problem.seqlen_q, problem.seqlen_kv)
-        return backward_config(_width(problem), _backward_kind(problem), length, _dq_apart(problem))
-    return forward_config(_width(problem), _kind(problem), 0 if _any_length(problem) else problem.seqlen_q)
+        return backward_config(problem.headdim, _backward_kind(problem), length, _dq_apart(problem), problem.headdim_v)
+    length = 0 if _any_length(problem) else problem.seqlen_q
+    return forward_config(problem.headdim, _kind(problem), length, problem.headdim_v)
 
 
 def configure_latent(problem: Problem) -> DecodeConfig:
@@ -145,9 +146,10 @@ def configs(problem: Problem) -> tuple[Any, ...]:
     if _any_length(problem):
         return (configure(problem),)
     if problem.backward:
-        found = backward_configs(_width(problem), _backward_kind(problem), _dq_apart(problem)).values()
-        return tuple(dict.fromkeys(found))
-    return tuple(forward_configs(_width(problem), _kind(problem)).values())
+        kind, apart = _backward_kind(problem), _dq_apart(problem)
+        found = backward_configs(problem.headdim, kind, apart, problem.headdim_v)
+        return tuple(dict.fromkeys(found.values()))
+    return tuple(forward_configs(problem.headdim, _kind(problem), problem.headdim_v).values())
 
 
 def _any_length(problem: Problem) -> bool:

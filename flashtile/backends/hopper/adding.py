@@ -15,6 +15,7 @@ from flashtile.backends.hopper.compat import gl, tma_add, tma_store_wait
 from flashtile.backends.hopper.memory import ADDED, BOTH, HANDED, ONE_AND_ONE, TOLD, await_all, report, slot_of
 from flashtile.backends.hopper.schedule import ONE_WARP, key_tile, row_tile, rows_walk
 from flashtile.backends.hopper.softmax import ROWS
+from flashtile.backends.hopper.strips import strip_of
 from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_ROWS, first_tile, flat_piece, pieces
 from flashtile.kernels.places import with_head
 
@@ -51,10 +52,8 @@ def before_first(ds_smem, I_GROUP: gl.constexpr, META: gl.constexpr):
 def half_of_grad_q(ds_smem, k_smem, count, I_GROUP: gl.constexpr, META: gl.constexpr):
     """Starts this warpgroup's half of dS^T K of the step before `count`: 64 of 128 queries; of 64 queries, 64 of 128
     columns; or the part of its own keys, where there are no more than 64 of either."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    b_k = k_smem.reshape([TILE_KV, BLOCK_D])
+    b_k = strip_of(k_smem, 0)
     b_grad = ds_smem.index(slot_of(count + 1, 2))
     if META.tile_q == 128:
         b_grad = b_grad.slice(I_GROUP * 64, 64, dim=1)

@@ -34,6 +34,7 @@ from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, edges_in, ke
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
 from flashtile.backends.hopper.steps import first_scores, key_step, step, value_step
+from flashtile.backends.hopper.strips import load_strips, zero_strips
 from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_MEMORY, PIECE_ROWS
 from flashtile.kernels.places import with_head
 
@@ -53,8 +54,8 @@ def loader(
     shared = key_tile(packing, size, visits, ONE_WARP, META)
     i_entry = shared.batch * META.dense
     first = shared.first_k + shared.tile * META.tile_kv
-    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma_load(k_desc, [i_entry, first, shared.head, 0], kv_full, k_smem)
+    mbarrier.expect(kv_full, k_desc.block_type.nbytes * META.strips + v_desc.block_type.nbytes)
+    load_strips(k_desc, (i_entry, first, shared.head), kv_full, k_smem, 0, META.strips)
     tma_load(v_desc, [i_entry, first, shared.head, 0], kv_full, v_smem)
     count = 0
     for i_member in range(META.group):
@@ -66,12 +67,12 @@ def loader(
             slot = slot_of(count, META.stages)
             i_row = i_next
             i_next = row_tile(walk, n + 1, META)
-            where = [i_entry, place.first_q + i_row * TILE_Q, place.head, 0]
+            where = (i_entry, place.first_q + i_row * TILE_Q, place.head)
             b_lse, b_delta = load_statistics(lse, delta, place, i_row * TILE_Q + gl.arange(0, TILE_Q, line))
             await_slot(FREED, count, META.stages, META)
-            mbarrier.expect(full.index(slot), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
-            tma_load(q_desc, where, full.index(slot), q_smem.index(slot))
-            tma_load(do_desc, where, full.index(slot), do_smem.index(slot))
+            mbarrier.expect(full.index(slot), q_desc.block_type.nbytes * META.strips + do_desc.block_type.nbytes)
+            load_strips(q_desc, where, full.index(slot), q_smem, slot, META.strips)
+            load_strips(do_desc, where, full.index(slot), do_smem, slot, 1)
             # Only now does the warp wait for the numbers that it asked for above.
             lse_smem.index(slot).store(subtracted(b_lse))
             delta_smem.index(slot).store(b_delta)
@@ -147,17 +148,18 @@ def walk_some(
 
 @gluon.jit
 def no_grads(I_GROUP: gl.constexpr, META: gl.constexpr):
-    """What a warpgroup sums up: (dK, dV) of its 64 keys; where two share 64 keys, the first (dV,), the second (dK,)."""
-    BLOCK_D: gl.constexpr = META.block_d
+    """What a warpgroup sums up: (dK, dV) of its 64 keys; where two share 64 keys, the first (dV,), the second the
+    strips of dK."""
+    STRIP: gl.constexpr = META.strip
     BLOCK_DV: gl.constexpr = META.block_dv
-    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STRIP, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     if META.split and I_GROUP == 1:
-        return (gl.zeros([ROWS, BLOCK_D], gl.float32, keys),)
+        return zero_strips(keys, ROWS, STRIP, META.strips)
     elif META.split:
         return (gl.zeros([ROWS, BLOCK_DV], gl.float32, values),)
     else:
-        return (gl.zeros([ROWS, BLOCK_D], gl.float32, keys), gl.zeros([ROWS, BLOCK_DV], gl.float32, values))
+        return (gl.zeros([ROWS, STRIP], gl.float32, keys), gl.zeros([ROWS, BLOCK_DV], gl.float32, values))
 
 
 @gluon.jit
@@ -185,6 +187,7 @@ def consumer(
     TILE_Q: gl.constexpr = META.tile_q
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     row: gl.constexpr = 0 if META.split else I_GROUP * ROWS
+    STRIPS: gl.constexpr = META.strips
     kv_full, _full, _handing = barriers
     packing, size, rules, visits = call
     shared = key_tile(packing, size, visits, ONE_GROUP, META)
@@ -196,7 +199,8 @@ def consumer(
         before_first(memory[6], I_GROUP, META)
     mbarrier.wait(kv_full, 0)
     if not META.split or I_GROUP == 0:
-        clean(memory[0], shared, first, row, META)
+        for i in gl.static_range(STRIPS):
+            clean(memory[0].index(i), shared, first, row, META)
     if not META.split or I_GROUP == 1:
         clean(memory[1], shared, first, row, META)
     for i_member in range(META.group):
@@ -213,20 +217,24 @@ def consumer(
     # Both are done reading queries and gradients once both are here: that memory takes the results.
     meet()
     if META.split and I_GROUP == 1:
-        store_keys(descriptors, slots, results, b_grads[0], 1, rules, shared, first, META)
+        store_keys(descriptors, slots, results, b_grads, 1, rules, shared, first, META)
     elif META.split:
         store_values(descriptors, slots, results, b_grads[0], 0, rules, shared, first, META)
     else:
-        store_keys(descriptors, slots, results, b_grads[0], I_GROUP, rules, shared, first, META)
+        store_keys(descriptors, slots, results, b_grads, I_GROUP, rules, shared, first, META)
         if not META.adds:
             store_values(descriptors, slots, results, b_grads[1], I_GROUP, rules, shared, first, META)
     tma_store_wait(0)
 
 
 @gluon.jit
-def store_keys(descriptors, slots, results, b_grad, SLOT: gl.constexpr, rules, place, first, META: gl.constexpr):
+def store_keys(descriptors, slots, results, b_grads, SLOT: gl.constexpr, rules, place, first, META: gl.constexpr):
     """dK of 64 keys, through the memory of a slot of queries."""
-    store_grad(descriptors[5], slots[0].index(SLOT), results[0], b_grad * rules.scale, place, first, META.headdim, META)
+    STRIPS: gl.constexpr = META.strips
+    for i in gl.static_range(STRIPS):
+        smem = slots[0].index(SLOT * STRIPS + i)
+        b_grad = b_grads[i] * rules.scale
+        store_grad(descriptors[5], smem, results[0], b_grad, place, first, i * META.strip, META.headdim, META)
 
 
 @gluon.jit
@@ -234,16 +242,18 @@ def store_values(descriptors, slots, results, b_grad, SLOT: gl.constexpr, rules,
     """dV, through that of a slot of gradients. The weights that dropout left were added up unscaled."""
     if rules.dropout is not None:
         b_grad = b_grad * rules.dropout.factor
-    store_grad(descriptors[6], slots[1].index(SLOT), results[1], b_grad, place, first, META.headdim_v, META)
+    store_grad(descriptors[6], slots[1].index(SLOT), results[1], b_grad, place, first, 0, META.headdim_v, META)
 
 
 @gluon.jit
-def store_grad(desc, smem, rows, b_grad, place, first, DIM: gl.constexpr, META: gl.constexpr):
-    """Rows of 64 keys."""
+def store_grad(
+    desc, smem, rows, b_grad, place, first, FIRST: gl.constexpr, DIM: gl.constexpr, META: gl.constexpr
+):  # fmt: skip
+    """Rows of 64 keys, columns from FIRST on."""
     BLOCK: gl.constexpr = smem.shape[3]
     HALVES: gl.constexpr = META.tile_q // 64
     b_out = view_as(smem, smem.dtype, [HALVES, 1, ROWS, 1, BLOCK], desc.layout).index(0)
-    hand_over(desc, rows, b_out, b_grad, place, first, place.first_k, place.seqlen_k, 0, DIM, META.packed)
+    hand_over(desc, rows, b_out, b_grad, place, first, place.first_k, place.seqlen_k, FIRST, DIM, META.packed)
 
 
 @gluon.jit
@@ -304,12 +314,13 @@ def backward_kernel(
     STAGES: gl.constexpr = META.stages
     TILE_Q: gl.constexpr = META.tile_q
     TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
+    STRIP: gl.constexpr = META.strip
+    STRIPS: gl.constexpr = META.strips
     BLOCK_DV: gl.constexpr = META.block_dv
     dtype: gl.constexpr = q_desc.dtype
-    k_smem = gl.allocate_shared_memory(dtype, [1, TILE_KV, 1, BLOCK_D], k_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STRIPS, 1, TILE_KV, 1, STRIP], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
-    q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_Q, 1, BLOCK_D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES * STRIPS, 1, TILE_Q, 1, STRIP], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_Q, 1, BLOCK_DV], do_desc.layout)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_Q], line)

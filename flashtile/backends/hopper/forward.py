@@ -26,6 +26,7 @@ from flashtile.backends.hopper.products import multiply_values
 from flashtile.backends.hopper.registers import here, numbers_here
 from flashtile.backends.hopper.schedule import edges_in, hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS, sums_of_rows
+from flashtile.backends.hopper.strips import strips_of
 from flashtile.kernels.places import number_pointers
 from flashtile.kernels.words import Rules, Window
 
@@ -128,9 +129,10 @@ def consumer(
         o_query = first + gl.arange(0, ROWS, gl.SliceLayout(1, scores))
         slot = query_slot(turn, I_GROUP, META)
         mbarrier.wait(q_full.index(slot), (turn // META.query_stages) & 1)
+        own = (strips_of(q_smem, slot, META.strips), k_smem, v_smem, o_smem)
         b_weights, b_out, b_max, b_sum, value_unit, count = walk_keys(
-            place, counts, o_query, first, count, (q_smem.index(slot), k_smem, v_smem, o_smem), barriers, rules,
-            visits, sinks, scales, META, SCORE, MASK, I_GROUP,
+            place, counts, o_query, first, count, own, barriers, rules, visits, sinks, scales,
+            META, SCORE, MASK, I_GROUP,
         )  # fmt: skip
         token = multiply_values(b_weights, b_out, v_smem, v_full, count - 1, META)
         mbarrier.arrive(q_empty.index(slot), count=1)
@@ -232,12 +234,12 @@ def forward_kernel(
     CONSUMERS: gl.constexpr = META.consumers
     STAGES: gl.constexpr = META.stages
     TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
+    STRIP: gl.constexpr = META.strip
     BLOCK_DV: gl.constexpr = META.block_dv
     dtype: gl.constexpr = q_desc.dtype
     QUERIES: gl.constexpr = CONSUMERS * META.query_stages
-    q_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, ROWS, 1, BLOCK_D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_D], k_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [QUERIES * META.strips, 1, ROWS, 1, STRIP], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES * META.strips, 1, TILE_KV, 1, STRIP], k_desc.layout)
     if META.eight:
         v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_DV, TILE_KV], v_desc.layout)
     else:

@@ -52,11 +52,11 @@ def step(
     softmax: (maxima, sums, what the output is still to be multiplied with); unit: of 8-bit products; change: the unit
     of the values before over that of this tile's.
     """
-    q_smem, k_smem, v_smem, _ = memory
+    queries, k_smem, v_smem, _ = memory
     _, _, k_full, v_full = barriers
     if META.turns:
         take_turn(I_GROUP, META.consumers)
-    score_token = multiply_scores(q_smem, k_smem, k_full, count, META)
+    score_token = multiply_scores(queries, k_smem, k_full, count, META.strips, META)
     out_token = multiply_values(b_weights, outstanding(b_out, softmax, META), v_smem, v_full, count - 1, META)
     if META.turns:
         pass_turn(I_GROUP, META.consumers)
@@ -111,9 +111,9 @@ def first_step(
     BLOCK_DV: gl.constexpr = META.block_dv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, META.depth])
-    q_smem, k_smem, _, _ = memory
+    queries, k_smem, _, _ = memory
     _, _, k_full, _ = barriers
-    token = multiply_scores(q_smem, k_smem, k_full, count, META)
+    token = multiply_scores(queries, k_smem, k_full, count, META.strips, META)
     b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(0, [token])
     free_slot(KEYS_FREED if META.early else VALUES_FREED, count, META.stages, META)

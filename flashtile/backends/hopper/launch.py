@@ -76,8 +76,8 @@ def forward(
         meta, rows = call.meta, ROWS.value
         columns = meta.block_dv // 2 if meta.halves else meta.block_dv
         given = {
-            "q_desc": descriptor(q, rows, meta.block_d),
-            "k_desc": descriptor(k, meta.tile_kv, meta.block_d),
+            "q_desc": descriptor(q, rows, meta.strip),
+            "k_desc": descriptor(k, meta.tile_kv, meta.strip),
             "v_desc": value_descriptor(v if turned is None else turned, meta),
             "o_desc": None if meta.wide else descriptor(out, rows, columns),
             "sources": (rows_of(q), rows_of(k), values_of(inputs)) if meta.careful else None,
@@ -249,11 +249,11 @@ def _queries(
     inputs, meta, rows = call.inputs, call.meta, ROWS.value
     total, where = call.tiles(keys=False)
     given = {
-        "q_desc": descriptor(inputs.q, rows, meta.block_d),
-        "k_desc": descriptor(inputs.k, meta.tile_kv, meta.block_d),
+        "q_desc": descriptor(inputs.q, rows, meta.strip),
+        "k_desc": descriptor(inputs.k, meta.tile_kv, meta.strip),
         "v_desc": descriptor(inputs.v, meta.tile_kv, meta.block_dv),
         "do_desc": descriptor(grad_out, rows, meta.block_dv),
-        "dq_desc": descriptor(dq, rows, meta.block_d),
+        "dq_desc": descriptor(dq, rows, meta.strip),
         "lse": numbers_of(lse),
         "delta": numbers_of(delta),
         "dq": rows_of(dq) if meta.packed else None,
@@ -299,12 +299,12 @@ def _through(
     section = heads_in_cache(call.problem, inputs.q.shape[-3])
     sections, grid = grid_of_keys(programs // max(pairs, 1), pairs, section, meta.sections)
     given = {
-        "q_desc": descriptor(inputs.q, meta.tile_q, meta.block_d),
-        "k_desc": descriptor(inputs.k, meta.tile_kv, meta.block_d),
+        "q_desc": descriptor(inputs.q, meta.tile_q, meta.strip),
+        "k_desc": descriptor(inputs.k, meta.tile_kv, meta.strip),
         "v_desc": descriptor(inputs.v, meta.tile_kv, meta.block_dv),
         "do_desc": descriptor(grad_out, meta.tile_q, meta.block_dv),
         "sums_desc": None if sums is None else piece_descriptor(sums),
-        "dk_desc": descriptor(dk, rows, meta.block_d),
+        "dk_desc": descriptor(dk, rows, meta.strip),
         "dv_desc": descriptor(dv, rows, meta.block_dv),
         "lse": numbers_of(lse),
         "delta": numbers_of(delta),

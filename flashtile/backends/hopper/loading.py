@@ -9,6 +9,7 @@ from flashtile.backends.hopper.memory import KEYS_FREED, VALUES_FREED, await_slo
 from flashtile.backends.hopper.registers import here
 from flashtile.backends.hopper.schedule import announce, counts_of, end, query_tile, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
+from flashtile.backends.hopper.strips import expect_strips, load_strips
 from flashtile.kernels.words import Size
 
 
@@ -72,22 +73,25 @@ def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers
     k_full, v_full = barriers[2], barriers[3]
     # Lists have room for that.
     i_after = tile_of(walk, n + 1, META)
-    slot = count % k_smem.shape[0]
+    STRIPS: gl.constexpr = META.strips
+    slot = count % META.stages
     slot_v = count % v_smem.shape[0]
     first_row = place.first_k + first_key_of(i_tile, place, META)
-    where = [place.batch * META.dense, first_row, place.head // META.group, 0]
+    where = (place.batch * META.dense, first_row, place.head // META.group)
     # Otherwise they are free since the last values were.
     if META.for_dq or META.early:
         await_slot(KEYS_FREED, count + META.keys_late, META.stages, META)
-    mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-    tma_load(k_desc, where, k_full.index(slot), k_smem.index(slot))
+    expect_strips(k_desc, k_full.index(slot), STRIPS)
+    load_strips(k_desc, where, k_full.index(slot), k_smem, slot, STRIPS)
     if n == 0:
         load_queries(descriptors, memory, barriers, place, turn, META)
     await_slot(VALUES_FREED, count + META.values_late, META.stages_v, META)
     mbarrier.expect(v_full.index(slot_v), v_desc.block_type.nbytes)
     if META.eight:
-        where = [place.batch * META.dense, place.head // META.group, 0, first_row]
-    tma_load(v_desc, where, v_full.index(slot_v), v_smem.index(slot_v))
+        turned = [place.batch * META.dense, place.head // META.group, 0, first_row]
+        tma_load(v_desc, turned, v_full.index(slot_v), v_smem.index(slot_v))
+    else:
+        load_strips(v_desc, where, v_full.index(slot_v), v_smem, slot_v, 1)
     return i_after
 
 
@@ -107,11 +111,11 @@ def load_queries(descriptors, memory, barriers, place, turn, META: gl.constexpr)
     for i in gl.static_range(CONSUMERS):
         slot = query_slot(turn, i, META)
         full = q_full.index(slot)
-        where = [place.batch * META.dense, place.first_q + place.tile * META.tile_q + i * ROWS, place.head, 0]
+        where = (place.batch * META.dense, place.first_q + place.tile * META.tile_q + i * ROWS, place.head)
         mbarrier.wait(q_empty.index(slot), ((turn // STAGES) & 1) ^ 1)
         if META.for_dq:
-            mbarrier.expect(full, q_desc.block_type.nbytes + descriptors[4].block_type.nbytes)
-            tma_load(descriptors[4], where, full, memory[4].index(slot))
+            mbarrier.expect(full, q_desc.block_type.nbytes * META.strips + descriptors[4].block_type.nbytes)
+            load_strips(descriptors[4], where, full, memory[4], slot, 1)
         else:
-            mbarrier.expect(full, q_desc.block_type.nbytes)
-        tma_load(q_desc, where, full, memory[0].index(slot))
+            expect_strips(q_desc, full, META.strips)
+        load_strips(q_desc, where, full, memory[0], slot, META.strips)

@@ -201,9 +201,10 @@ def without_rows(smem, count):
 
 
 @gluon.jit
-def clear_half(b_first, b_second, left, I_GROUP: gl.constexpr):
+def clear_half(strips, b_other, left, I_GROUP: gl.constexpr, STRIPS: gl.constexpr):
     """Of a packed sequence's last tiles, which both warpgroups read: each puts zeros behind the end in its half."""
-    HALF: gl.constexpr = b_first.shape[0] // 2
-    without_rows(b_first.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
-    without_rows(b_second.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
+    HALF: gl.constexpr = b_other.shape[0] // 2
+    for i in gl.static_range(STRIPS):
+        without_rows(strips[i].slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
+    without_rows(b_other.slice(I_GROUP * HALF, HALF, dim=0), left - I_GROUP * HALF)
     meet()

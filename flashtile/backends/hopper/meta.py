@@ -16,10 +16,15 @@ LIFT = 8
 """Weights of 8 bits are at most 2^8: below 448, the largest number of e4m3, whose smallest are 2^-9."""
 
 
+STRIP = 64
+"""Columns of each of several strips."""
+
+
 @dataclass(frozen=True)
 class Meta:
     """What a kernel is compiled for, beside types and which fields are None: see the configs of `tuning.hopper`.
 
+    strips, strip: how many queries and keys lie in, in shared memory, and the columns of one; see `strips`.
     masked: where the mask is evaluated: at the "edges" of a window's span, "always", or as "lists" of tiles say.
     exact, precision: for kernels that take float32 too, see `rules.capped`. left, right: whether the window ends there.
     sections: tiles of several heads are handed out together.
@@ -44,6 +49,8 @@ class Meta:
     headdim_v: int
     block_d: int
     block_dv: int
+    strips: int
+    strip: int
     group: int
     modified: bool
     exact: bool
@@ -120,6 +127,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
     for_dq = isinstance(config, QueryConfig)
     # Then the first tile of a sequence may begin in front of it.
     in_blocks = problem.packed_eight
+    strips = strips_of(problem)
     return Meta(
         tile_q=config.tile_q,
         tile_kv=config.tile_kv,
@@ -130,6 +138,8 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         headdim_v=problem.headdim_v,
         block_d=block(problem.headdim),
         block_dv=block(problem.headdim_v),
+        strips=strips,
+        strip=block(problem.headdim) if strips == 1 else STRIP,
         group=problem.group,
         modified=modified(problem),
         exact=exact(problem),
@@ -143,7 +153,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
         right=right is not None,
         dense=int(not problem.varlen),
         packed=problem.varlen,
-        halves=isinstance(config, HopperConfig) and config.halves and block(problem.headdim_v) > 128,
+        halves=isinstance(config, HopperConfig) and config.halves and block(problem.headdim_v) > 64,
         wide=isinstance(config, HopperConfig) and problem.out_dtype is torch.float32,
         turns=isinstance(config, HopperConfig) and config.turns,
         query_stages=1 if isinstance(config, BackwardConfig) else config.query_stages,
@@ -170,6 +180,11 @@ def _apart(config: Config, problem: Problem) -> bool:
     if isinstance(config, BackwardConfig) and config.ahead and problem.group > 1:
         return False
     return isinstance(config, HopperConfig | BackwardConfig) and config.apart
+
+
+def strips_of(problem: Problem) -> int:
+    """See `strips`; of 8 bits a strip would have half the bytes that the copy engine moves at a time."""
+    return 3 if 2 * STRIP < problem.headdim <= 3 * STRIP and not problem.scaled else 1
 
 
 def block(headdim: int) -> int:

@@ -10,23 +10,19 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from flashtile.backends.hopper.compat import gl, mbarrier
 from flashtile.backends.hopper.eight import packed
-from flashtile.backends.hopper.softmax import ROWS
+from flashtile.backends.hopper.strips import multiply_rows, strips_of
 from flashtile.backends.hopper.words import from_words, halves_in_words
 
 
 @gluon.jit
-def multiply_scores(q_smem, k_smem, k_full, count, META: gl.constexpr):
-    """Starts q k^T with the keys of slot `count`, or dO v^T with values; nothing waits for the result yet."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    STAGES: gl.constexpr = k_smem.shape[0]
-    BLOCK: gl.constexpr = k_smem.shape[4]
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, META.depth])
+def multiply_scores(queries, k_smem, k_full, count, STRIPS: gl.constexpr, META: gl.constexpr):
+    """Starts q k^T with the keys of slot `count`, or dO v^T with values, which lie in so many strips; nothing waits for
+    the result yet."""
+    STAGES: gl.constexpr = k_smem.shape[0] // STRIPS
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.tile_kv, META.depth])
     slot = count % STAGES
     mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
-    b_q = q_smem.reshape([ROWS, BLOCK])
-    b_k = k_smem.index(slot).reshape([TILE_KV, BLOCK])
-    b_zeros = gl.zeros([ROWS, TILE_KV], gl.float32, scores)
-    return warpgroup_mma(b_q, b_k.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    return multiply_rows(queries, strips_of(k_smem, slot, STRIPS), scores, STRIPS)
 
 
 @gluon.jit

@@ -9,12 +9,11 @@ the last of them one key tile late, so that the tensor cores have work under the
 """
 
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from flashtile.backends.hopper.bits import words_at
 from flashtile.backends.hopper.compat import gl, mbarrier, tma_store_wait
 from flashtile.backends.hopper.dropped import dropped_grad, kept_at
-from flashtile.backends.hopper.forward import store_tile
 from flashtile.backends.hopper.forward_steps import rule
 from flashtile.backends.hopper.loading import loader, query_slot
 from flashtile.backends.hopper.memory import (
@@ -22,6 +21,7 @@ from flashtile.backends.hopper.memory import (
     VALUES_FREED,
     clear_half,
     free_slot,
+    hand_over,
     meet,
     new_barriers,
     without_nan,
@@ -31,50 +31,48 @@ from flashtile.backends.hopper.registers import numbers_here, rows_here
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
+from flashtile.backends.hopper.strips import await_columns, multiply_columns, strip_of, strips_of, zero_strips
 from flashtile.kernels.places import number_pointers
 from flashtile.kernels.rules import alibi_distance, grad_dots
 
 
 @gluon.jit
-def clear_hidden(k_smem, v_smem, i_tile, place, I_GROUP: gl.constexpr, META: gl.constexpr):
+def clear_hidden(k_smem, slot, v_smem, slot_v, i_tile, place, I_GROUP: gl.constexpr, META: gl.constexpr):
     """Puts zeros where keys and values hold what nobody sees but a product would: behind a packed sequence, and NaN.
     Each warpgroup does its half."""
     TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
-    BLOCK_DV: gl.constexpr = META.block_dv
     HALF: gl.constexpr = TILE_KV // 2
+    STRIPS: gl.constexpr = META.strips
     if META.packed:
         left = place.seqlen_k - i_tile * TILE_KV
         if left < TILE_KV:
-            clear_half(k_smem.reshape([TILE_KV, BLOCK_D]), v_smem.reshape([TILE_KV, BLOCK_DV]), left, I_GROUP)
+            clear_half(strips_of(k_smem, slot, STRIPS), strip_of(v_smem, slot_v), left, I_GROUP, STRIPS)
     if META.guarded:
-        without_nan(k_smem, I_GROUP * HALF, HALF)
-        without_nan(v_smem, I_GROUP * HALF, HALF)
+        for i in gl.static_range(STRIPS):
+            without_nan(k_smem.index(slot * STRIPS + i), I_GROUP * HALF, HALF)
+        without_nan(v_smem.index(slot_v), I_GROUP * HALF, HALF)
         meet()
 
 
 @gluon.jit
 def start_products(i_tile, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
     """(token of the scores, token of the weights' gradients) of a key tile."""
-    q_smem, k_smem, v_smem, _dq_smem, do_smem = memory
+    queries, k_smem, v_smem, _dq_smem, grads_out = memory
     _q_full, _q_empty, k_full, v_full = barriers
     if META.packed or META.guarded:
-        slot, slot_v = count % k_smem.shape[0], count % v_smem.shape[0]
-        mbarrier.wait(k_full.index(slot), (count // k_smem.shape[0]) & 1)
-        mbarrier.wait(v_full.index(slot_v), (count // v_smem.shape[0]) & 1)
-        clear_hidden(k_smem.index(slot), v_smem.index(slot_v), i_tile, place, I_GROUP, META)
-    score_token = multiply_scores(q_smem, k_smem, k_full, count, META)
-    weight_token = multiply_scores(do_smem, v_smem, v_full, count, META)
+        slot, slot_v = count % META.stages, count % META.stages_v
+        mbarrier.wait(k_full.index(slot), (count // META.stages) & 1)
+        mbarrier.wait(v_full.index(slot_v), (count // META.stages_v) & 1)
+        clear_hidden(k_smem, slot, v_smem, slot_v, i_tile, place, I_GROUP, META)
+    score_token = multiply_scores(queries, k_smem, k_full, count, META.strips, META)
+    weight_token = multiply_scores(grads_out, v_smem, v_full, count, 1, META)
     return score_token, weight_token
 
 
 @gluon.jit
 def multiply_keys(b_grad, b_dq, k_smem, count, META: gl.constexpr):
     """Starts dQ += dS K with the keys of slot `count`, which are there."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
-    b_k = k_smem.index(count % k_smem.shape[0]).reshape([TILE_KV, BLOCK_D])
-    return warpgroup_mma(b_grad, b_k, b_dq, is_async=True)
+    return multiply_columns(b_grad, strips_of(k_smem, count % META.stages, META.strips), b_dq, META.strips)
 
 
 @gluon.jit
@@ -89,9 +87,8 @@ def grad_scores(
     """
     _q_smem, k_smem, _v_smem, _dq_smem, _do_smem = memory
     TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.strip, 16])
     o_query, first, b_lse, b_delta = rows
     b_kept = kept_at(rules, place, first, i_tile * TILE_KV, TILE_KV, False)
     b_scores = warpgroup_mma_wait(1 + LATER, [score_token])
@@ -120,8 +117,7 @@ def walk_keys(
 ):  # fmt: skip
     """(dQ, less the gradient of each query's slope, steps so far) of a query tile."""
     _q_smem, k_smem, _v_smem, _dq_smem, _do_smem = memory
-    BLOCK_D: gl.constexpr = META.block_d
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.strip, 16])
     walk = walk_of(place, counts, rules.window, visits, META)
     MASKED: gl.constexpr = META.asked
     _tiles, _first, full_begin, full_end, steps = walk
@@ -134,7 +130,7 @@ def walk_keys(
         first_token, other_token, i_first, m_first, b_first, count, place, rows, memory, barriers, rules,
         META, SCORE, DERIVATIVE, MASK, "always", 0,
     )  # fmt: skip
-    b_dq = gl.zeros([ROWS, BLOCK_D], gl.float32, output)
+    b_dq = zero_strips(output, ROWS, META.strip, META.strips)
     free_slot(KEYS_FREED, count, META.stages, META)
     count += 1
     # Read one step ahead; lists have room for that.
@@ -145,16 +141,16 @@ def walk_keys(
         m_edge = (n < full_begin) | (n >= full_end)
         b_words = words_at(visits, place, n, m_edge, META, False, I_GROUP)
         score_token, weight_token = start_products(i_tile, count, place, memory, barriers, I_GROUP, META)
-        token = multiply_keys(b_grad, b_dq, k_smem, count - 1, META)
+        tokens = multiply_keys(b_grad, b_dq, k_smem, count - 1, META)
         b_grad, b_more = grad_scores(
             score_token, weight_token, i_tile, m_edge, b_words, count, place, rows, memory, barriers, rules,
-            META, SCORE, DERIVATIVE, MASK, MASKED, 1,
+            META, SCORE, DERIVATIVE, MASK, MASKED, META.strips,
         )  # fmt: skip
         b_slope += b_more
-        b_dq = warpgroup_mma_wait(0, [token])
+        b_dq = await_columns(tokens, META.strips, 0)
         free_slot(KEYS_FREED, count, META.stages, META)
         count += 1
-    b_dq = warpgroup_mma_wait(0, [multiply_keys(b_grad, b_dq, k_smem, count - 1, META)])
+    b_dq = await_columns(multiply_keys(b_grad, b_dq, k_smem, count - 1, META), META.strips, 0)
     return b_dq, b_slope, count
 
 
@@ -181,7 +177,8 @@ def consumer(
         rows = (o_query, first, subtracted(b_lse), b_delta)
         slot = query_slot(turn, I_GROUP, META)
         mbarrier.wait(q_full.index(slot), (turn // META.query_stages) & 1)
-        own = (q_smem.index(slot), k_smem, v_smem, dq_smem, do_smem.index(slot))
+        queries, grads_out = strips_of(q_smem, slot, META.strips), strips_of(do_smem, slot, 1)
+        own = (queries, k_smem, v_smem, dq_smem, grads_out)
         b_dq, b_slope, count = walk_keys(
             place, counts, rows, count, own, barriers, rules, visits, META, SCORE, DERIVATIVE, MASK, I_GROUP
         )  # fmt: skip
@@ -189,11 +186,25 @@ def consumer(
             gl.store(number_pointers(slope, place, o_query), -b_slope, mask=o_query < place.seqlen_q)
         # The queries have been read: dQ leaves through their memory.
         leaving = rows_here(dq) if META.packed else dq
-        store_tile(dq_desc, leaving, dq_smem.index(slot), b_dq * rules.scale, place, first, META.headdim, META)
-        tma_store_wait(0)
+        store_queries(dq_desc, leaving, dq_smem, slot, b_dq, rules, place, first, META)
         mbarrier.arrive(q_empty.index(slot), count=1)
         turn += 1
         place, counts = hear(mailbox, size, turn, META)
+
+
+@gluon.jit
+def store_queries(desc, rows, smem, slot, b_dq, rules, place, first, META: gl.constexpr):
+    """dQ of 64 queries, through the memory of a slot of them, which is free afterwards."""
+    STRIPS: gl.constexpr = META.strips
+    tma_store_wait(0)
+    for i in gl.static_range(STRIPS):
+        strip = smem.index(slot * STRIPS + i)
+        b_grad = b_dq[i] * rules.scale
+        hand_over(
+            desc, rows, strip, b_grad, place, first, place.first_q, place.seqlen_q, i * META.strip, META.headdim,
+            META.packed,
+        )  # fmt: skip
+    tma_store_wait(0)
 
 
 @gluon.jit
@@ -237,12 +248,12 @@ def query_kernel(
     STAGES: gl.constexpr = META.stages
     STAGES_V: gl.constexpr = META.stages_v
     TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
+    STRIP: gl.constexpr = META.strip
     BLOCK_DV: gl.constexpr = META.block_dv
     QUERIES: gl.constexpr = 2 * META.query_stages
-    q_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, ROWS, 1, BLOCK_D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [QUERIES * META.strips, 1, ROWS, 1, STRIP], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, ROWS, 1, BLOCK_DV], do_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_KV, 1, BLOCK_D], k_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES * META.strips, 1, TILE_KV, 1, STRIP], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES_V, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
     told = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = new_barriers(QUERIES, 1)

@@ -9,6 +9,7 @@ from flashtile.backends.hopper.dropped import dropped_grad, kept_at, only_kept
 from flashtile.backends.hopper.memory import FREED, clear_half, free_slot, slot_of, turn_of
 from flashtile.backends.hopper.ruling import ruled_tile
 from flashtile.backends.hopper.softmax import ROWS
+from flashtile.backends.hopper.strips import await_columns, multiply_columns, multiply_rows, strip_of, strips_of
 from flashtile.backends.hopper.sums import PIECE, flat_piece, whole_piece
 from flashtile.kernels.rules import grad_dots
 
@@ -32,34 +33,31 @@ def scores_of(
 
 @gluon.jit
 def rows_of_step(count, memory, META: gl.constexpr):
-    """(queries, gradients of their outputs) of a step's slot."""
+    """(strips of queries, gradients of their outputs) of a step's slot."""
     slot = slot_of(count, META.stages)
-    b_q = memory[2].index(slot).reshape([META.tile_q, META.block_d])
-    b_grad_out = memory[3].index(slot).reshape([META.tile_q, META.block_dv])
-    return b_q, b_grad_out
+    return strips_of(memory[2], slot, META.strips), strip_of(memory[3], slot)
 
 
 @gluon.jit
 def wait_for_rows(i_row, count, place, memory, barriers, I_GROUP: gl.constexpr, META: gl.constexpr):
-    """(queries, gradients of their outputs) of a step's slot, once they are there."""
+    """(strips of queries, gradients of their outputs) of a step's slot, once they are there."""
     _kv_full, full, _handing = barriers
-    b_q, b_grad_out = rows_of_step(count, memory, META)
+    queries, b_grad_out = rows_of_step(count, memory, META)
     mbarrier.wait(full.index(slot_of(count, META.stages)), turn_of(count, META.stages))
     if META.packed:
         left = place.seqlen_q - i_row * META.tile_q
         if left < META.tile_q:
-            clear_half(b_q, b_grad_out, left, I_GROUP)
-    return b_q, b_grad_out
+            clear_half(queries, b_grad_out, left, I_GROUP, META.strips)
+    return queries, b_grad_out
 
 
 @gluon.jit
-def start_scores(b_q, memory, I_GROUP: gl.constexpr, META: gl.constexpr):
+def start_scores(queries, memory, I_GROUP: gl.constexpr, META: gl.constexpr):
     """Starts K Q^T of a warpgroup's own keys."""
     TILE_Q: gl.constexpr = META.tile_q
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
-    b_k = memory[0].reshape([META.tile_kv, META.block_d]).slice(I_GROUP * ROWS, ROWS, dim=0)
-    b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
-    return warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    b_k = strip_of(memory[0], 0).slice(I_GROUP * ROWS, ROWS, dim=0)
+    return multiply_rows((b_k,), queries, scores, 1)
 
 
 @gluon.jit
@@ -69,8 +67,8 @@ def first_scores(some, i_row, count, place, memory, barriers, I_GROUP: gl.conste
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     b_scores = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     if some:
-        b_q, _b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
-        b_scores = warpgroup_mma_wait(0, [start_scores(b_q, memory, I_GROUP, META)])
+        queries, _b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
+        b_scores = warpgroup_mma_wait(0, [start_scores(queries, memory, I_GROUP, META)])
     return b_scores
 
 
@@ -82,19 +80,18 @@ def step(
     """One query tile of one head: (dK, dV) and, where products go `ahead`, the scores of the next step."""
     TILE_Q: gl.constexpr = META.tile_q
     TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
-    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.strip, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     k_smem, v_smem, _q_smem, _do_smem, lse_smem, delta_smem, ds_smem, sums_smem = memory
     b_grad_k, b_grad_v = b_carried[0], b_carried[1]
     slot = slot_of(count, META.stages)
     if META.ahead:
-        b_q, b_grad_out = rows_of_step(count, memory, META)
+        queries, b_grad_out = rows_of_step(count, memory, META)
     else:
-        b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
-        score_token = start_scores(b_q, memory, I_GROUP, META)
+        queries, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
+        score_token = start_scores(queries, memory, I_GROUP, META)
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
     b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     weight_token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
@@ -126,7 +123,7 @@ def step(
         await_other(count, I_GROUP)
         own_grad(ds_smem, count, I_GROUP).store(b_half)
         query_token = half_of_grad_q(ds_smem, k_smem, count, I_GROUP, META)
-    key_token = warpgroup_mma(b_left, b_q, b_grad_k, is_async=True)
+    key_token = warpgroup_mma(b_left, queries[0], b_grad_k, is_async=True)
     if META.adds:
         b_grad_v = warpgroup_mma_wait(2, [value_token])
         # dQ leaves while dK is multiplied.
@@ -147,8 +144,8 @@ def end_step(
             wait_for_rows(i_next, count + 1, place, memory, barriers, I_GROUP, META)
         # Behind the last step, its own again, for nobody. The registers of dQ and of the weights are free by now: with
         # them, ptxas would let every product wait.
-        b_q, _b_grad_out = rows_of_step(gl.where(more, count + 1, count), memory, META)
-        score_token = start_scores(b_q, memory, I_GROUP, META)
+        queries, _b_grad_out = rows_of_step(gl.where(more, count + 1, count), memory, META)
+        score_token = start_scores(queries, memory, I_GROUP, META)
         b_grad_k = warpgroup_mma_wait(1, [key_token])
         free_slot(FREED, slot_of(count, META.stages), META.stages, META)
         return (b_grad_k, b_grad_v, warpgroup_mma_wait(0, [score_token]))
@@ -168,17 +165,13 @@ def value_step(
     It hands the other the weights, multiplied with the derivative of the scores, which is all that dS needs of them.
     """
     TILE_Q: gl.constexpr = META.tile_q
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     k_smem, _v_smem, _q_smem, _do_smem, lse_smem, _delta_smem, handed, _sums_smem = memory
     _kv_full, _full, handing = barriers
-    b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
-    b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 0, META)
-    b_k = k_smem.reshape([TILE_KV, BLOCK_D])
-    token = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+    queries, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 0, META)
+    token = multiply_rows(strips_of(k_smem, 0, META.strips), queries, scores, META.strips)
     b_kept = kept_at(rules, place, i_row * TILE_Q, place.tile * ROWS, TILE_Q, True)
     b_lse = lse_smem.index(slot_of(count, META.stages)).load(gl.SliceLayout(0, scores))
     b_scores = warpgroup_mma_wait(0, [token])
@@ -208,17 +201,16 @@ def value_step(
 def key_step(
     b_grads, i_row, count, place, memory, barriers, rules, META: gl.constexpr, DERIVATIVE: gl.constexpr
 ):  # fmt: skip
-    """Of two warpgroups that share 64 keys, the one that holds dK: (dK,)."""
+    """Of two warpgroups that share 64 keys, the one that holds dK: its strips."""
     TILE_Q: gl.constexpr = META.tile_q
     TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_D: gl.constexpr = META.block_d
     BLOCK_DV: gl.constexpr = META.block_dv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
-    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.strip, 16])
     k_smem, v_smem, _q_smem, _do_smem, _lse_smem, delta_smem, handed, _sums_smem = memory
     _kv_full, _full, handing = barriers
     b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
-    b_q, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 1, META)
+    queries, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 1, META)
     b_v = v_smem.reshape([TILE_KV, BLOCK_DV])
     token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     b_kept = kept_at(rules, place, i_row * TILE_Q, place.tile * ROWS, TILE_Q, True)
@@ -233,6 +225,6 @@ def key_step(
         # See `rules.grad_dots`.
         b_grad = gl.where(b_weights == 0.0, 0.0, b_grad)
     b_left = gl.convert_layout(b_grad.to(k_smem.dtype), gl.DotOperandLayout(0, keys, 2))
-    b_grad_k = warpgroup_mma_wait(0, [warpgroup_mma(b_left, b_q, b_grads[0], is_async=True)])
+    b_grads = await_columns(multiply_columns(b_left, queries, b_grads, META.strips), META.strips, 0)
     free_slot(FREED, slot_of(count, META.stages), META.stages, META)
-    return (b_grad_k,)
+    return b_grads
