@@ -127,7 +127,7 @@ def meta_of(problem: Problem, config: Config, listed: bool) -> Meta:
     for_dq = isinstance(config, QueryConfig)
     # Then the first tile of a sequence may begin in front of it.
     in_blocks = problem.packed_eight
-    strips = strips_of(problem)
+    strips = _strips(problem)
     return Meta(
         tile_q=config.tile_q,
         tile_kv=config.tile_kv,
@@ -182,7 +182,7 @@ def _apart(config: Config, problem: Problem) -> bool:
     return isinstance(config, HopperConfig | BackwardConfig) and config.apart
 
 
-def strips_of(problem: Problem) -> int:
+def _strips(problem: Problem) -> int:
     """See `strips`; of 8 bits a strip would have half the bytes that the copy engine moves at a time."""
     return 3 if 2 * STRIP < problem.headdim <= 3 * STRIP and not problem.scaled else 1
 
