@@ -97,7 +97,7 @@ HOPPER: Limits = {
         "softcap": 10,
         "score_mod": 20,
         "table": 10,
-        "mask_mod": 10,
+        "mask_mod": 20,
         "varlen": 20,
         "deterministic": 10,
         "heads": 10,
