@@ -102,6 +102,7 @@ NAMES = (*VARIANTS, *CACHED, *EIGHT)
 
 
 VALUES = 128
+"""Columns of values, at most, that Hopper's tables have rows for beside wider keys."""
 
 LATENT = 576
 """The head dimension of multi-head latent attention, whose values are the first 512 columns of the one key head."""

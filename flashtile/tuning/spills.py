@@ -4,13 +4,14 @@ Limits = dict[tuple[str, int], dict[str, int]]
 """By kernel and head dimension, then by variant of the call; where none is named, none may spill."""
 
 WIDTHS = (64, 128, 256, 512)
-"""Head dimensions that limits are kept for; others have those of the next one."""
+"""Head dimensions that limits are kept for; others have those of the next one, where they have none of their own."""
 
 
 def allowed(limits: Limits, kernel: str, headdim: int, variant: str) -> int:
     """The limit of a kernel for heads of this many columns."""
     width = next((width for width in WIDTHS if headdim <= width), headdim)
-    return limits.get((kernel, width), {}).get(variant, 0)
+    own = limits.get((kernel, headdim), {})
+    return own.get(variant, limits.get((kernel, width), {}).get(variant, 0))
 
 
 PORTABLE: Limits = {
@@ -97,13 +98,15 @@ HOPPER: Limits = {
         "softcap": 10,
         "score_mod": 20,
         "table": 10,
-        "mask_mod": 20,
+        "mask_mod": 10,
         "varlen": 20,
         "deterministic": 10,
         "heads": 10,
         "heads_plain": 10,
         "heads_alibi": 10,
     },
+    ("backward_kernel", 192): {"dropout": 20, "mask_mod": 20, "varlen": 40},
+    ("query_kernel", 192): {"heads_values": 60},
     ("query_kernel", 256): {
         "dropout": 80,
         "plain": 40,
@@ -119,7 +122,6 @@ HOPPER: Limits = {
         "heads": 40,
         "heads_plain": 40,
         "heads_alibi": 70,
-        "heads_values": 60,
     },
 }
 """The Hopper backend's: what the worst of the supported Tritons makes, rounded up to tens. To be brought to none."""

@@ -66,7 +66,6 @@ def test_packed_sequences(case: Eight) -> None:
     _run_packed(case, SWEEP[0])
 
 
-@pytest.mark.newest_triton
 @pytest.mark.parametrize("name", ["packed_heads_causal", "packed_causal_gqa"])
 def test_packed_sequences_have_the_same_bits_under_every_schedule(name: str) -> None:
     case = next(case for case in eight.PACKED if case.name == name)
@@ -77,7 +76,6 @@ def test_packed_sequences_have_the_same_bits_under_every_schedule(name: str) -> 
         assert_equal_bits([state.out, state.lse], [first.out, first.lse])
 
 
-@pytest.mark.newest_triton
 @pytest.mark.parametrize("granularity", ["head", "block"])
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 10.0}], ids=str)
 def test_nan_of_other_sequences_does_not_spread(granularity: str, options: dict[str, Any]) -> None:

@@ -81,7 +81,6 @@ def _marks(name: str, twin: int = 0) -> list[Any]:
     return [] if name in EACH_KERNEL and twin <= 1 else [pytest.mark.newest_triton]
 
 
-@pytest.mark.newest_triton
 def test_a_bias_that_entries_share_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three entries, two of them summed up by some programs and one by others; more than are in flight at once."""
     monkeypatch.setattr(bias, "LEAST", 1)
@@ -194,7 +193,6 @@ def test_a_large_softcap_hides_no_score() -> None:
     oracle.compare({"out": state.out, "lse": state.lse}, call)
 
 
-@pytest.mark.newest_triton
 def test_a_negative_scale() -> None:
     """It turns the largest dot product into the smallest score."""
     shape = dense(1, 33, 50, 2, 1, 16)

@@ -19,10 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from flashtile.backends.hopper.adding import adder, before_first, hand_over_grad_q, start_last
 from flashtile.backends.hopper.bits import words_at
-from flashtile.backends.hopper.compat import gl, mbarrier, thread_barrier, tma_load, tma_store_wait, view_as
+from flashtile.backends.hopper.compat import gl, mbarrier, thread_barrier, tma_store_wait
 from flashtile.backends.hopper.memory import (
     FREED,
     await_slot,
+    first_rows,
     hand_over,
     meet,
     new_barriers,
@@ -34,7 +35,7 @@ from flashtile.backends.hopper.schedule import ONE_GROUP, ONE_WARP, edges_in, ke
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
 from flashtile.backends.hopper.steps import first_scores, key_step, step, value_step
-from flashtile.backends.hopper.strips import load_strips, zero_strips
+from flashtile.backends.hopper.strips import load_strips, store_strips, strip_of, zero_strips
 from flashtile.backends.hopper.sums import PIECE_COLUMNS, PIECE_MEMORY, PIECE_ROWS
 from flashtile.kernels.places import with_head
 
@@ -56,7 +57,7 @@ def loader(
     first = shared.first_k + shared.tile * META.tile_kv
     mbarrier.expect(kv_full, k_desc.block_type.nbytes * META.strips + v_desc.block_type.nbytes)
     load_strips(k_desc, (i_entry, first, shared.head), kv_full, k_smem, 0, META.strips)
-    tma_load(v_desc, [i_entry, first, shared.head, 0], kv_full, v_smem)
+    load_strips(v_desc, (i_entry, first, shared.head), kv_full, v_smem, 0, 1)
     count = 0
     for i_member in range(META.group):
         place = with_head(shared, shared.head * META.group + i_member)
@@ -164,15 +165,14 @@ def no_grads(I_GROUP: gl.constexpr, META: gl.constexpr):
 
 @gluon.jit
 def clean(smem, place, first, row, META: gl.constexpr):
-    """Puts zeros where 64 keys or values, from `row` of the tile on, hold what no product may see."""
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK: gl.constexpr = smem.shape[3]
-    b_rows = smem.reshape([TILE_KV, BLOCK]).slice(row, ROWS, dim=0)
-    if META.packed:
-        if place.seqlen_k - first < ROWS:
-            without_rows(b_rows, place.seqlen_k - first)
-    if META.guarded:
-        without_nan(smem, row, ROWS)
+    """Puts zeros where 64 keys or values, from `row` of the tile on, hold what no product may see, in all strips."""
+    STRIPS: gl.constexpr = smem.shape[0]
+    for i in gl.static_range(STRIPS):
+        if META.packed:
+            if place.seqlen_k - first < ROWS:
+                without_rows(strip_of(smem, i).slice(row, ROWS, dim=0), place.seqlen_k - first)
+        if META.guarded:
+            without_nan(smem.index(i), row, ROWS)
     if META.packed or META.guarded:
         # Triton would put one into every step of the loop that reads this memory.
         thread_barrier()
@@ -187,7 +187,6 @@ def consumer(
     TILE_Q: gl.constexpr = META.tile_q
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     row: gl.constexpr = 0 if META.split else I_GROUP * ROWS
-    STRIPS: gl.constexpr = META.strips
     kv_full, _full, _handing = barriers
     packing, size, rules, visits = call
     shared = key_tile(packing, size, visits, ONE_GROUP, META)
@@ -199,8 +198,7 @@ def consumer(
         before_first(memory[6], I_GROUP, META)
     mbarrier.wait(kv_full, 0)
     if not META.split or I_GROUP == 0:
-        for i in gl.static_range(STRIPS):
-            clean(memory[0].index(i), shared, first, row, META)
+        clean(memory[0], shared, first, row, META)
     if not META.split or I_GROUP == 1:
         clean(memory[1], shared, first, row, META)
     for i_member in range(META.group):
@@ -230,11 +228,10 @@ def consumer(
 @gluon.jit
 def store_keys(descriptors, slots, results, b_grads, SLOT: gl.constexpr, rules, place, first, META: gl.constexpr):
     """dK of 64 keys, through the memory of a slot of queries."""
-    STRIPS: gl.constexpr = META.strips
-    for i in gl.static_range(STRIPS):
-        smem = slots[0].index(SLOT * STRIPS + i)
-        b_grad = b_grads[i] * rules.scale
-        store_grad(descriptors[5], smem, results[0], b_grad, place, first, i * META.strip, META.headdim, META)
+    store_strips(
+        descriptors[5], results[0], slots[0], SLOT, b_grads, rules.scale, place, first, place.first_k, place.seqlen_k,
+        META.headdim, META,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -242,18 +239,11 @@ def store_values(descriptors, slots, results, b_grad, SLOT: gl.constexpr, rules,
     """dV, through that of a slot of gradients. The weights that dropout left were added up unscaled."""
     if rules.dropout is not None:
         b_grad = b_grad * rules.dropout.factor
-    store_grad(descriptors[6], slots[1].index(SLOT), results[1], b_grad, place, first, 0, META.headdim_v, META)
-
-
-@gluon.jit
-def store_grad(
-    desc, smem, rows, b_grad, place, first, FIRST: gl.constexpr, DIM: gl.constexpr, META: gl.constexpr
-):  # fmt: skip
-    """Rows of 64 keys, columns from FIRST on."""
-    BLOCK: gl.constexpr = smem.shape[3]
-    HALVES: gl.constexpr = META.tile_q // 64
-    b_out = view_as(smem, smem.dtype, [HALVES, 1, ROWS, 1, BLOCK], desc.layout).index(0)
-    hand_over(desc, rows, b_out, b_grad, place, first, place.first_k, place.seqlen_k, FIRST, DIM, META.packed)
+    smem = first_rows(slots[1].index(SLOT), descriptors[6])
+    hand_over(
+        descriptors[6], results[1], smem, b_grad, place, first, place.first_k, place.seqlen_k, 0, META.headdim_v,
+        META.packed,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -319,7 +309,7 @@ def backward_kernel(
     BLOCK_DV: gl.constexpr = META.block_dv
     dtype: gl.constexpr = q_desc.dtype
     k_smem = gl.allocate_shared_memory(dtype, [STRIPS, 1, TILE_KV, 1, STRIP], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [1, 1, TILE_KV, 1, BLOCK_DV], v_desc.layout)
     q_smem = gl.allocate_shared_memory(dtype, [STAGES * STRIPS, 1, TILE_Q, 1, STRIP], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TILE_Q, 1, BLOCK_DV], do_desc.layout)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -9,7 +9,7 @@ from flashtile.backends.hopper.memory import KEYS_FREED, VALUES_FREED, await_slo
 from flashtile.backends.hopper.registers import here
 from flashtile.backends.hopper.schedule import announce, counts_of, end, query_tile, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
-from flashtile.backends.hopper.strips import expect_strips, load_strips
+from flashtile.backends.hopper.strips import load_strips
 from flashtile.kernels.words import Size
 
 
@@ -81,7 +81,7 @@ def load_step(n, i_tile, count, turn, place, walk, descriptors, memory, barriers
     # Otherwise they are free since the last values were.
     if META.for_dq or META.early:
         await_slot(KEYS_FREED, count + META.keys_late, META.stages, META)
-    expect_strips(k_desc, k_full.index(slot), STRIPS)
+    mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes * STRIPS)
     load_strips(k_desc, where, k_full.index(slot), k_smem, slot, STRIPS)
     if n == 0:
         load_queries(descriptors, memory, barriers, place, turn, META)
@@ -117,5 +117,5 @@ def load_queries(descriptors, memory, barriers, place, turn, META: gl.constexpr)
             mbarrier.expect(full, q_desc.block_type.nbytes * META.strips + descriptors[4].block_type.nbytes)
             load_strips(descriptors[4], where, full, memory[4], slot, 1)
         else:
-            expect_strips(q_desc, full, META.strips)
+            mbarrier.expect(full, q_desc.block_type.nbytes * META.strips)
         load_strips(q_desc, where, full, memory[0], slot, META.strips)

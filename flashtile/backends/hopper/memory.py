@@ -145,6 +145,14 @@ def hand_over(
 
 
 @gluon.jit
+def first_rows(smem, desc):
+    """The first 64 rows of a tile in shared memory, for `hand_over` with this descriptor."""
+    TILE: gl.constexpr = smem.shape[1] // ROWS
+    BLOCK: gl.constexpr = smem.shape[3]
+    return view_as(smem, smem.dtype, [TILE, 1, ROWS, 1, BLOCK], desc.layout).index(0)
+
+
+@gluon.jit
 def store_wide(rows, b_rows, place, first, DIM: gl.constexpr):
     """64 rows leave as float32, straight from registers: shared memory has no room for them."""
     TILE: gl.constexpr = b_rows.type.layout

@@ -21,7 +21,6 @@ from flashtile.backends.hopper.memory import (
     VALUES_FREED,
     clear_half,
     free_slot,
-    hand_over,
     meet,
     new_barriers,
     without_nan,
@@ -31,7 +30,14 @@ from flashtile.backends.hopper.registers import numbers_here, rows_here
 from flashtile.backends.hopper.schedule import hear, tile_of, walk_of
 from flashtile.backends.hopper.softmax import ROWS
 from flashtile.backends.hopper.statistics import load_statistics, subtracted
-from flashtile.backends.hopper.strips import await_columns, multiply_columns, strip_of, strips_of, zero_strips
+from flashtile.backends.hopper.strips import (
+    await_columns,
+    multiply_columns,
+    store_strips,
+    strip_of,
+    strips_of,
+    zero_strips,
+)
 from flashtile.kernels.places import number_pointers
 from flashtile.kernels.rules import alibi_distance, grad_dots
 
@@ -147,10 +153,10 @@ def walk_keys(
             META, SCORE, DERIVATIVE, MASK, MASKED, META.strips,
         )  # fmt: skip
         b_slope += b_more
-        b_dq = await_columns(tokens, META.strips, 0)
+        b_dq = await_columns(tokens, META.strips)
         free_slot(KEYS_FREED, count, META.stages, META)
         count += 1
-    b_dq = await_columns(multiply_keys(b_grad, b_dq, k_smem, count - 1, META), META.strips, 0)
+    b_dq = await_columns(multiply_keys(b_grad, b_dq, k_smem, count - 1, META), META.strips)
     return b_dq, b_slope, count
 
 
@@ -195,15 +201,10 @@ def consumer(
 @gluon.jit
 def store_queries(desc, rows, smem, slot, b_dq, rules, place, first, META: gl.constexpr):
     """dQ of 64 queries, through the memory of a slot of them, which is free afterwards."""
-    STRIPS: gl.constexpr = META.strips
     tma_store_wait(0)
-    for i in gl.static_range(STRIPS):
-        strip = smem.index(slot * STRIPS + i)
-        b_grad = b_dq[i] * rules.scale
-        hand_over(
-            desc, rows, strip, b_grad, place, first, place.first_q, place.seqlen_q, i * META.strip, META.headdim,
-            META.packed,
-        )  # fmt: skip
+    store_strips(
+        desc, rows, smem, slot, b_dq, rules.scale, place, first, place.first_q, place.seqlen_q, META.headdim, META
+    )
     tma_store_wait(0)
 
 

@@ -92,7 +92,7 @@ def step(
     else:
         queries, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, I_GROUP, META)
         score_token = start_scores(queries, memory, I_GROUP, META)
-    b_v = v_smem.reshape([TILE_KV, BLOCK_DV]).slice(I_GROUP * ROWS, ROWS, dim=0)
+    b_v = strip_of(v_smem, 0).slice(I_GROUP * ROWS, ROWS, dim=0)
     b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     weight_token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     first_key = place.tile * TILE_KV + I_GROUP * ROWS
@@ -203,15 +203,13 @@ def key_step(
 ):  # fmt: skip
     """Of two warpgroups that share 64 keys, the one that holds dK: its strips."""
     TILE_Q: gl.constexpr = META.tile_q
-    TILE_KV: gl.constexpr = META.tile_kv
-    BLOCK_DV: gl.constexpr = META.block_dv
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, META.strip, 16])
     k_smem, v_smem, _q_smem, _do_smem, _lse_smem, delta_smem, handed, _sums_smem = memory
     _kv_full, _full, handing = barriers
     b_zeros = gl.zeros([ROWS, TILE_Q], gl.float32, scores)
     queries, b_grad_out = wait_for_rows(i_row, count, place, memory, barriers, 1, META)
-    b_v = v_smem.reshape([TILE_KV, BLOCK_DV])
+    b_v = strip_of(v_smem, 0)
     token = warpgroup_mma(b_v, b_grad_out.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
     b_kept = kept_at(rules, place, i_row * TILE_Q, place.tile * ROWS, TILE_Q, True)
     b_delta = delta_smem.index(slot_of(count, META.stages)).load(gl.SliceLayout(0, scores))
@@ -225,6 +223,6 @@ def key_step(
         # See `rules.grad_dots`.
         b_grad = gl.where(b_weights == 0.0, 0.0, b_grad)
     b_left = gl.convert_layout(b_grad.to(k_smem.dtype), gl.DotOperandLayout(0, keys, 2))
-    b_grads = await_columns(multiply_columns(b_left, queries, b_grads, META.strips), META.strips, 0)
+    b_grads = await_columns(multiply_columns(b_left, queries, b_grads, META.strips), META.strips)
     free_slot(FREED, slot_of(count, META.stages), META.stages, META)
     return b_grads

@@ -9,7 +9,8 @@ of 16 bits at a time in any case.
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from flashtile.backends.hopper.compat import gl, mbarrier, tma_load
+from flashtile.backends.hopper.compat import gl, tma_load
+from flashtile.backends.hopper.memory import first_rows, hand_over
 
 
 @gluon.jit
@@ -27,12 +28,6 @@ def strips_of(smem, slot, STRIPS: gl.constexpr):
         return (strip_of(smem, slot),)
     else:
         return (strip_of(smem, 3 * slot), strip_of(smem, 3 * slot + 1), strip_of(smem, 3 * slot + 2))
-
-
-@gluon.jit
-def expect_strips(desc, full, STRIPS: gl.constexpr):
-    """Says at a barrier what `load_strips` brings."""
-    mbarrier.expect(full, desc.block_type.nbytes * STRIPS)
 
 
 @gluon.jit
@@ -76,9 +71,23 @@ def multiply_columns(b_left, right, b_sums, STRIPS: gl.constexpr):
 
 
 @gluon.jit
-def await_columns(tokens, STRIPS: gl.constexpr, LATER: gl.constexpr):
-    """The sums, once no more than LATER products are under way."""
+def await_columns(tokens, STRIPS: gl.constexpr):
+    """The sums, once no product is under way."""
     if STRIPS == 1:
-        return (warpgroup_mma_wait(LATER, [tokens[0]]),)
+        return (warpgroup_mma_wait(0, [tokens[0]]),)
     else:
-        return warpgroup_mma_wait(LATER, [tokens[0], tokens[1], tokens[2]])
+        return warpgroup_mma_wait(0, [tokens[0], tokens[1], tokens[2]])
+
+
+@gluon.jit
+def store_strips(
+    desc, rows, smem, slot, b_strips, scale, place, first, origin, length, DIM: gl.constexpr, META: gl.constexpr
+):  # fmt: skip
+    """64 rows of the gradients of queries or keys leave, multiplied with `scale`, through the memory of a slot; see
+    `memory.hand_over`."""
+    STRIPS: gl.constexpr = META.strips
+    for i in gl.static_range(STRIPS):
+        strip = first_rows(smem.index(slot * STRIPS + i), desc)
+        hand_over(
+            desc, rows, strip, b_strips[i] * scale, place, first, origin, length, i * META.strip, DIM, META.packed
+        )
