@@ -1,6 +1,6 @@
 """Tiles of the Hopper backend's kernels by head dimension: data, which changes no result beyond rounding."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -57,6 +57,12 @@ _EIGHT_TWO = HopperConfig(consumers=2, tile_kv=128, stages=4)
 _EIGHT_THREE = HopperConfig(consumers=3, tile_kv=128, stages=4, turns=True)
 _EIGHT_WIDE = (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=128, stages=2)))
 
+_CUT = (
+    Row(64, None, _TWO),
+    Row(128, None, _128._replace(turns=True, rows=True, early=True)),
+    Row(192, None, _192._replace(turns=True), values=128),
+)
+
 FORWARD: dict[str, tuple[Row, ...]] = {
     "full": (
         Row(64, 1024, _SHORT._replace(rows=True, early=True)),
@@ -73,30 +79,39 @@ FORWARD: dict[str, tuple[Row, ...]] = {
         Row(192, None, _192._replace(apart=True), values=128),
         Row(256, None, _256._replace(rows=True, apart=True)),
     ),
-    "cut": (
-        Row(64, None, _TWO),
-        Row(128, None, _128),
-        Row(192, None, _128._replace(halves=True), values=128),
-        Row(256, None, _256),
-    ),
+    "scored_full": (Row(64, None, _THREE._replace(rows=True, early=True)),),
+    "scored": (Row(64, None, _TWO._replace(rows=True, early=True)),),
+    "called": (Row(64, None, _THREE._replace(rows=True)),),
+    "listed": (*_CUT, Row(256, None, _256._replace(rows=True, apart=True))),
+    "cut": (*_CUT, Row(256, None, _256._replace(rows=True))),
     "dropout": (
         Row(64, None, _TWO),
         Row(128, None, HopperConfig(consumers=2, tile_kv=64, stages=4, section=32)),
-        Row(256, None, HopperConfig(consumers=2, tile_kv=32, stages=4, halves=True, section=32)),
+        Row(256, None, HopperConfig(consumers=2, tile_kv=32, stages=4, halves=True, section=32, rows=True)),
     ),
     "eight_full": (Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_cut": (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=4))),
 }
-"""By what the scores meet: nothing, a window that ends on the right alone, a window, anything, or dropout, whose random
-numbers take registers, whatever else there is; then all but the last with 8-bit inputs, whose tiles of keys hold no
-more than the 128 that share a scale, packed ones as if they met anything. The first row that fits counts. Those without
-a mask and with a window were timed on an H100, at 1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k;
-those of dropout and of packed 8 bits were chosen by spills alone; where `rows`, `early` and `apart` pay was timed on an
-H200."""
+"""By what the scores meet: nothing, a window that ends on the right alone, a window; changes without a mask, but for a
+bias, changes under a window that ends on the right alone (or by a bias), by a function under such a window; lists of
+tiles, unchanged; anything, or dropout, whose random numbers take registers, whatever else there is; then those with
+8-bit inputs, whose tiles of keys hold no more than the 128 that share a scale, packed ones as if they met anything. The
+first row that fits counts. Those without a mask and with a window were timed on an H100, at 1k, 2k, 4k, 8k and 16k
+tokens, those with 8 bits at 1k, 4k and 16k; those of packed 8 bits were chosen by spills alone; changes, lists and
+dropout, and where `turns`, `rows`, `early` and `apart` pay, were timed on an H200. The row of changes without a mask
+spills much where a function reads a table, and took 0.84 of the time of the one that does not."""
 
-COARSER = {"causal": "window", "eight_causal": "eight_window"}
-"""Whose rows hold for heads that have none of their own in a kind."""
+COARSER = {
+    "causal": "window",
+    "scored_full": "cut",
+    "scored": "cut",
+    "called": "cut",
+    "eight_causal": "eight_window",
+    "added": "modified",
+    "modified_full": "modified",
+}
+"""Whose rows hold for heads that have none of their own in a kind, of `FORWARD` or `BACKWARD`."""
 
 
 class QueryConfig(NamedTuple):
@@ -176,7 +191,7 @@ _WIDE = (
     Row(256, None, _SHARED._replace(queries=QUERIES[3].config)),
 )
 
-_MODIFIED_64 = Row(64, None, BackwardConfig(tile_q=64, stages=3))
+_MODIFIED_64 = BackwardConfig(tile_q=64, stages=3)
 
 
 def _query_config(headdim: int, headdim_v: int | None) -> QueryConfig:
@@ -193,21 +208,28 @@ BACKWARD: dict[str, tuple[Row, ...]] = {
     "full": (*_short_and_long(64, 256, _ADDED_64), *_short_and_long(128, 512, _ADDED_128_APART), *_WIDE),
     "causal": (*_short_and_long(64, 512, _ADDED_64), *_short_and_long(128, 768, _ADDED_128), *_WIDE),
     "plain": (Row(64, None, _ADDED_64), Row(128, None, _ADDED_128), *_WIDE),
-    "alibi": (_MODIFIED_64, Row(128, None, _ADDED_128_APART), *_WIDE),
-    "modified": (_MODIFIED_64, Row(128, None, BackwardConfig(tile_q=64, stages=2)), *_WIDE),
+    "alibi": (Row(64, None, _MODIFIED_64._replace(ahead=True, apart=True)), Row(128, None, _ADDED_128_APART), *_WIDE),
+    "added": (Row(64, None, _MODIFIED_64._replace(ahead=True)),),
+    "modified_full": (Row(64, None, _MODIFIED_64), Row(128, None, _ADDED_128)),
+    "modified": (Row(64, None, _MODIFIED_64), Row(128, None, BackwardConfig(tile_q=64, stages=2)), *_WIDE),
 }
 """By what the scores meet: nothing, or a window that ends on the right alone, in batches; another mask, or the same in
-packed sequences; ALiBi alone, under one of the first two masks; anything. The first row that fits counts. All but the
-last are timed; that one has the registers that the way back through a function needs."""
+packed sequences; then, under one of the first two masks, ALiBi alone, a function alone that only adds, and, without a
+mask, any other change; anything. The first row that fits counts. All but the last are timed; that one has the registers
+that the way back through a function needs."""
 
 
 CACHED = 32 << 20
 """Bytes that may be expected to stay in the L2 cache, of 50 MB, while tiles of the same heads read them again."""
 
 
-def _by_length(rows: Iterable[Row], headdim: int, headdim_v: int | None) -> dict[int | None, Any]:
-    """Those for the narrowest heads that are wide enough, by `longest`; none where all are too narrow."""
-    fitting = [row for row in rows if row.fits(headdim, headdim_v)]
+def _by_length(
+    table: Mapping[str, Iterable[Row]], kind: str, headdim: int, headdim_v: int | None
+) -> dict[int | None, Any]:
+    """Those for the narrowest heads that are wide enough, by `longest`, of the kind or the `COARSER` that has some."""
+    fitting = [row for row in table.get(kind, ()) if row.fits(headdim, headdim_v)]
+    if not fitting:
+        return _by_length(table, COARSER[kind], headdim, headdim_v)
     return {row.longest: row.config for row in fitting if row.headdim == fitting[0].headdim}
 
 
@@ -220,7 +242,7 @@ def backward_configs(
 ) -> dict[int | None, BackwardConfig]:
     """The tiles for heads of so many columns, their values of `headdim_v` or as many, and a kind of `BACKWARD`, by
     `longest`. apart: dQ is to have its own kernel."""
-    found = _by_length(BACKWARD[kind], headdim, headdim_v)
+    found = _by_length(BACKWARD, kind, headdim, headdim_v)
     if apart:
         queries = _query_config(headdim, headdim_v)
         found = {longest: config._replace(queries=queries) for longest, config in found.items()}
@@ -241,10 +263,9 @@ def bias_config(headdim: int) -> BiasConfig:
 
 
 def forward_configs(headdim: int, kind: str, headdim_v: int | None = None) -> dict[int | None, HopperConfig]:
-    """The tiles for heads of so many columns, their values of `headdim_v` or as many, and a kind of `FORWARD` or
-    `COARSER`, by `longest`."""
-    found = _by_length(FORWARD.get(kind, ()), headdim, headdim_v)
-    return found or forward_configs(headdim, COARSER[kind], headdim_v)
+    """The tiles for heads of so many columns, their values of `headdim_v` or as many, and a kind of `FORWARD`, by
+    `longest`."""
+    return _by_length(FORWARD, kind, headdim, headdim_v)
 
 
 def forward_config(headdim: int, kind: str, queries: int, headdim_v: int | None = None) -> HopperConfig:

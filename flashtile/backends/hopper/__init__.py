@@ -177,25 +177,46 @@ def _backward_kind(problem: Problem) -> str:
     modified = _modified(problem)
     # Rows are to have equal bits in packed sequences too: they get what those do.
     usual = left is None and not rest and not _any_length(problem)
-    if modified:
-        return "alibi" if usual and modified == {"alibi_slopes"} else "modified"
     if not usual:
-        return "plain"
-    return "full" if right is None else "causal"
+        return "modified" if modified else "plain"
+    if not modified:
+        return "full" if right is None else "causal"
+    if modified == {"alibi_slopes"}:
+        return "alibi"
+    if modified == {"score_mod"} and _only_adds(problem):
+        return "added"
+    return "modified" if right is not None or "dropout_p" in modified else "modified_full"
+
+
+def _only_adds(problem: Problem) -> bool:
+    """Whether the way back through the score function is none. Imported when first asked: it loads triton."""
+    from flashtile import lower
+
+    return not any(problem.wanted.score) and lower.only_adds(problem.score_mod)
 
 
 def _kind(problem: Problem) -> str:
-    """Of `tuning.hopper.FORWARD`, or of `COARSER` there."""
-    left, _right, _top_left, rest = region(problem.mask)
-    of = "eight_" if problem.scaled else ""
-    if problem.dropout_p and not problem.scaled:
+    """Of `tuning.hopper.FORWARD`."""
+    left, right, _top_left, rest = region(problem.mask)
+    modified = _modified(problem)
+    if problem.scaled:
+        # Packed sequences have more to keep in registers, for what lies beside a sequence.
+        return "eight_cut" if modified or rest or problem.packed_eight else "eight_" + _window_kind(left, right)
+    if problem.dropout_p:
         return "dropout"
-    # Packed sequences of 8 bits have more to keep in registers, for what lies beside a sequence.
-    if _modified(problem) or rest or problem.packed_eight:
-        return of + "cut"
-    if problem.mask == '["full"]':
-        return of + "full"
-    return of + ("causal" if left is None else "window")
+    if not modified:
+        return "listed" if rest else _window_kind(left, right)
+    if left is not None or rest:
+        return "cut"
+    if right is None and "bias" not in modified:
+        return "scored_full"
+    return "called" if "score_mod" in modified else "scored"
+
+
+def _window_kind(left: int | None, right: int | None) -> str:
+    if left is not None:
+        return "window"
+    return "full" if right is None else "causal"
 
 
 @cache
