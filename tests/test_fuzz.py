@@ -56,7 +56,6 @@ def test_a_wrong_number_is_found(
     assert "FAILED (seed 3)" in capsys.readouterr().out
 
 
-@pytest.mark.newest_triton
 def test_emulated_calls_run_under_many_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each under one; what looks suspicious to the emulator fails."""
     where, tally = Where("emulated"), fuzz.Tally()

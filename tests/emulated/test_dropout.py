@@ -10,14 +10,14 @@ from tests.problems import dense, make
 from tools.ptx_emulation import SWEEP
 
 
-@pytest.mark.newest_triton
+@pytest.mark.one_triton
 def test_keeps_what_the_mask_says() -> None:
     with emulated(SWEEP[0]) as device:
         kept.check("hopper", "cpu", 128)
     assert device.complaints == []
 
 
-@pytest.mark.newest_triton
+@pytest.mark.one_triton
 def test_parts_drop_what_the_whole_does() -> None:
     """Their first keys are no multiples of 4, so that four keys share two counters."""
     call = make("parts", dense(1, 20, 28, 2, 1, 16), ("dropout",), torch.bfloat16)

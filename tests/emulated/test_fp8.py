@@ -76,6 +76,7 @@ def test_packed_sequences_have_the_same_bits_under_every_schedule(name: str) -> 
         assert_equal_bits([state.out, state.lse], [first.out, first.lse])
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize("granularity", ["head", "block"])
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 10.0}], ids=str)
 def test_nan_of_other_sequences_does_not_spread(granularity: str, options: dict[str, Any]) -> None:
@@ -112,6 +113,7 @@ def test_what_packed_sequences_may_not_ask(option: str, value: Any) -> None:
         eight.attend_packed(case, case.quantized(), backend="hopper", **{option: value})
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize("case", eight.PACKED[2:4], ids=lambda case: case.name)
 @pytest.mark.parametrize(
     "config",
@@ -127,6 +129,7 @@ def test_tiles_of_packed_sequences(case: Eight, config: HopperConfig, monkeypatc
     _run_packed(case, SWEEP[-1])
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize(
     "config",
     [
@@ -141,6 +144,7 @@ def test_tiles(config: HopperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     _run(Eight("tiles", eight.dense(1, 200, 333, 2, 1, 64), "block", {"causal": True}), SWEEP[-1])
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize("headdim", [64, 256])
 def test_nan_of_padding_does_not_spread(headdim: int) -> None:
     """What a mask hides is no number; it is rounded to one that is none."""

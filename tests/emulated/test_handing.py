@@ -218,7 +218,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield found
 
 
-@pytest.mark.newest_triton
+@pytest.mark.one_triton
 @pytest.mark.parametrize("name", [*HANDED, "headdim_160", "deterministic", "varlen_used_plain"])
 def test_hopper_reads_what_was_written(name: str, reads: Counter[str]) -> None:
     with emulated(SWEEP[0]):
@@ -226,7 +226,7 @@ def test_hopper_reads_what_was_written(name: str, reads: Counter[str]) -> None:
     assert not reads
 
 
-@pytest.mark.newest_triton
+@pytest.mark.one_triton
 @pytest.mark.parametrize("name", [*HANDED, "headdim_160", "varlen_used_plain"])
 def test_hopper_writes_all_of_its_results(name: str) -> None:
     """The copy engine stores outputs, which initcheck does not see: no NaN of the memory that they come to is left."""
@@ -245,7 +245,7 @@ def test_unwritten_memory_is_told() -> None:
         assert (torch.empty(5, dtype=torch.uint8) == UNWRITTEN).all()
 
 
-@pytest.mark.newest_triton
+@pytest.mark.one_triton
 def test_portable_reads_what_was_written(reads: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All of its kernels, as for Ampere."""
     device = Emulated(80, SWEEP[0])
@@ -262,7 +262,7 @@ def test_portable_reads_what_was_written(reads: Counter[str], monkeypatch: pytes
     assert not reads
 
 
-@pytest.mark.newest_triton
+@pytest.mark.one_triton
 def test_parts_alone_are_read_unwritten(reads: Counter[str]) -> None:
     device = Emulated(90, SWEEP[0], splits=4)
     caches.check(caches.make(EVERYTHING, torch.bfloat16), device.run)

@@ -59,10 +59,11 @@ WIDE = (
 )
 
 
-# One problem for each thing that the kernels are compiled for: what is left to the compiler of the oldest Triton.
-EACH_KERNEL = {
-    *("causal", "window", "softcap", "bias", "sinks", "score_mod", "mask_mod", "document", "dense_mask", "block_mask"),
-    *("gqa", "varlen_causal", "varlen_mods", *(case.name for case in WIDE)),
+# What every Triton is to compile: each loop, and each way of a tile into registers and out of them.
+EACH_LOOP = {
+    *("causal", "window", "bias", "score_mod", "mask_mod", "document", "varlen_mods"),
+    *("wide_plain", "wide_causal_gqa", "wide_deterministic", "wide_dropout", "wide_out_float32"),
+    *("widest_varlen", "widest_score_mod", "strips_causal_gqa", "strips_document"),
 }
 
 
@@ -77,10 +78,11 @@ def _cases() -> list[Any]:
 
 
 def _marks(name: str, twin: int = 0) -> list[Any]:
-    """Not under the oldest Triton: problems whose kernels others reach, and all dtypes of one but the first in half."""
-    return [] if name in EACH_KERNEL and twin <= 1 else [pytest.mark.newest_triton]
+    """One Triton is enough for problems whose loops others have, and for all dtypes of one but the first in half."""
+    return [] if name in EACH_LOOP and twin <= 1 else [pytest.mark.one_triton]
 
 
+@pytest.mark.one_triton
 def test_a_bias_that_entries_share_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three entries, two of them summed up by some programs and one by others; more than are in flight at once."""
     monkeypatch.setattr(bias, "LEAST", 1)
@@ -113,7 +115,7 @@ SOME_SCHEDULES = ("window_left", "document", "softcap", "sinks", "gqa_plain")
 
 @pytest.mark.parametrize(
     "name",
-    [*EVERY_SCHEDULE[:2], *(pytest.param(name, marks=pytest.mark.newest_triton) for name in
+    [*EVERY_SCHEDULE[:2], *(pytest.param(name, marks=pytest.mark.one_triton) for name in
                             (*EVERY_SCHEDULE[2:], *SOME_SCHEDULES))],
 )  # fmt: skip
 def test_every_schedule_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +136,7 @@ def test_every_schedule_gives_the_same_bits(name: str, monkeypatch: pytest.Monke
         assert_equal_bits([*kept.values()], [*first.values()])
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize("name", ["document", "padding", "wide_document"])
 def test_masks_too_large_for_bits_are_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bits, "LARGEST", 0)
@@ -143,7 +146,7 @@ def test_masks_too_large_for_bits_are_asked(name: str, monkeypatch: pytest.Monke
     assert device.complaints == []
 
 
-@pytest.mark.newest_triton
+@pytest.mark.one_triton
 def test_bits_of_the_places_that_need_some(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no room for those of all places: documents leave most tiles out, or uncut."""
     monkeypatch.setattr(bits, "LARGEST", 4 * 3 * 128 * 16)
@@ -165,7 +168,7 @@ def test_bits_of_the_places_that_need_some(monkeypatch: pytest.MonkeyPatch) -> N
         assert lists.bits.nbytes <= bits.LARGEST
 
 
-@pytest.mark.newest_triton
+@pytest.mark.one_triton
 def test_bits_go_with_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept while the mask's tensors live, and in all no more than some bytes."""
     monkeypatch.setattr(visits, "_known", {})
@@ -184,6 +187,7 @@ def test_bits_go_with_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("document" in key[0][0] for key in visits._known)
 
 
+@pytest.mark.one_triton
 def test_a_large_softcap_hides_no_score() -> None:
     call = compose("large", dense(1, 70, 90, 1, 1, 64), (Feature(lambda *_: {"softcap": 1e4}),), torch.bfloat16)
     with emulated(SWEEP[0]) as device, torch.no_grad():
@@ -193,6 +197,7 @@ def test_a_large_softcap_hides_no_score() -> None:
     oracle.compare({"out": state.out, "lse": state.lse}, call)
 
 
+@pytest.mark.one_triton
 def test_a_negative_scale() -> None:
     """It turns the largest dot product into the smallest score."""
     shape = dense(1, 33, 50, 2, 1, 16)
@@ -220,6 +225,7 @@ BACKWARDS = (
 )
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize("config", FORWARDS, ids=str)
 def test_forward_tiles(config: HopperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tiles give right numbers, whether a table names them or not."""
@@ -237,6 +243,7 @@ def test_forward_tiles(config: HopperConfig, monkeypatch: pytest.MonkeyPatch) ->
         oracle.compare({"out": state.out, "lse": state.lse}, call)
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize("steps", [(21, 14, 7, 0, 0), (36, 27, 18, 9, 0), (30, 29, 15, 14, 7), (0, 20, 40, 60, 60)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_maxima_that_grow(causal: bool, steps: tuple[int, ...]) -> None:
@@ -255,6 +262,7 @@ def test_maxima_that_grow(causal: bool, steps: tuple[int, ...]) -> None:
     oracle.compare({"out": state.out, "lse": state.lse}, call)
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize("config", BACKWARDS, ids=str)
 def test_backward_tiles(config: BackwardConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "BACKWARD", dict.fromkeys(tables.BACKWARD, (tables.Row(128, None, config),)))
@@ -275,6 +283,7 @@ def _results(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[Tensor]:
     return [state.out, state.lse, *torch.autograd.grad(state.out.float().square().sum(), leaves)]
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize(("poison", "heads", "headdim"), [(torch.nan, 2, 64), (torch.inf, 2, 64), (torch.nan, 1, 256)])
 def test_what_a_mask_hides_may_be_anything(poison: float, heads: int, headdim: int) -> None:
     """Padding of keys and values, whose first rows share a tile with what is seen."""
@@ -290,6 +299,7 @@ def test_what_a_mask_hides_may_be_anything(poison: float, heads: int, headdim: i
         torch.testing.assert_close(ours, expected, rtol=2**-6, atol=2**-6, msg=name)
 
 
+@pytest.mark.one_triton
 def test_nan_that_is_seen_is_not_hidden() -> None:
     q, k, v = torch.randn(3, 1, 100, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     v[:, 50, 0] = torch.nan
@@ -300,6 +310,7 @@ def test_nan_that_is_seen_is_not_hidden() -> None:
     assert out[:, :, 1].isfinite().all()
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_lies_beside_packed_sequences_may_be_anything(causal: bool) -> None:
     """Rows that belong to no sequence, and those of a sequence that are not in use."""
@@ -328,13 +339,14 @@ def test_what_lies_beside_packed_sequences_may_be_anything(causal: bool) -> None
 
 
 @pytest.mark.parametrize("name", invariance.OPTIONS)
-@pytest.mark.newest_triton
+@pytest.mark.one_triton
 def test_a_sequence_gets_the_same_bits_everywhere(name: str) -> None:
     """The forward pass; deterministic gradients come from another backend."""
     with emulated(SWEEP[0]):
         invariance.check(name, torch.bfloat16, "hopper", 64, gradients=False)
 
 
+@pytest.mark.one_triton
 @pytest.mark.parametrize("by", ["keys", "queries", "heads"])
 def test_gradients_of_captured_vectors(by: str) -> None:
     """What is read by one index alone gets one sum over all others: once, however often threads hold it."""

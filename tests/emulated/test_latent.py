@@ -41,8 +41,8 @@ def _run(case: CacheCase, dtype: torch.dtype, schedule: dict[str, Any], splits: 
     [
         (LATENT[0], 1),
         (LATENT[1], 2),
-        pytest.param(LATENT[2], 1, marks=pytest.mark.newest_triton),
-        pytest.param(LATENT[4], 2, marks=pytest.mark.newest_triton),
+        pytest.param(LATENT[2], 1, marks=pytest.mark.one_triton),
+        pytest.param(LATENT[4], 2, marks=pytest.mark.one_triton),
     ],
     ids=str,
 )
