@@ -208,7 +208,9 @@ def _kind(problem: Problem) -> str:
         return "listed" if rest else _window_kind(left, right)
     if left is not None or rest:
         return "cut"
-    if right is None and "bias" not in modified:
+    if "bias" in modified:
+        return "scored"
+    if right is None:
         return "scored_full"
     return "called" if "score_mod" in modified else "scored"
 
