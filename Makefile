@@ -46,7 +46,7 @@ test: $(READY)
 
 # The oldest Triton that is supported, beside the newest, which the environment holds, takes all that depends on a
 # compiler. It needs half the time for a Hopper kernel: so, of tests whose kernels' loops others have, those under it are
-# enough for `check`.
+# enough for `check`, which leaves them out of `test` (OTHERS).
 OLDEST := $(VENV)/triton-3.6
 
 $(OLDEST): | $(READY)

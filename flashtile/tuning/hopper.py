@@ -93,14 +93,15 @@ FORWARD: dict[str, tuple[Row, ...]] = {
     "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_cut": (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=4))),
 }
-"""By what the scores meet: nothing, a window that ends on the right alone, a window; changes without a mask, but for a
-bias, changes under a window that ends on the right alone (or by a bias), by a function under such a window; lists of
-tiles, unchanged; anything, or dropout, whose random numbers take registers, whatever else there is; then those with
-8-bit inputs, whose tiles of keys hold no more than the 128 that share a scale, packed ones as if they met anything. The
-first row that fits counts. Those without a mask and with a window were timed on an H100, at 1k, 2k, 4k, 8k and 16k
-tokens, those with 8 bits at 1k, 4k and 16k; those of packed 8 bits were chosen by spills alone; changes, lists and
-dropout, and where `turns`, `rows`, `early` and `apart` pay, were timed on an H200. The row of changes without a mask
-spills much where a function reads a table, and took 0.84 of the time of the one that does not."""
+"""By what the scores meet: nothing, a window that ends on the right alone, a window; changes without a mask, changes
+under a window that ends on the right alone and all by a bias, changes by a function under such a window; lists of
+tiles, unchanged; anything; dropout, whose random numbers take registers, whatever else there is; then those with 8-bit
+inputs, whose tiles of keys hold no more than the 128 that share a scale, packed ones as if they met anything. The first
+row that fits counts. Those without a mask and with a window were timed on an H100, at 1k, 2k, 4k, 8k and 16k tokens,
+those with 8 bits at 1k, 4k and 16k; those of packed 8 bits were chosen by spills alone; changes, lists and dropout, at
+8k tokens or 4k, and where `turns`, `rows`, `early` and `apart` pay, were timed on an H200 (docs/hopper.md). The row of
+changes without a mask spills much where a function reads a table, and took 0.84 of the time of the one that does
+not."""
 
 COARSER = {
     "causal": "window",
@@ -215,8 +216,8 @@ BACKWARD: dict[str, tuple[Row, ...]] = {
 }
 """By what the scores meet: nothing, or a window that ends on the right alone, in batches; another mask, or the same in
 packed sequences; then, under one of the first two masks, ALiBi alone, a function alone that only adds, and, without a
-mask, any other change; anything. The first row that fits counts. All but the last are timed; that one has the registers
-that the way back through a function needs."""
+mask, any other change but functions and dropout; anything. The first row that fits counts. All but the last are timed;
+that one has the registers that the way back through a function needs."""
 
 
 CACHED = 32 << 20

@@ -180,12 +180,14 @@ def _backward_kind(problem: Problem) -> str:
     if not usual:
         return "modified" if modified else "plain"
     if not modified:
-        return "full" if right is None else "causal"
+        return _window_kind(left, right)
     if modified == {"alibi_slopes"}:
         return "alibi"
     if modified == {"score_mod"} and _only_adds(problem):
         return "added"
-    return "modified" if right is not None or "dropout_p" in modified else "modified_full"
+    if right is None and not modified & {"score_mod", "dropout_p"}:
+        return "modified_full"
+    return "modified"
 
 
 def _only_adds(problem: Problem) -> bool:
