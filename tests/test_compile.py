@@ -31,8 +31,8 @@ FIELDS = {
 def test_kernels_of_a_target(target: str) -> None:
     rows = [Row(**row) for row in build.rows(Entry(target, 64, "bfloat16", "causal"))]
     kernels = ["forward_kernel", "delta_kernel", "query_kernel", "key_kernel"]
-    # Each pass once for short and once for long sequences.
-    names = [*2 * ["forward_kernel"], *("before_kernel", "backward_kernel", "query_kernel")]
+    # Each pass once for every length that has tiles of its own.
+    names = [*3 * ["forward_kernel"], *("before_kernel", "backward_kernel", "query_kernel")]
     names += ["before_kernel", "backward_kernel", "after_kernel"]
     hopper = names if target == "sm_90a" else []
     assert [row.kernel for row in rows] == kernels + hopper
@@ -81,15 +81,15 @@ def test_kernels_over_a_cache(target: str, variant: str) -> None:
 def test_hopper_kernels(variant: str, headdim: int) -> None:
     """Products are in flight together, none waits for another, and spills do not grow, nor do they where heads have
     fewer columns than the row that serves them."""
-    rows = [row for row in build.rows(Entry("sm_90a", headdim, "bfloat16", variant)) if row["backend"] == "hopper"]
-    assert [row["broken"] for row in rows if row["broken"]] == []
+    rows = build._hopper(Entry("sm_90a", headdim, "bfloat16", variant))
+    assert [str(row) for row in rows if row.broken] == []
     # Wide heads, and short sequences, have dQ in a kernel of its own.
     apart = headdim > 128 or variant in ("plain", "causal", "heads_plain")
     passes = {"forward_kernel", "backward_kernel", *(["query_kernel"] if apart else [])}
-    assert {row["kernel"] for row in rows if row["products"]} == passes
-    forward = [row["tiles"] for row in rows if row["kernel"] == "forward_kernel"]
-    assert len(forward) == (2 if headdim == 64 and variant != "softcap" else 1)
-    assert all(row["products"]["wgmma"] >= 16 for row in rows if row["products"])
+    assert {row.kernel for row in rows if row.products} == passes
+    lengths = [row for row in rows if row.kernel == "forward_kernel"]
+    assert len(lengths) == ({"plain": 2, "causal": 3, "window": 2}.get(variant, 1) if headdim == 64 else 1)
+    assert all(row.products["wgmma"] >= 16 for row in rows if row.products)
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_kernels_with_8_bits(target: str, headdim: int, variant: str, product: s
 def test_smaller_tiles_are_taken_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     short = TARGETS["sm_90a"]._replace(shared=48 * 1024)
     monkeypatch.setitem(TARGETS, "sm_90a", short)
-    rows = [row for row in build.rows(Entry("sm_90a", 128, "bfloat16", "plain")) if row["backend"] == "portable"]
+    rows = build._portable(Entry("sm_90a", 128, "bfloat16", "plain"))
     usual = portable.portable_config(128, "half").forward
-    assert all(row["shared"] <= 48 * 1024 for row in rows)
-    assert tuple(rows[0]["tiles"]) != tuple(usual)
+    assert all(row.shared <= 48 * 1024 for row in rows)
+    assert rows[0].tiles != usual.chosen()
 
 
 class TestCommand:

@@ -64,11 +64,11 @@ def test_hopper_kinds_of_8_bits() -> None:
 
 def test_hopper_rows_by_length() -> None:
     """A causal mask has a loop of its own for what it cuts where that was faster."""
-    short, long = _tiles("causal")
-    assert short == _tiles("window")[0]
-    assert (long.rows, long.early, long.apart) == (True, True, True)
-    assert hopper.configure(_problem(queries=2048, causal=True)) == short
-    assert hopper.configure(_problem(queries=2049, causal=True)) == long
+    shortest, short, long = _tiles("causal")
+    assert shortest == _tiles("window")[0]
+    assert (short.rows, short.early, short.apart) == (long.rows, long.early, long.apart) == (True, True, True)
+    for queries, tiles in ((512, shortest), (513, short), (2048, short), (2049, long)):
+        assert hopper.configure(_problem(queries=queries, causal=True)) == tiles
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,26 @@ def test_hopper_rows_by_length() -> None:
 def test_hopper_backward_kinds(options: dict[str, Any], kind: str) -> None:
     problem = replace(_problem(**options), backward=True)
     assert hopper.configs(problem) == tuple(backward_configs(64, kind).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        ({}, "full", "full"),
+        ({"causal": True}, "packed_causal", "packed_causal"),
+        ({"window": (64, 0)}, "window", "plain"),
+        ({"mask": masks.chunk(8)}, "listed", "plain"),
+        ({"causal": True, "alibi_slopes": torch.zeros(2)}, "scored", "modified"),
+        ({"softcap": 20.0}, "scored_full", "modified"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "none",
+)
+def test_hopper_kinds_of_any_length(options: dict[str, Any], forward: str, backward: str) -> None:
+    """Packed sequences have the tiles that hold for any length, and so have rows whose bits are to be those."""
+    problem = _problem(**options)
+    for unknown in (replace(problem, varlen=True), replace(problem, batch_invariant=True)):
+        assert hopper.configs(unknown) == _tiles(forward)[:1]
+        assert hopper.configure(replace(unknown, backward=True)) == backward_configs(64, backward)[None]
 
 
 @pytest.mark.parametrize(("headdim", "longest"), [(64, 512), (128, 768)])

@@ -48,6 +48,7 @@ class Row(NamedTuple):
 
 _TWO = HopperConfig(consumers=2, tile_kv=128, stages=3)
 _SHORT = _TWO._replace(query_stages=2)
+_SHORT_APART = _SHORT._replace(rows=True, early=True, apart=True)
 _THREE = HopperConfig(consumers=3, tile_kv=128, stages=2, turns=True)
 _128 = HopperConfig(consumers=2, tile_kv=128, stages=2, section=32)
 _192 = _128._replace(halves=True, rows=True, early=True)
@@ -55,7 +56,8 @@ _256 = HopperConfig(consumers=2, tile_kv=64, stages=2, halves=True, section=32)
 
 _EIGHT_TWO = HopperConfig(consumers=2, tile_kv=128, stages=4)
 _EIGHT_THREE = HopperConfig(consumers=3, tile_kv=128, stages=4, turns=True)
-_EIGHT_WIDE = (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=128, stages=2)))
+_EIGHT_256 = HopperConfig(consumers=2, tile_kv=128, stages=2)
+_EIGHT_WIDE = (Row(128, None, _EIGHT_TWO), Row(256, None, _EIGHT_256))
 
 _CUT = (
     Row(64, None, _TWO),
@@ -71,7 +73,12 @@ FORWARD: dict[str, tuple[Row, ...]] = {
         Row(192, None, _192._replace(turns=True), values=128),
         Row(256, None, _256),
     ),
-    "causal": (Row(64, 2048, _SHORT), Row(64, None, _THREE._replace(rows=True, early=True, apart=True))),
+    "causal": (
+        Row(64, 512, _SHORT),
+        Row(64, 2048, _SHORT_APART),
+        Row(64, None, _THREE._replace(rows=True, early=True, apart=True)),
+    ),
+    "packed_causal": (Row(64, None, _SHORT_APART),),
     "window": (
         Row(64, 2048, _SHORT),
         Row(64, None, _THREE),
@@ -90,25 +97,31 @@ FORWARD: dict[str, tuple[Row, ...]] = {
         Row(256, None, HopperConfig(consumers=2, tile_kv=32, stages=4, halves=True, section=32, rows=True)),
     ),
     "eight_full": (Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
+    "eight_causal": (
+        Row(64, 2048, _EIGHT_TWO._replace(turns=True, apart=True)),
+        Row(64, None, _EIGHT_THREE._replace(apart=True)),
+        Row(128, None, _EIGHT_TWO._replace(turns=True, apart=True)),
+        Row(256, None, _EIGHT_256._replace(turns=True, apart=True)),
+    ),
     "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_cut": (Row(128, None, _EIGHT_TWO), Row(256, None, HopperConfig(consumers=2, tile_kv=64, stages=4))),
 }
-"""By what the scores meet: nothing, a window that ends on the right alone, a window; changes without a mask, changes
-under a window that ends on the right alone and all by a bias, changes by a function under such a window; lists of
-tiles, unchanged; anything; dropout, whose random numbers take registers, whatever else there is; then those with 8-bit
-inputs, whose tiles of keys hold no more than the 128 that share a scale, packed ones as if they met anything. The first
-row that fits counts. Those without a mask and with a window were timed on an H100, at 1k, 2k, 4k, 8k and 16k tokens,
-those with 8 bits at 1k, 4k and 16k; those of packed 8 bits were chosen by spills alone; changes, lists and dropout, at
-8k tokens or 4k, and where `turns`, `rows`, `early` and `apart` pay, were timed on an H200 (docs/hopper.md). The row of
-changes without a mask spills much where a function reads a table, and took 0.84 of the time of the one that does
-not."""
+"""By what the scores meet: nothing, a window that ends on the right alone, the same in packed sequences, a window;
+changes without a mask, changes under a window that ends on the right alone and all by a bias, changes by a function
+under such a window; lists of tiles, unchanged; anything; dropout, whose random numbers take registers, whatever else
+there is; then those with 8-bit inputs, whose tiles of keys hold no more than the 128 that share a scale, packed ones as
+if they met anything. The first row that fits counts. Those without a mask and with a window were timed on an H100, at
+1k, 2k, 4k, 8k and 16k tokens, those with 8 bits at 1k, 4k and 16k; those of packed 8 bits were chosen by spills alone;
+changes, lists and dropout, at 8k tokens or 4k, and where `turns`, `rows`, `early` and `apart` pay, were timed on an
+H200 (docs/hopper.md). The row of changes without a mask spills much where a function reads a table, and took 0.84 of
+the time of the one that does not."""
 
 COARSER = {
     "causal": "window",
     "scored_full": "cut",
     "scored": "cut",
     "called": "cut",
-    "eight_causal": "eight_window",
+    "packed_causal": "causal",
     "added": "modified",
     "modified_full": "modified",
 }
@@ -208,13 +221,14 @@ def _short_and_long(headdim: int, short: int, config: BackwardConfig) -> tuple[R
 BACKWARD: dict[str, tuple[Row, ...]] = {
     "full": (*_short_and_long(64, 256, _ADDED_64), *_short_and_long(128, 512, _ADDED_128_APART), *_WIDE),
     "causal": (*_short_and_long(64, 512, _ADDED_64), *_short_and_long(128, 768, _ADDED_128), *_WIDE),
-    "plain": (Row(64, None, _ADDED_64), Row(128, None, _ADDED_128), *_WIDE),
+    "plain": (Row(64, None, _ADDED_64._replace(apart=False)), Row(128, None, _ADDED_128), *_WIDE),
+    "packed_causal": (Row(64, None, _ADDED_64._replace(apart=False)), Row(128, None, _ADDED_128_APART)),
     "alibi": (Row(64, None, _MODIFIED_64._replace(ahead=True, apart=True)), Row(128, None, _ADDED_128_APART), *_WIDE),
     "added": (Row(64, None, _MODIFIED_64._replace(ahead=True)),),
     "modified_full": (Row(64, None, _MODIFIED_64), Row(128, None, _ADDED_128)),
     "modified": (Row(64, None, _MODIFIED_64), Row(128, None, BackwardConfig(tile_q=64, stages=2)), *_WIDE),
 }
-"""By what the scores meet: nothing, or a window that ends on the right alone, in batches; another mask, or the same in
+"""By what the scores meet: nothing; a window that ends on the right alone, in batches; another mask; such a window in
 packed sequences; then, under one of the first two masks, ALiBi alone, a function alone that only adds, and, without a
 mask, any other change but functions and dropout; anything. The first row that fits counts. All but the last are timed;
 that one has the registers that the way back through a function needs."""

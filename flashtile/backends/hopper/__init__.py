@@ -175,12 +175,12 @@ def _backward_kind(problem: Problem) -> str:
     """Of `tuning.hopper.BACKWARD`."""
     left, right, _top_left, rest = region(problem.mask)
     modified = _modified(problem)
-    # Rows are to have equal bits in packed sequences too: they get what those do.
-    usual = left is None and not rest and not _any_length(problem)
-    if not usual:
+    if left is not None or rest:
         return "modified" if modified else "plain"
     if not modified:
-        return _window_kind(left, right)
+        return _unchanged_kind(problem, left, right)
+    if _any_length(problem):
+        return "modified"
     if modified == {"alibi_slopes"}:
         return "alibi"
     if modified == {"score_mod"} and _only_adds(problem):
@@ -207,7 +207,7 @@ def _kind(problem: Problem) -> str:
     if problem.dropout_p:
         return "dropout"
     if not modified:
-        return "listed" if rest else _window_kind(left, right)
+        return "listed" if rest else _unchanged_kind(problem, left, right)
     if left is not None or rest:
         return "cut"
     if "bias" in modified:
@@ -215,6 +215,12 @@ def _kind(problem: Problem) -> str:
     if right is None:
         return "scored_full"
     return "called" if "score_mod" in modified else "scored"
+
+
+def _unchanged_kind(problem: Problem, left: int | None, right: int | None) -> str:
+    """Rows are to have equal bits in packed sequences too: they get what those do."""
+    kind = _window_kind(left, right)
+    return "packed_causal" if kind == "causal" and _any_length(problem) else kind
 
 
 def _window_kind(left: int | None, right: int | None) -> str:
