@@ -151,13 +151,18 @@ def _offsets(case: Case) -> tuple[Tensor, int]:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(case.device, torch.int32), int(lengths.max())
 
 
+def _tokens(tensor: Tensor) -> Tensor:
+    """The same without its batch of one, as a view: gradients are not copied, as they would be behind an index."""
+    return tensor.flatten(0, 1)
+
+
 def _packed(case: Case) -> Attend:
     """Sequences side by side, told of their lengths."""
     offsets, longest = _offsets(case)
     options: dict[str, Any] = {"causal": "causal" in case.feature, "max_seqlen_q": longest}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = flashtile.attention_varlen(q[0], k[0], v[0], offsets, offsets, **options)
+        out: Tensor = flashtile.attention_varlen(_tokens(q), _tokens(k), _tokens(v), offsets, offsets, **options)
         return out[None]
 
     return call
@@ -242,7 +247,7 @@ def _sdpa_padded(case: Case) -> Attend:
     places = inside.flatten().nonzero()[:, 0]
 
     def padded(tensor: Tensor) -> Tensor:
-        apart = tensor.new_zeros(len(lengths) * longest, *tensor.shape[2:]).index_copy(0, places, tensor[0])
+        apart = tensor.new_zeros(len(lengths) * longest, *tensor.shape[2:]).index_copy(0, places, _tokens(tensor))
         return apart.unflatten(0, (len(lengths), longest)).transpose(1, 2)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -272,7 +277,7 @@ def _flash_attention(case: Case, module: str) -> Attend:
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if packed:
-            found = package.flash_attn_varlen_func(q[0], k[0], v[0], **given)
+            found = package.flash_attn_varlen_func(_tokens(q), _tokens(k), _tokens(v), **given)
         else:
             found = package.flash_attn_func(q, k, v, **given)
         out: Tensor = found[0] if isinstance(found, tuple) else found
