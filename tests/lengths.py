@@ -5,7 +5,9 @@ import pytest
 from flashtile.tuning import hopper as tables
 
 
-def of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward passes of narrow heads add dQ up, as for sequences of any length."""
-    long = {kind: tuple(row for row in rows if row.longest is None) for kind, rows in tables.BACKWARD.items()}
-    monkeypatch.setattr(tables, "BACKWARD", long)
+def of_long_sequences(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """The tables of these names, or that of the backward pass, where narrow heads then add dQ up, have the rows that
+    serve sequences of any length."""
+    for name in names or ("BACKWARD",):
+        long = {kind: tuple(row for row in rows if row.longest is None) for kind, rows in getattr(tables, name).items()}
+        monkeypatch.setattr(tables, name, long)

@@ -90,7 +90,7 @@ def _tensors(batch: int, seqlen_q: int, seqlen_kv: int) -> Iterable[Tensor]:
 @pytest.mark.parametrize("backend", LAUNCHES)
 def test_one_build_serves_all_lengths(backend: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """But for short sequences, where a row of the table of their own serves those."""
-    of_long_sequences(monkeypatch)
+    of_long_sequences(monkeypatch, "FORWARD", "BACKWARD")
     if backend == "hopper":
         options = options | {"dropout_p": 0.0}  # which it leaves to others
     counter = Counter()
