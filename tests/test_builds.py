@@ -90,7 +90,7 @@ def _tensors(batch: int, seqlen_q: int, seqlen_kv: int) -> Iterable[Tensor]:
 @pytest.mark.parametrize("backend", LAUNCHES)
 def test_one_build_serves_all_lengths(backend: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """But for short sequences, where a row of the table of their own serves those."""
-    of_long_sequences(monkeypatch, "FORWARD", "BACKWARD")
+    of_long_sequences(monkeypatch, ("FORWARD", "BACKWARD"))
     if backend == "hopper":
         options = options | {"dropout_p": 0.0}  # which it leaves to others
     counter = Counter()
@@ -111,6 +111,16 @@ def test_one_build_serves_all_short_sequences(causal: bool, longest: int) -> Non
             counter.call("hopper", *_tensors(batch, seqlen, seqlen), causal=causal)
     assert {len(found) for found in counter.found.values()} == {1}
     assert any("query_kernel" in name for name in counter.found)
+
+
+@pytest.mark.parametrize(("causal", "lengths"), [(True, (513, 1000, 2048)), (False, (257, 600, 1024))])
+def test_one_build_serves_all_lengths_between(causal: bool, lengths: tuple[int, ...]) -> None:
+    """Long enough to add dQ up, and too short for the forward tiles of long sequences."""
+    counter = Counter()
+    for seqlen in lengths:
+        counter.call("hopper", *_tensors(1, seqlen, seqlen), causal=causal)
+    assert {len(found) for found in counter.found.values()} == {1}
+    assert not any("query_kernel" in name for name in counter.found)
 
 
 @pytest.mark.parametrize("backend", LAUNCHES)

@@ -55,6 +55,7 @@ _192 = _128._replace(halves=True, rows=True, early=True)
 _256 = HopperConfig(consumers=2, tile_kv=64, stages=2, halves=True, section=32)
 
 _EIGHT_TWO = HopperConfig(consumers=2, tile_kv=128, stages=4)
+_EIGHT_TWO_APART = _EIGHT_TWO._replace(turns=True, apart=True)
 _EIGHT_THREE = HopperConfig(consumers=3, tile_kv=128, stages=4, turns=True)
 _EIGHT_256 = HopperConfig(consumers=2, tile_kv=128, stages=2)
 _EIGHT_WIDE = (Row(128, None, _EIGHT_TWO), Row(256, None, _EIGHT_256))
@@ -98,9 +99,9 @@ FORWARD: dict[str, tuple[Row, ...]] = {
     ),
     "eight_full": (Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
     "eight_causal": (
-        Row(64, 2048, _EIGHT_TWO._replace(turns=True, apart=True)),
+        Row(64, 2048, _EIGHT_TWO_APART),
         Row(64, None, _EIGHT_THREE._replace(apart=True)),
-        Row(128, None, _EIGHT_TWO._replace(turns=True, apart=True)),
+        Row(128, None, _EIGHT_TWO_APART),
         Row(256, None, _EIGHT_256._replace(turns=True, apart=True)),
     ),
     "eight_window": (Row(64, 4096, _EIGHT_TWO), Row(64, None, _EIGHT_THREE), *_EIGHT_WIDE),
@@ -196,7 +197,8 @@ QUERIES = (
 """Tiles of the kernel for dQ, by head dimension: where a call wants the same bits every time, for short sequences, and
 for wide heads. Timed on an H100, plain and causal, `query_stages` on an H200."""
 
-_ADDED_64 = BackwardConfig(tile_q=128, stages=2, apart=True)
+_ADDED_64 = BackwardConfig(tile_q=128, stages=2)
+_ADDED_64_APART = _ADDED_64._replace(apart=True)
 _ADDED_128 = BackwardConfig(tile_q=64, stages=2, ahead=True)
 _ADDED_128_APART = _ADDED_128._replace(apart=True)
 _SHARED = BackwardConfig(tile_q=64, stages=2, tile_kv=64)
@@ -219,10 +221,10 @@ def _short_and_long(headdim: int, short: int, config: BackwardConfig) -> tuple[R
 
 
 BACKWARD: dict[str, tuple[Row, ...]] = {
-    "full": (*_short_and_long(64, 256, _ADDED_64), *_short_and_long(128, 512, _ADDED_128_APART), *_WIDE),
-    "causal": (*_short_and_long(64, 512, _ADDED_64), *_short_and_long(128, 768, _ADDED_128), *_WIDE),
-    "plain": (Row(64, None, _ADDED_64._replace(apart=False)), Row(128, None, _ADDED_128), *_WIDE),
-    "packed_causal": (Row(64, None, _ADDED_64._replace(apart=False)), Row(128, None, _ADDED_128_APART)),
+    "full": (*_short_and_long(64, 256, _ADDED_64_APART), *_short_and_long(128, 512, _ADDED_128_APART), *_WIDE),
+    "causal": (*_short_and_long(64, 512, _ADDED_64_APART), *_short_and_long(128, 768, _ADDED_128), *_WIDE),
+    "plain": (Row(64, None, _ADDED_64), Row(128, None, _ADDED_128), *_WIDE),
+    "packed_causal": (Row(64, None, _ADDED_64), Row(128, None, _ADDED_128_APART)),
     "alibi": (Row(64, None, _MODIFIED_64._replace(ahead=True, apart=True)), Row(128, None, _ADDED_128_APART), *_WIDE),
     "added": (Row(64, None, _MODIFIED_64._replace(ahead=True)),),
     "modified_full": (Row(64, None, _MODIFIED_64), Row(128, None, _ADDED_128)),

@@ -135,11 +135,12 @@ def test_tiles_of_packed_sequences(case: Eight, config: HopperConfig, monkeypatc
     [
         HopperConfig(consumers=3, tile_kv=64, stages=2, turns=True),
         HopperConfig(consumers=2, tile_kv=64, stages=1, section=1),
+        HopperConfig(consumers=3, tile_kv=128, stages=4, turns=True, apart=True),
     ],
     ids=str,
 )
 def test_tiles(config: HopperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of keys that are smaller than the blocks that share a scale."""
+    """Tiles of keys that are smaller than the blocks that share a scale, and those of long sequences."""
     monkeypatch.setattr(tables, "FORWARD", dict.fromkeys(tables.FORWARD, (tables.Row(256, None, config),)))
     _run(Eight("tiles", eight.dense(1, 200, 333, 2, 1, 64), "block", {"causal": True}), SWEEP[-1])
 

@@ -216,6 +216,7 @@ FORWARDS = (
     HopperConfig(consumers=3, tile_kv=64, stages=3, turns=True, rows=True, early=True),
     HopperConfig(consumers=3, tile_kv=128, stages=2, turns=True, rows=True, early=True, apart=True),
     HopperConfig(consumers=2, tile_kv=64, stages=1, query_stages=2, early=True),
+    HopperConfig(consumers=2, tile_kv=128, stages=3, query_stages=2, rows=True, early=True, apart=True),
 )
 BACKWARDS = (
     BackwardConfig(tile_q=128, stages=2),

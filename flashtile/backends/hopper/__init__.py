@@ -218,7 +218,7 @@ def _kind(problem: Problem) -> str:
 
 
 def _unchanged_kind(problem: Problem, left: int | None, right: int | None) -> str:
-    """Rows are to have equal bits in packed sequences too: they get what those do."""
+    """Of what nothing changes; rows whose bits are to be equal in any company get what packed sequences do."""
     kind = _window_kind(left, right)
     return "packed_causal" if kind == "causal" and _any_length(problem) else kind
 
